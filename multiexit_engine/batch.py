@@ -1,0 +1,170 @@
+"""One step's work: what the scheduler hands the runner, and the tensors the model sees.
+
+Sequences stand in order of falling depth, so that those which need the deeper layers are always
+the first ones and a deeper segment works on a plain slice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.request import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """A sequence and how many of its tokens this step computes.
+
+    Tokens ``[start, start + num_tokens)`` of the sequence are computed; its block table already
+    covers them. ``start`` is its ``num_computed_tokens`` when it was scheduled.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def reaches_end(self) -> bool:
+        """Whether its last known token is computed, so that a next one can be chosen."""
+        return self.stop == self.sequence.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """What one step computes.
+
+    Attributes:
+        scheduled: in order of falling ``request.depth``.
+        block_copies: (source, target) KV blocks to copy before anything is written.
+    """
+
+    scheduled: tuple[ScheduledSequence, ...]
+    block_copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.scheduled)
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Where the sequences of a flat batch lie, in it and in the paged cache.
+
+    Attributes:
+        query_lens: new tokens of each sequence, on the host.
+        context_lens: keys of each sequence after this step's tokens were written, on the host.
+        cu_query_lens: [seqs + 1] int32, first flat row of each sequence.
+        context_lens_device: [seqs] int32, ``context_lens`` on the device.
+        block_tables: [seqs, max_blocks] int32, padded with -1.
+    """
+
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    cu_query_lens: Tensor
+    context_lens_device: Tensor
+    block_tables: Tensor
+
+    @cached_property
+    def query_starts(self) -> tuple[int, ...]:
+        """First flat row of each sequence and the end of the last one, on the host."""
+        starts = [0]
+        for length in self.query_lens:
+            starts.append(starts[-1] + length)
+        return tuple(starts)
+
+    def first(self, num_seqs: int) -> SequenceLayout:
+        """The layout of the first ``num_seqs`` sequences."""
+        return SequenceLayout(
+            query_lens=self.query_lens[:num_seqs],
+            context_lens=self.context_lens[:num_seqs],
+            cu_query_lens=self.cu_query_lens[: num_seqs + 1],
+            context_lens_device=self.context_lens_device[:num_seqs],
+            block_tables=self.block_tables[:num_seqs],
+        )
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """The tensors of one step, flat over its sequences.
+
+    Attributes:
+        token_ids: [tokens] int64.
+        positions: [tokens] int64, 0-based in each sequence.
+        slot_mapping: [tokens] int64, ``block * block_size + offset`` of each token's key and value.
+        layout: where each sequence lies.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    layout: SequenceLayout
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    def first(self, num_seqs: int) -> ForwardBatch:
+        """The batch of the first ``num_seqs`` sequences: views, no copies."""
+        if num_seqs == len(self.layout.query_lens):
+            return self
+        layout = self.layout.first(num_seqs)
+        num_tokens = layout.query_starts[-1]
+        return ForwardBatch(
+            self.token_ids[:num_tokens],
+            self.positions[:num_tokens],
+            self.slot_mapping[:num_tokens],
+            layout,
+        )
+
+    @classmethod
+    def build(
+        cls, batch: ScheduledBatch, block_size: int, device: torch.device
+    ) -> ForwardBatch:
+        """Lay the scheduled sequences out flat and copy the result to the device."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for item in batch.scheduled:
+            table = item.sequence.block_table
+            tokens += item.sequence.token_ids[item.start : item.stop]
+            positions += range(item.start, item.stop)
+            slots += [
+                table[p // block_size] * block_size + p % block_size
+                for p in range(item.start, item.stop)
+            ]
+        query_lens = tuple(s.num_tokens for s in batch.scheduled)
+        context_lens = tuple(s.stop for s in batch.scheduled)
+        num_blocks = [-(-length // block_size) for length in context_lens]
+        width = max(num_blocks)
+        tables = [
+            s.sequence.block_table[:count] + [-1] * (width - count)
+            for s, count in zip(batch.scheduled, num_blocks, strict=True)
+        ]
+        starts = [0]
+        for length in query_lens:
+            starts.append(starts[-1] + length)
+
+        def on_device(values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+        layout = SequenceLayout(
+            query_lens=query_lens,
+            context_lens=context_lens,
+            cu_query_lens=on_device(starts, torch.int32),
+            context_lens_device=on_device(list(context_lens), torch.int32),
+            block_tables=on_device(tables, torch.int32),
+        )
+        return cls(
+            on_device(tokens, torch.int64),
+            on_device(positions, torch.int64),
+            on_device(slots, torch.int64),
+            layout,
+        )

@@ -1,0 +1,1 @@
+"""The paged KV cache: who owns which block, and the tensors behind the blocks."""

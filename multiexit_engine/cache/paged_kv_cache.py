@@ -1,0 +1,54 @@
+"""The tensors of the paged KV cache.
+
+Knows nothing of who owns a block: that is ``block_manager``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class PagedKVCache:
+    """Keys and values of all layers, in blocks of ``block_size`` tokens.
+
+    A token's slot is ``block * block_size + offset``; every layer uses the same block tables.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
+        self._blocks = torch.empty(shape, dtype=dtype, device=device)
+        self.block_size = block_size
+
+    def key(self, layer: int) -> Tensor:
+        """[num_blocks, block_size, num_kv_heads, head_dim], a view; ``layer`` is 0-based."""
+        return self._blocks[layer, 0]
+
+    def value(self, layer: int) -> Tensor:
+        """[num_blocks, block_size, num_kv_heads, head_dim], a view; ``layer`` is 0-based."""
+        return self._blocks[layer, 1]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks of every layer, from the first to the second of each pair."""
+        if not pairs:
+            return
+        source, target = torch.tensor(pairs, device=self._blocks.device).unbind(1)
+        self._blocks[:, :, target] = self._blocks[:, :, source]
+
+    @staticmethod
+    def bytes_per_block(
+        num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """Memory of one block over all layers, keys and values."""
+        return num_layers * 2 * block_size * num_kv_heads * head_dim * dtype.itemsize

@@ -1,0 +1,1 @@
+"""From hidden states at exits to tokens. Knows exits, never models."""

@@ -1,0 +1,1 @@
+"""Measures of text and of models, on top of the engine."""

@@ -1,0 +1,95 @@
+"""What a caller gets back: texts, tokens and scores. Plain data, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's place in the distribution of its mode, before penalties and temperature."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One continuation of a prompt.
+
+    Attributes:
+        index: which of the request's ``n`` continuations, best first under beam search.
+        text: decoded output, without the prompt, stop strings or ending tokens.
+        token_ids: every generated token, an ending token included.
+        logprobs: for each token the requested alternatives and the token itself, best first; None
+            when ``SamplingParams.logprobs`` is None.
+        cumulative_logprob: sum of the tokens' log-probabilities; under beam search the sequence's
+            length-penalised score. None when neither was asked for.
+        finish_reason: None while the request still runs.
+        stop_reason: the stop string or stop token that ended it, if one did (None for EOS).
+        exit_layers: for each token the 1-based layer whose head (the upper one under contrast)
+            chose it.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    exit_layers: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The state of a request: final from ``generate``, growing from ``step``.
+
+    Attributes:
+        request_id: the engine's or the caller's name of the request.
+        prompt: the text that was given, None for token ids.
+        prompt_token_ids: tokens of the prompt.
+        outputs: one item for each of the ``n`` continuations.
+        prompt_logprobs: for each prompt token its alternatives (None for the first one); None
+            when ``SamplingParams.prompt_logprobs`` is None.
+        finished: nothing will be added.
+        num_cached_tokens: prompt tokens whose keys and values came from the prefix cache.
+        error: what went wrong when the finish reason is ``error``.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    finished: bool = False
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """Log-probabilities of a given text.
+
+    Attributes:
+        token_ids: the scored tokens (of the continuation, or of the whole text).
+        token_logprobs: natural log-probability of each; None for a token with nothing before it.
+        is_greedy: whether each token is the mode's first choice at its place.
+        total: sum of the log-probabilities that are not None.
+    """
+
+    token_ids: list[int]
+    token_logprobs: list[float | None]
+    is_greedy: list[bool]
+    total: float

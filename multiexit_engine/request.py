@@ -1,0 +1,112 @@
+"""A request and its sequences while they live in the engine: host data only, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from multiexit_engine.outputs import FinishReason, Logprob
+from multiexit_engine.params import DecodingMode, SamplingParams
+
+
+class SequenceStatus(Enum):
+    """Where a sequence stands with the scheduler."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One growing row of tokens with KV blocks of its own.
+
+    Attributes:
+        request: the request it belongs to.
+        index: which of the request's sequences (of ``n``, or of the beams).
+        token_ids: prompt and output.
+        num_computed_tokens: how many of them have keys and values in the cache.
+        block_table: ids of its KV blocks, in order.
+        logprobs: for each output token, filled when the request asks for them.
+        cumulative_logprob: sum of the chosen tokens' log-probabilities.
+        exit_layers: for each output token the layer that chose it.
+    """
+
+    request: Request
+    index: int
+    token_ids: list[int]
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    status: SequenceStatus = SequenceStatus.WAITING
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    exit_layers: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[len(self.request.prompt_token_ids) :]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """What a caller asked for, and how far it has come.
+
+    Attributes:
+        request_id: unique among the living requests.
+        prompt_token_ids: at least one token.
+        sampling: how tokens are chosen.
+        decoding: which heads give the distribution.
+        depth: number of layers that its mode runs.
+        seed: of its random numbers: the given one, or one that the engine drew.
+        prompt: the text, if a text was given.
+        score_from: for a scoring request, the first position whose token is scored (>= 1); None
+            for a generating one. A scoring request ends with its prefill.
+        sequences: one until the prompt is computed, then one for each of ``n`` or of the beams.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    decoding: DecodingMode
+    depth: int
+    seed: int
+    prompt: str | None = None
+    score_from: int | None = None
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Sequences that it occupies at once after its prompt."""
+        return max(self.sampling.n, self.sampling.num_beams)
+
+    @property
+    def is_beam_search(self) -> bool:
+        return self.sampling.num_beams > 1
+
+    @property
+    def first_position_with_logprobs(self) -> int | None:
+        """First prompt position whose token needs a log-probability, None when none does."""
+        if self.score_from is not None:
+            return self.score_from
+        return 1 if self.sampling.prompt_logprobs is not None else None
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.sequences) and all(s.is_finished for s in self.sequences)
