@@ -1,4 +1,4 @@
-"""One step's work: what the scheduler hands the runner, and the tensors the model sees.
+"""One step's work: what the scheduler hands the runner, the tensors the model sees, the result.
 
 Sequences stand in order of falling depth, so that those which need the deeper layers are always
 the first ones and a deeper segment works on a plain slice.
@@ -6,13 +6,13 @@ the first ones and a deeper segment works on a plain slice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from multiexit_engine.request import Sequence
+from multiexit_engine.request import ChosenToken, Request, ScoredToken, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,32 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(s.num_tokens for s in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class BeamCandidates:
+    """The best continuations of each beam of a request: accumulated scores and token ids."""
+
+    values: list[list[float]]
+    token_ids: list[list[int]]
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What a step gave, on the host.
+
+    Attributes:
+        tokens: for each sequence that reached its end its new token; ``n`` of them after a
+            prompt that is to be continued ``n`` times.
+        beams: for each beam-search request the candidates of its beams.
+        scored: for each request the log-probabilities of its prompt tokens, in order.
+        failures: requests whose own code or numbers failed, with the reason.
+    """
+
+    tokens: list[tuple[Sequence, list[ChosenToken]]] = field(default_factory=list)
+    beams: list[tuple[Request, BeamCandidates]] = field(default_factory=list)
+    scored: list[tuple[Request, list[ScoredToken]]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

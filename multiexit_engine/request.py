@@ -5,8 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from multiexit_engine.outputs import FinishReason, Logprob
+from multiexit_engine.outputs import FinishReason
 from multiexit_engine.params import DecodingMode, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenToken:
+    """A new token; ``alternatives`` are (id, log-probability), best first, when asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    rank: int | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A given token's place in its mode's distribution."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    is_greedy: bool
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 class SequenceStatus(Enum):
@@ -27,8 +48,8 @@ class Sequence:
         token_ids: prompt and output.
         num_computed_tokens: how many of them have keys and values in the cache.
         block_table: ids of its KV blocks, in order.
-        logprobs: for each output token, filled when the request asks for them.
-        cumulative_logprob: sum of the chosen tokens' log-probabilities.
+        chosen: its output tokens with what is known of each.
+        cumulative_logprob: sum of the chosen tokens' log-probabilities; a beam's running score.
         exit_layers: for each output token the layer that chose it.
     """
 
@@ -38,7 +59,7 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    chosen: list[ChosenToken] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     exit_layers: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -72,10 +93,13 @@ class Request:
         decoding: which heads give the distribution.
         depth: number of layers that its mode runs.
         seed: of its random numbers: the given one, or one that the engine drew.
+        eos_token_ids: the model's ending tokens, none when the request ignores them.
+        bad_words: what must not be generated, as token ids.
         prompt: the text, if a text was given.
         score_from: for a scoring request, the first position whose token is scored (>= 1); None
             for a generating one. A scoring request ends with its prefill.
         sequences: one until the prompt is computed, then one for each of ``n`` or of the beams.
+        scored: prompt tokens scored so far, from ``first_position_with_logprobs`` on.
     """
 
     request_id: str
@@ -84,10 +108,12 @@ class Request:
     decoding: DecodingMode
     depth: int
     seed: int
+    eos_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     prompt: str | None = None
     score_from: int | None = None
     sequences: list[Sequence] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    scored: list[ScoredToken] = field(default_factory=list)
     num_cached_tokens: int = 0
     error: str | None = None
 
@@ -95,6 +121,11 @@ class Request:
     def width(self) -> int:
         """Sequences that it occupies at once after its prompt."""
         return max(self.sampling.n, self.sampling.num_beams)
+
+    @property
+    def ending_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends the text."""
+        return tuple(dict.fromkeys((*self.eos_token_ids, *self.sampling.stop_token_ids)))
 
     @property
     def is_beam_search(self) -> bool:
