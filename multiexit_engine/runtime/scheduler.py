@@ -1,0 +1,387 @@
+"""Which tokens of which sequences a step computes, and on which KV blocks.
+
+First come, first served; whoever is youngest gives way when blocks run out. Knows nothing of
+models, tensors, or of how a next token is chosen.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
+from multiexit_engine.cache.block_manager import BlockManager
+from multiexit_engine.config import EngineConfig
+from multiexit_engine.outputs import FinishReason
+from multiexit_engine.request import Request, Sequence, SequenceStatus
+from multiexit_engine.runtime.queues import Queues, Unit
+
+
+class _Step:
+    """The step that is being put together; what a unit got can be taken back."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens_left = num_tokens
+        self._chunks: dict[Unit, list[ScheduledSequence]] = {}
+        self._copies: dict[Unit, list[tuple[int, int]]] = {}
+
+    def add_chunk(self, unit: Unit, chunk: ScheduledSequence) -> None:
+        self._chunks.setdefault(unit, []).append(chunk)
+        self.num_tokens_left -= chunk.num_tokens
+
+    def add_copies(self, unit: Unit, copies: list[tuple[int, int]]) -> None:
+        self._copies.setdefault(unit, []).extend(copies)
+
+    def drop(self, unit: Unit) -> None:
+        self._copies.pop(unit, None)
+        self.num_tokens_left += sum(c.num_tokens for c in self._chunks.pop(unit, ()))
+
+    def batch(self) -> ScheduledBatch | None:
+        if not self._chunks:
+            return None
+        chunks = [chunk for chunks in self._chunks.values() for chunk in chunks]
+        chunks.sort(key=lambda chunk: -chunk.sequence.request.depth)
+        copies = tuple(pair for pairs in self._copies.values() for pair in pairs)
+        return ScheduledBatch(tuple(chunks), copies)
+
+
+class Scheduler:
+    """Shares seats, tokens of a step and KV blocks among requests.
+
+    Every step goes to the running sequences first, in order of arrival: each gets its next token,
+    longer prompts share what is left. Then waiting requests are admitted from the front while
+    seats, tokens and blocks last. A sequence that finds no block preempts the youngest running
+    one, which computes its tokens again later; so the oldest request always runs.
+
+    The owner calls ``schedule``, runs the step, calls ``advance``, and only then appends new
+    tokens, forks, replaces or finishes sequences. Not thread-safe.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._blocks = BlockManager(config.num_kv_blocks, config.block_size, config.prefix_caching)
+        self._queues = Queues(config.max_batch_size)
+        self._arrivals = count()
+        self._units: dict[Sequence, Unit] = {}
+        self._living: dict[str, list[Unit]] = {}
+        self._next_turn = (0, 0)
+        self._num_preemptions = 0
+        self._prefix_query_tokens = 0
+        self._prefix_hit_tokens = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._living)
+
+    @property
+    def num_running(self) -> int:
+        """Running sequences."""
+        return self._queues.num_running_sequences
+
+    @property
+    def num_waiting(self) -> int:
+        """Waiting requests; of an ``n`` > 1 each preempted sequence counts."""
+        return len(self._queues.waiting)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._num_preemptions
+
+    @property
+    def prefix_query_tokens(self) -> int:
+        """Prompt tokens of all admitted requests."""
+        return self._prefix_query_tokens
+
+    @property
+    def prefix_hit_tokens(self) -> int:
+        """Those of them that came from the prefix cache."""
+        return self._prefix_hit_tokens
+
+    @property
+    def num_blocks(self) -> int:
+        return self._blocks.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence owns, those of the prefix cache included."""
+        return self._blocks.num_free_blocks
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that no sequence owns and the prefix cache can find."""
+        return self._blocks.num_cached_blocks
+
+    def check_fits(self, request: Request) -> None:
+        """Raise ValueError if the request could never run, however empty the engine is."""
+        config, sampling = self._config, request.sampling
+        if request.width > config.max_batch_size:
+            name = "num_beams" if request.is_beam_search else "n"
+            raise ValueError(
+                f"{name}={request.width}: must not exceed max_batch_size={config.max_batch_size}"
+            )
+        if request.is_beam_search and sampling.num_beams > config.max_num_batched_tokens:
+            raise ValueError(
+                f"num_beams={sampling.num_beams}: must not exceed "
+                f"max_num_batched_tokens={config.max_num_batched_tokens}"
+            )
+        length = self._longest(request)
+        needed = self._blocks.num_blocks_for(length) * sampling.num_beams
+        if needed > config.num_kv_blocks:
+            raise ValueError(
+                f"{length} tokens (prompt and output) with num_beams={sampling.num_beams} need "
+                f"{needed} KV blocks of {config.block_size}: the cache has {config.num_kv_blocks}"
+            )
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn; ``request.sequences`` holds its first sequence.
+
+        Raises:
+            ValueError: as ``check_fits``, or a living request has the same id.
+        """
+        if request.request_id in self._living:
+            raise ValueError(f"request_id={request.request_id!r}: a living request has this id")
+        self.check_fits(request)
+        (sequence,) = request.sequences
+        unit = Unit(request, (next(self._arrivals), sequence.index), [sequence], request.width)
+        self._units[sequence] = unit
+        self._living[request.request_id] = [unit]
+        self._queues.waiting.append(unit)
+
+    def schedule(self) -> ScheduledBatch | None:
+        """The next step, its blocks allocated; None when there is nothing to compute."""
+        step = _Step(self._config.max_num_batched_tokens)
+        num_preemptions = self._num_preemptions
+        self._continue_running(step)
+        if self._num_preemptions == num_preemptions:
+            while self._admit_first_waiting(step):
+                pass
+        return step.batch()
+
+    def advance(self, batch: ScheduledBatch) -> None:
+        """Record that a step ran: its tokens are computed, full blocks can be found by others.
+
+        Sequences that finished since ``schedule`` are skipped. Call it before new tokens are
+        appended.
+        """
+        for chunk in batch.scheduled:
+            sequence = chunk.sequence
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            sequence.num_computed_tokens = chunk.stop
+            self._blocks.commit(
+                sequence.block_table,
+                sequence.token_ids,
+                chunk.start,
+                chunk.stop,
+                sequence.request.depth,
+            )
+
+    def fork(self, sequence: Sequence, index: int) -> Sequence:
+        """A running sibling with the same tokens, on the same blocks until either writes.
+
+        The caller puts it into ``request.sequences``; of beams it then calls ``replace``.
+        """
+        unit = self._units[sequence]
+        assert unit.is_running, "only a running sequence can be forked"
+        sibling = Sequence(
+            request=sequence.request,
+            index=index,
+            token_ids=list(sequence.token_ids),
+            num_computed_tokens=sequence.num_computed_tokens,
+            block_table=self._blocks.fork(sequence.block_table),
+            status=SequenceStatus.RUNNING,
+            chosen=list(sequence.chosen),
+            cumulative_logprob=sequence.cumulative_logprob,
+            exit_layers=list(sequence.exit_layers),
+        )
+        if sequence.request.is_beam_search:
+            unit.sequences.append(sibling)
+        else:
+            unit = self._queues.split_off(unit, sibling)
+            self._living[sequence.request.request_id].append(unit)
+        self._units[sibling] = unit
+        return sibling
+
+    def replace(self, request: Request, sequences: list[Sequence]) -> None:
+        """Make these, old beams or forks of them, the beams of a living request.
+
+        Its other ones end (status FINISHED, no reason) and lose their blocks.
+        """
+        kept = set(sequences)
+        for unit in list(self._living[request.request_id]):
+            for sequence in list(unit.sequences):
+                if sequence not in kept:
+                    self._end(sequence)
+            unit.sequences.sort(key=sequences.index)
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence and free its blocks."""
+        sequence.finish_reason = reason
+        self._end(sequence)
+
+    def abort(self, request_id: str) -> Request | None:
+        """End what still lives of a request, running or waiting; None if none has this id."""
+        units = self._living.get(request_id)
+        if units is None:
+            return None
+        request = units[0].request
+        for unit in list(units):
+            for sequence in list(unit.sequences):
+                self.finish(sequence, FinishReason.ABORT)
+        return request
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if blocks, seats or queues contradict each other."""
+        queues = self._queues
+        self._blocks.check_integrity(sequence.block_table for sequence in self._units)
+        units = [*queues.running, *queues.waiting]
+        assert set(units) == set(self._units.values()), "a unit is lost"
+        assert all(u.order < v.order for u, v in zip(units, units[1:], strict=False)), "order"
+        seats = sum(unit.seats for unit in queues.running) + queues.num_seats_left
+        assert seats == self._config.max_batch_size, f"{seats} seats"
+        assert queues.num_seats_left >= 0, f"{queues.num_seats_left} seats left"
+        for unit in queues.waiting:
+            assert not any(s.block_table for s in unit.sequences), "a waiting unit owns blocks"
+
+    def _longest(self, request: Request) -> int:
+        num_prompt = len(request.prompt_token_ids)
+        if request.score_from is not None:
+            return num_prompt
+        whole = num_prompt + request.sampling.max_new_tokens
+        return max(num_prompt, min(whole, self._config.max_model_len))
+
+    def _continue_running(self, step: _Step) -> None:
+        reserved = self._queues.num_running_sequences
+        if reserved > step.num_tokens_left:
+            self._continue_in_turn(step)
+            return
+        for unit in list(self._queues.running):
+            reserved -= len(unit.sequences)
+            if unit.is_running:
+                self._compute(unit, step.num_tokens_left - reserved, step)
+
+    def _continue_in_turn(self, step: _Step) -> None:
+        """The step has fewer tokens than sequences run: begin where the last one ended."""
+        for unit in self._queues.running_from(self._next_turn):
+            if not unit.is_running:
+                continue
+            if len(unit.sequences) > step.num_tokens_left:
+                self._next_turn = unit.order
+                return
+            self._compute(unit, len(unit.sequences), step)
+
+    def _compute(self, unit: Unit, num_tokens: int, step: _Step) -> None:
+        """Give a running unit up to ``num_tokens``; it may preempt younger ones, or itself."""
+        for sequence, wanted in unit.pending():
+            granted = min(wanted, num_tokens)
+            if not granted:
+                return
+            num_tokens -= granted
+            start = sequence.num_computed_tokens
+            if not self._find_blocks(unit, sequence, start + granted, step):
+                return
+            step.add_chunk(unit, ScheduledSequence(sequence, start, granted))
+
+    def _find_blocks(self, unit: Unit, sequence: Sequence, stop: int, step: _Step) -> bool:
+        """Own the blocks of the tokens up to ``stop``; False if the unit itself had to give way."""
+        start, table = sequence.num_computed_tokens, sequence.block_table
+        while (copies := self._blocks.make_writable(table, start, stop)) is None:
+            youngest = self._preempt_youngest()
+            step.drop(youngest)
+            if youngest is unit:
+                return False
+        if copies:
+            step.add_copies(unit, copies)
+        return True
+
+    def _preempt_youngest(self) -> Unit:
+        unit = self._queues.preempt_youngest()
+        self._num_preemptions += 1
+        for sequence in unit.sequences:
+            self._release_blocks(sequence)
+            sequence.num_computed_tokens = 0
+            sequence.status = SequenceStatus.WAITING
+        return unit
+
+    def _admit_first_waiting(self, step: _Step) -> bool:
+        """Admit the oldest waiting unit if there is room for it."""
+        if not self._queues.waiting or not step.num_tokens_left:
+            return False
+        unit = self._queues.waiting[0]
+        if unit.seats > self._queues.num_seats_left or len(unit.sequences) > step.num_tokens_left:
+            return False
+        if not self._take_blocks(unit):
+            return False
+        self._queues.admit_first()
+        for sequence in unit.sequences:
+            sequence.status = SequenceStatus.RUNNING
+        self._count_prefix_hits(unit)
+        self._compute(unit, step.num_tokens_left, step)
+        return True
+
+    def _take_blocks(self, unit: Unit) -> bool:
+        """Own blocks for all known tokens of a unit, or leave everything as it is.
+
+        Blocks for the whole prompt are taken at once: a prompt that ran out of blocks halfway
+        would have wasted the steps before. Beside others it also leaves a block for each sequence
+        to grow into, so that it is not admitted only to be preempted.
+        """
+        if unit.prefix_keys is None:
+            unit.prefix_keys = [self._reusable_keys(sequence) for sequence in unit.sequences]
+        tables = [self._blocks.match_keys(k, unit.request.depth) for k in unit.prefix_keys]
+        needed = sum(self._blocks.num_blocks_for(s.num_tokens) for s in unit.sequences)
+        needed -= sum(map(len, tables))
+        if self._queues.running:
+            taken = self._config.max_batch_size - self._queues.num_seats_left
+            needed += taken + unit.seats - 1
+        if needed > self._blocks.num_free_blocks:
+            for table in tables:
+                self._blocks.free(table)
+            return False
+        for sequence, table in zip(unit.sequences, tables, strict=True):
+            sequence.block_table = table
+            sequence.num_computed_tokens = len(table) * self._config.block_size
+            self._blocks.make_writable(table, sequence.num_computed_tokens, sequence.num_tokens)
+        unit.prefix_keys = None
+        return True
+
+    def _reusable_keys(self, sequence: Sequence) -> list[bytes]:
+        """Keys of the blocks that it need not compute itself.
+
+        The output at its last token gives the next one; the output before a prompt token that is
+        still to be scored gives that token's log-probability.
+        """
+        request = sequence.request
+        stop = sequence.num_tokens - 1
+        first = request.first_position_with_logprobs
+        if first is not None and first + len(request.scored) < len(request.prompt_token_ids):
+            stop = first + len(request.scored) - 1
+        return self._blocks.prefix_keys(sequence.token_ids[:stop])
+
+    def _count_prefix_hits(self, unit: Unit) -> None:
+        if unit.was_admitted:
+            return
+        unit.was_admitted = True
+        (sequence,) = unit.sequences
+        unit.request.num_cached_tokens = sequence.num_computed_tokens
+        self._prefix_query_tokens += sequence.num_tokens
+        self._prefix_hit_tokens += sequence.num_computed_tokens
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        self._blocks.free(sequence.block_table)
+        sequence.block_table = []
+
+    def _end(self, sequence: Sequence) -> None:
+        """Finish a sequence; one that the scheduler does not know only changes its status."""
+        sequence.status = SequenceStatus.FINISHED
+        unit = self._units.pop(sequence, None)
+        if unit is None:
+            return
+        self._release_blocks(sequence)
+        unit.sequences.remove(sequence)
+        if unit.sequences:
+            return
+        self._queues.remove(unit)
+        request_id = unit.request.request_id
+        self._living[request_id].remove(unit)
+        if not self._living[request_id]:
+            del self._living[request_id]
