@@ -1,0 +1,1 @@
+"""Training of multi-exit models."""
