@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,6 +106,11 @@ class SequenceLayout:
         for length in self.query_lens:
             starts.append(starts[-1] + length)
         return tuple(starts)
+
+    @cached_property
+    def scratch(self) -> dict[object, Any]:
+        """What an op works out from the layout once a step and reuses in every layer."""
+        return {}
 
     def first(self, num_seqs: int) -> SequenceLayout:
         """The layout of the first ``num_seqs`` sequences."""

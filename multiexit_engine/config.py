@@ -45,6 +45,21 @@ class VocabularyProjectionMode(Enum):
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, worked out when the checkpoint is read.
+
+    Attributes:
+        kind: transformers' ``rope_type``.
+        inv_freq: float32 values, radians per position for each pair of a head: head_dim / 2.
+        attention_scaling: factor of both cosine and sine.
+    """
+
+    kind: str
+    inv_freq: tuple[float, ...]
+    attention_scaling: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder, the same words for every family.
 
@@ -65,6 +80,7 @@ class ModelConfig:
         bos_token_id: first token of a text, if the model has one.
         eos_token_ids: tokens that end a text; may be empty.
         pad_token_id: token for padding, if the model has one.
+        rope: rotary positions; None for a model with a table of positions.
         family: the checkpoint's config as transformers reads it, for the model's own file only.
     """
 
@@ -83,6 +99,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    rope: RopeConfig | None = None
     family: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 

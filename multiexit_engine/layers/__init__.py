@@ -1,1 +1,1 @@
-"""Building blocks of the models: modules that call ops."""
+"""Parts of decoders: modules that hold weights and call ops."""

@@ -1,0 +1,146 @@
+"""Opens a checkpoint: its shape, its exits and its weights, all checked, none of it run.
+
+The only room that reads transformers' files, and the one where exits of IBM's layout are found.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from multiexit_engine.checkpoint.exits import LayerIndices, resolve_exits
+from multiexit_engine.checkpoint.families import FAMILIES, read_model_config
+from multiexit_engine.checkpoint.source import checkpoint_folder
+from multiexit_engine.checkpoint.weights import Weights
+from multiexit_engine.config import ModelConfig, VocabularyProjectionMode
+from multiexit_engine.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
+    "vocab.json", "vocab.txt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that was found to hold a model.
+
+    Attributes:
+        folder: where it lies.
+        config: the model's shape and exits.
+        weights: its tensors.
+        dtype: of the token embedding as stored.
+    """
+
+    folder: Path
+    config: ModelConfig
+    weights: Weights
+    dtype: torch.dtype
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Its tokenizer; None when the folder has no tokenizer files.
+
+        Raises:
+            CheckpointError: there are files, but transformers cannot read them.
+        """
+        if not any((self.folder / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(self.folder), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise CheckpointError(
+                f"the tokenizer in {self.folder} cannot be read: {error}"
+            ) from error
+        return tokenizer
+
+
+def open_checkpoint(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    architecture: str | None = None,
+    lm_head_layer_indices: LayerIndices | None = None,
+    vocab_projection_mode: VocabularyProjectionMode | str | None = None,
+) -> Checkpoint:
+    """Find a checkpoint, read its config and check that its exits are there.
+
+    Args:
+        name_or_path: "demo", a local folder, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        architecture: model type to use instead of the one in config.json.
+        lm_head_layer_indices: exits to use, as a sequence or ``"24;12"``. Narrows a multi-exit
+            checkpoint, or gives exits to a single-exit one. None: those of config.json.
+        vocab_projection_mode: how exits project. None: what config.json says, else what the
+            tensors that are present say, else SHARED_PROJECTION_DIRECT. That mode without any
+            layers given makes every layer an exit.
+
+    Raises:
+        CheckpointError: a missing, damaged, incomplete or unsupported checkpoint.
+        ValueError: an argument is out of range.
+    """
+    mode = vocab_projection_mode and VocabularyProjectionMode.parse(vocab_projection_mode)
+    folder = checkpoint_folder(name_or_path, revision)
+    values = _read_json(folder / "config.json")
+    model_type = _model_type(folder, values, architecture)
+    config = read_model_config(model_type, values)
+    config = replace(config, eos_token_ids=_eos_token_ids(folder, values, config))
+    family = FAMILIES[model_type]
+    weights = Weights(folder, family.prefix)
+    layers, projection = resolve_exits(config, values, weights, lm_head_layer_indices, mode or None)
+    config = replace(config, exit_layers=layers, projection=projection)
+    return Checkpoint(folder, config, weights, weights.get(family.embedding).dtype)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}: is it a model's folder?")
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, not a JSON object")
+    return values
+
+
+def _model_type(folder: Path, values: dict[str, Any], architecture: str | None) -> str:
+    found = architecture if architecture is not None else values.get("model_type")
+    if found in FAMILIES:
+        return str(found)
+    allowed = ", ".join(FAMILIES)
+    if architecture is not None:
+        raise CheckpointError(f"architecture={architecture!r}: allowed are {allowed}")
+    if found is None:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has no model_type: give architecture=, one of {allowed}"
+        )
+    raise CheckpointError(
+        f"{folder / 'config.json'}: model_type {found!r} is not supported; supported are "
+        f"{allowed}. If the model is built like one of these, give architecture="
+    )
+
+
+def _eos_token_ids(folder: Path, values: dict[str, Any], config: ModelConfig) -> tuple[int, ...]:
+    generation = folder / "generation_config.json"
+    value = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    if value is None:
+        value = config.family["eos_token_id"]
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise CheckpointError(
+            f"eos_token_id={value!r} in {folder}: must be a token id, a list of them, or absent"
+        )
+    return tuple(dict.fromkeys(ids))

@@ -1,0 +1,137 @@
+"""How each family's config says what every decoder has: transformers' fields to ModelConfig.
+
+Knows transformers' config classes; nothing of weights or exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from multiexit_engine.checkpoint.rope import read_rope
+from multiexit_engine.config import ModelConfig
+from multiexit_engine.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the checkpoints of one model type have in common.
+
+    Attributes:
+        prefix: of the base model's tensors.
+        embedding: name of the token embedding.
+        windows: the attention window of each layer, from a transformers config.
+    """
+
+    prefix: str
+    embedding: str
+    windows: Callable[[Any], tuple[int | None, ...]]
+
+
+def _everything(config: Any) -> tuple[int | None, ...]:
+    return (None,) * int(config.num_hidden_layers)
+
+
+def _gpt_neo_windows(config: Any) -> tuple[int | None, ...]:
+    known = {"global": None, "local": config.window_size}
+    if unknown := sorted(set(config.attention_layers) - known.keys()):
+        raise CheckpointError(f"attention_types in config.json: {unknown[0]!r} is not in {known}")
+    return tuple(known[kind] for kind in config.attention_layers)
+
+
+def _mistral_windows(config: Any) -> tuple[int | None, ...]:
+    return (config.sliding_window,) * int(config.num_hidden_layers)
+
+
+def _qwen_windows(config: Any) -> tuple[int | None, ...]:
+    known = {"full_attention": None, "sliding_attention": config.sliding_window}
+    kinds = list(config.layer_types)
+    if set(kinds) - known.keys() or len(kinds) != config.num_hidden_layers:
+        raise CheckpointError(
+            f"layer_types={kinds} in config.json: need {config.num_hidden_layers} items, each "
+            f"one of {', '.join(known)}"
+        )
+    return tuple(known[kind] for kind in kinds)
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("transformer.", "transformer.wte.weight", _everything),
+    "gpt_neo": Family("transformer.", "transformer.wte.weight", _gpt_neo_windows),
+    "llama": Family("model.", "model.embed_tokens.weight", _everything),
+    "mistral": Family("model.", "model.embed_tokens.weight", _mistral_windows),
+    "qwen2": Family("model.", "model.embed_tokens.weight", _qwen_windows),
+    "qwen3": Family("model.", "model.embed_tokens.weight", _qwen_windows),
+}
+
+
+def read_model_config(model_type: str, values: dict[str, Any]) -> ModelConfig:
+    """The shape that the content of a config.json describes; exits and ending tokens are left out.
+
+    Raises:
+        CheckpointError: values that transformers or the engine cannot accept, by name.
+    """
+    family = FAMILIES[model_type]
+    _refuse_unsupported(values)
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
+        rotary = hasattr(config, "rope_parameters")
+        head_dim = _head_dim(config)
+        return ModelConfig(
+            model_type=model_type,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=_num_kv_heads(config),
+            head_dim=head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            attention_windows=family.windows(config),
+            tie_word_embeddings=config.tie_word_embeddings,
+            bos_token_id=config.bos_token_id,
+            pad_token_id=config.pad_token_id,
+            rope=read_rope(config, head_dim) if rotary else None,
+            family=MappingProxyType(config.to_dict()),
+        )
+    except CheckpointError:
+        raise
+    # transformers names the field and the value, but through any of these
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"config.json is no valid {model_type!r} config: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _refuse_unsupported(values: dict[str, Any]) -> None:
+    for name in ("add_cross_attention", "is_encoder_decoder", "quantization_config"):
+        if values.get(name):
+            raise CheckpointError(
+                f"{name}={values[name]!r} in config.json is not supported: the engine reads "
+                "decoder-only checkpoints in float16, bfloat16, float32 or float64"
+            )
+
+
+def _head_dim(config: Any) -> int:
+    explicit: int | None = getattr(config, "head_dim", None)
+    if explicit is not None:
+        return explicit
+    width, heads = config.hidden_size, config.num_attention_heads
+    if width % heads:
+        raise CheckpointError(
+            f"config.json: hidden size {width} is not a multiple of the {heads} attention heads"
+        )
+    return int(width // heads)
+
+
+def _num_kv_heads(config: Any) -> int:
+    heads: int = config.num_attention_heads
+    kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"config.json: {heads} attention heads are not a multiple of {kv_heads} key-value heads"
+        )
+    return kv_heads

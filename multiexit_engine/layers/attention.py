@@ -1,0 +1,69 @@
+"""Self-attention over the paged KV cache."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from multiexit_engine.batch import ForwardBatch
+from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.config import ModelConfig
+from multiexit_engine.layers.linear import Linear
+from multiexit_engine.layers.norm import RMSNorm
+from multiexit_engine.layers.rotary import Rotary
+from multiexit_engine.ops.attention import paged_attention
+from multiexit_engine.ops.kv import write_kv
+
+
+class SelfAttention(nn.Module):
+    """One block's attention: projects, stores keys and values, attends, projects back.
+
+    Args:
+        config: for the shape and the layer's window.
+        layer: 0-based block, which is also its place in the cache.
+        qkv: queries, keys and values in one matrix, in this order.
+        output: back to the hidden size.
+        scale: factor of the scores.
+        rotary: turns queries and keys, where positions are not in the embedding.
+        query_norm: of each query head, before the rotation.
+        key_norm: of each key head, before the rotation.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        qkv: Linear,
+        output: Linear,
+        scale: float,
+        rotary: Rotary | None = None,
+        query_norm: RMSNorm | None = None,
+        key_norm: RMSNorm | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.widths = [n * config.head_dim for n in (config.num_heads, *2 * (config.num_kv_heads,))]
+        self.window = config.attention_windows[layer]
+        self.scale = scale
+        self.qkv = qkv
+        self.output = output
+        self.rotary = rotary
+        self.query_norm = query_norm
+        self.key_norm = key_norm
+
+    def forward(self, hidden: Tensor, kv_cache: PagedKVCache, batch: ForwardBatch) -> Tensor:
+        """[tokens, hidden] to the same shape; writes this layer's keys and values."""
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_dim))
+            for part in self.qkv(hidden).split(self.widths, dim=-1)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.rotary is not None:
+            query, key = self.rotary(query, key, batch.positions)
+        key_cache, value_cache = kv_cache.key(self.layer), kv_cache.value(self.layer)
+        write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
+        attended = paged_attention(
+            query, key_cache, value_cache, batch.layout, self.scale, self.window
+        )
+        return self.output(attended.flatten(1))  # type: ignore[no-any-return]

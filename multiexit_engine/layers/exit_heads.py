@@ -1,0 +1,125 @@
+"""The heads of a model: its own, and one for each exit in any of the three projection modes.
+
+Gives what a head multiplies; does not multiply with the vocabulary, since most callers need only
+part of that product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from multiexit_engine.checkpoint import TensorLoader, exit_weight_name
+from multiexit_engine.config import ModelConfig, VocabularyProjectionMode
+from multiexit_engine.layers.norm import LayerNorm, RMSNorm
+from multiexit_engine.ops.linear import linear
+
+
+class Head(NamedTuple):
+    """One head of a model.
+
+    Attributes:
+        layer: 1-based layer whose output it reads; the last one for the original head.
+        is_original: the model's own head, not an exit's.
+    """
+
+    layer: int
+    is_original: bool = False
+
+
+class HeadOperands(NamedTuple):
+    """The logits of a head are ``hidden @ weight.T + bias``.
+
+    Attributes:
+        hidden: [rows, hidden], normalised and, under CAST, converted.
+        weight: [vocab, hidden].
+        bias: [vocab] or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class ExitHeads:
+    """All heads of a model; an exit's own weights are loaded when they are first required.
+
+    Args:
+        config: which exits there are and how they project.
+        loader: of their weights.
+        final_norm: the model's norm after its last block, which every head shares.
+        weight: [vocab, hidden] of the original head.
+        bias: [vocab] of the original head, if it has one.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        loader: TensorLoader,
+        final_norm: LayerNorm | RMSNorm,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> None:
+        self._config = config
+        self._loader = loader
+        self._final_norm = final_norm
+        self._weight = weight
+        self._bias = bias
+        self._loaded: dict[int, Tensor] = {}
+
+    @property
+    def original(self) -> Head:
+        """The model's own head."""
+        return Head(self._config.num_layers, is_original=True)
+
+    def require(self, head: Head) -> None:
+        """Have this head's weights in memory from now on.
+
+        Raises:
+            ValueError: the model has no such head.
+            CheckpointError: its weights are missing or misshapen.
+        """
+        self._check(head)
+        name = self._weight_name(head)
+        if name is None or head.layer in self._loaded:
+            return
+        config = self._config
+        is_cast = config.projection is VocabularyProjectionMode.SHARED_PROJECTION_CAST_OUTPUTS
+        rows = config.hidden_size if is_cast else config.vocab_size
+        self._loaded[head.layer] = self._loader.load(name, rows, config.hidden_size)
+
+    def operands(self, head: Head, tap: Tensor) -> HeadOperands:
+        """What gives this head's logits for some rows.
+
+        Args:
+            head: loaded first if it was not yet required.
+            tap: [rows, hidden], output of block ``head.layer`` before the final norm.
+
+        Raises:
+            ValueError: the model has no such head.
+        """
+        self.require(head)
+        hidden = self._final_norm(tap)
+        own = None if head.is_original else self._loaded.get(head.layer)
+        if own is None:
+            return HeadOperands(hidden, self._weight, self._bias)
+        if self._config.projection is VocabularyProjectionMode.LAYER_SPECIFIC_PROJECTION:
+            return HeadOperands(hidden, own, None)
+        return HeadOperands(linear(hidden, own, None), self._weight, self._bias)
+
+    def _weight_name(self, head: Head) -> str | None:
+        if head.is_original or self._config.projection is None:
+            return None
+        return exit_weight_name(self._config.projection, head.layer, self._config.num_layers)
+
+    def _check(self, head: Head) -> None:
+        last, exits = self._config.num_layers, self._config.exit_layers
+        if head.is_original and head.layer != last:
+            raise ValueError(f"{head}: the original head reads layer {last}")
+        if not head.is_original and head.layer not in exits:
+            has = f"exits at the layers {list(exits)}" if exits else "no exits"
+            raise ValueError(
+                f"layer {head.layer} has no exit: this model has {has}. Exits are chosen when the "
+                "checkpoint is opened, by lm_head_layer_indices"
+            )

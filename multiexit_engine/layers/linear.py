@@ -1,0 +1,20 @@
+"""A weight matrix as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from multiexit_engine.ops.linear import linear
+
+
+class Linear(nn.Module):
+    """``x @ weight.T + bias``; ``weight`` is [out_features, in_features]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, in_features] to [rows, out_features]."""
+        return linear(x, self.weight, self.bias)

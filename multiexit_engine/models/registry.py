@@ -1,0 +1,35 @@
+"""Which builder makes which model type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from multiexit_engine.checkpoint import Checkpoint, TensorLoader
+from multiexit_engine.config import ModelConfig
+from multiexit_engine.errors import CheckpointError
+from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.models.gpt2 import build_gpt2
+
+BUILDERS: dict[str, Callable[[ModelConfig, TensorLoader], MultiExitModel]] = {
+    "gpt2": build_gpt2,
+}
+
+
+def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> MultiExitModel:
+    """The model of a checkpoint, its weights on ``device`` in ``dtype``.
+
+    On the CPU, weights that are stored in ``dtype`` and in the layout that the model uses stay
+    mapped from the file. The weights of exits are loaded by ``heads.require``.
+
+    Raises:
+        CheckpointError: an unsupported model type, or a tensor that is missing or misshapen.
+    """
+    config = checkpoint.config
+    if config.model_type not in BUILDERS:
+        raise CheckpointError(
+            f"model_type {config.model_type!r} has no model; supported are {', '.join(BUILDERS)}"
+        )
+    model = BUILDERS[config.model_type](config, TensorLoader(checkpoint.weights, device, dtype))
+    return model.eval()

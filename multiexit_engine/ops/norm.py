@@ -1,0 +1,47 @@
+"""Normalisation of hidden states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from multiexit_engine.ops.registry import register_op
+
+
+@register_op
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Rows with mean 0 and variance 1, scaled and shifted.
+
+    Args:
+        x: [rows, hidden].
+        weight: [hidden].
+        bias: [hidden].
+        eps: added to the variance.
+
+    Returns:
+        [rows, hidden] in the dtype of ``x``.
+
+    Source: Ba et al. 2016, arXiv:1607.06450, eq. 4.
+    """
+    return functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+@register_op
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Rows with root mean square 1, scaled; the statistics are at least float32.
+
+    Args:
+        x: [..., hidden].
+        weight: [hidden].
+        eps: added to the mean square.
+
+    Returns:
+        The shape and dtype of ``x``.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4; rounding as in transformers'
+        ``LlamaRMSNorm``.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
