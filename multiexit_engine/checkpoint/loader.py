@@ -28,8 +28,10 @@ class TensorLoader:
         return self._place(self._checked(name, shape[::-1]).t())
 
     def load_stacked(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
-        """Several tensors as one, joined along their first dimension."""
+        """Several tensors as one, joined along their first dimension; one alone is not copied."""
         parts = [self._checked(name, shape) for name, shape in zip(names, shapes, strict=True)]
+        if len(parts) == 1:
+            return self._place(parts[0])
         return self._place(torch.cat([part.to(self.dtype) for part in parts]))
 
     def _place(self, tensor: Tensor) -> Tensor:

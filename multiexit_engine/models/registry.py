@@ -11,9 +11,16 @@ from multiexit_engine.config import ModelConfig
 from multiexit_engine.errors import CheckpointError
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.models.gpt2 import build_gpt2
+from multiexit_engine.models.gpt_neo import build_gpt_neo
+from multiexit_engine.models.llama import build_llama
 
 BUILDERS: dict[str, Callable[[ModelConfig, TensorLoader], MultiExitModel]] = {
     "gpt2": build_gpt2,
+    "gpt_neo": build_gpt_neo,
+    "llama": build_llama,
+    "mistral": build_llama,
+    "qwen2": build_llama,
+    "qwen3": build_llama,
 }
 
 
