@@ -1,5 +1,29 @@
 """The engine's numerical vocabulary: every op, each with its reference."""
 
+from multiexit_engine.ops.activation import activation, gated_activation
+from multiexit_engine.ops.attention import paged_attention
+from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
+from multiexit_engine.ops.heads import head_logits
+from multiexit_engine.ops.kv import write_kv
+from multiexit_engine.ops.linear import linear
+from multiexit_engine.ops.norm import layer_norm, rms_norm
 from multiexit_engine.ops.registry import REFERENCE, Op, register_op, use_backend
+from multiexit_engine.ops.rotary import rotary
 
-__all__ = ["REFERENCE", "Op", "register_op", "use_backend"]
+__all__ = [
+    "REFERENCE",
+    "Op",
+    "activation",
+    "contrast_heads",
+    "contrast_logits",
+    "gated_activation",
+    "head_logits",
+    "layer_norm",
+    "linear",
+    "paged_attention",
+    "register_op",
+    "rms_norm",
+    "rotary",
+    "use_backend",
+    "write_kv",
+]

@@ -1,0 +1,38 @@
+"""Vocabulary heads: hidden states to logits. Knows nothing of exits or of contrast."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multiexit_engine.ops.registry import register_op
+
+
+@register_op
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Project hidden states on the vocabulary.
+
+    A half-precision product is accumulated in float32; on CUDA it stays float32, on the CPU it is
+    rounded to the weights' dtype once before it becomes float32.
+
+    Args:
+        hidden: [rows, hidden_size] normalised hidden states, any float dtype.
+        weight: [vocab, hidden_size] of the same dtype and device.
+        bias: [vocab] added to every row's logits, or None.
+
+    Returns:
+        [rows, vocab] float32 logits (float64 for float64 inputs).
+
+    Source: ``lm_head`` of every causal model in transformers.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.device.type == "cuda" and hidden.dtype != dtype and hidden.shape[0]:
+        logits = torch.mm(hidden, weight.T, out_dtype=dtype)
+    elif hidden.shape[0] == 1:
+        # One row: gemv reads the weights at 19 GB/s where gemm of one row reaches 16 (one core of
+        # an AMD EPYC, [50257, 1024] float32).
+        logits = torch.mv(weight, hidden[0])[None].to(dtype)
+    else:
+        logits = F.linear(hidden, weight).to(dtype)
+    return logits if bias is None else logits + bias.to(dtype)
