@@ -1,0 +1,180 @@
+"""Plans: which layers and which heads a batch needs, and for which of its rows.
+
+Host data only. Knows the modes and the shape of the model; nothing of tensors or weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+from multiexit_engine.config import ModelConfig
+from multiexit_engine.layers.exit_heads import Head
+from multiexit_engine.params import Contrast, DecodingMode, Exit, Layer, Original
+
+ContrastFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ResolvedMode:
+    """The heads of a decoding mode on one model.
+
+    Attributes:
+        upper: the head that gives the distribution.
+        lower: the head it is contrasted with, None for a single head.
+        depth: number of layers that must run.
+    """
+
+    upper: Head
+    lower: Head | None
+    depth: int
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Logit rows that use the same heads in the same way.
+
+    Attributes:
+        upper: their head.
+        lower: the head they are contrasted with, if any.
+        function: what contrasts them instead of the formula, if anything.
+        rows: the logit rows, ascending.
+        alphas: plausibility threshold of each row; empty without the formula.
+        min_candidates: least size of each row's plausible set; empty without the formula.
+    """
+
+    upper: Head
+    lower: Head | None
+    function: ContrastFunction | None
+    rows: tuple[int, ...]
+    alphas: tuple[float, ...] = ()
+    min_candidates: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExitPlan:
+    """What turns the hidden states of a step into scores.
+
+    Attributes:
+        groups: every logit row stands in exactly one of them.
+        rows_at: for each tapped 1-based layer the logit rows, ascending, whose hidden state after
+            that layer is needed.
+        num_rows: logit rows of the step.
+    """
+
+    groups: tuple[HeadGroup, ...]
+    rows_at: Mapping[int, tuple[int, ...]]
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Blocks ``start`` to ``stop`` (0-based, exclusive) for the first ``num_seqs`` sequences."""
+
+    start: int
+    stop: int
+    num_seqs: int
+
+
+def resolve_mode(mode: DecodingMode, config: ModelConfig) -> ResolvedMode:
+    """The heads that a mode needs, and the depth it runs to.
+
+    Raises:
+        ValueError: the model lacks an exit that the mode names; the message names the field, the
+            value, and the exits there are.
+    """
+    match mode:
+        case Original():
+            upper, lower = Head(config.num_layers, True), None
+        case Exit(layer):
+            upper, lower = _head("Exit.layer", layer, config), None
+        case Contrast(upper=above, lower=below):
+            upper = _head("Contrast.upper", above, config)
+            lower = _head("Contrast.lower", below, config)
+    return ResolvedMode(upper, lower, max(head.layer for head in (upper, lower) if head))
+
+
+def _head(field: str, layer: Layer, config: ModelConfig) -> Head:
+    if layer == "original":
+        return Head(config.num_layers, True)
+    if not config.exit_layers:
+        raise ValueError(
+            f"{field}={layer!r}: this model has no exits; to read its own head from earlier layers "
+            "pass lm_head_layer_indices together with "
+            "vocab_projection_mode='SHARED_PROJECTION_DIRECT'"
+        )
+    if layer not in config.exit_layers:
+        exits = ", ".join(map(str, config.exit_layers))
+        raise ValueError(f"{field}={layer!r}: this model has exits at layers {exits}")
+    return Head(layer, False)
+
+
+def plan_exits(modes: Sequence[DecodingMode], config: ModelConfig) -> ExitPlan:
+    """Group logit rows by the heads of their modes.
+
+    Args:
+        modes: one for each logit row of the step.
+        config: shape of the model.
+
+    Raises:
+        ValueError: as ``resolve_mode``.
+    """
+    # By identity: a custom function need not be hashable.
+    resolved = {id(mode): resolve_mode(mode, config) for mode in modes}
+    members: dict[tuple[Head, Head | None, int], list[int]] = {}
+    rows_at: dict[int, list[int]] = {}
+    for row, mode in enumerate(modes):
+        heads = resolved[id(mode)]
+        members.setdefault((heads.upper, heads.lower, id(_function(mode))), []).append(row)
+        for layer in {head.layer for head in (heads.upper, heads.lower) if head}:
+            rows_at.setdefault(layer, []).append(row)
+    return ExitPlan(
+        groups=tuple(
+            _group(upper, lower, rows, modes) for (upper, lower, _), rows in members.items()
+        ),
+        rows_at={layer: tuple(rows) for layer, rows in sorted(rows_at.items())},
+        num_rows=len(modes),
+    )
+
+
+def _function(mode: DecodingMode) -> ContrastFunction | None:
+    return mode.function if isinstance(mode, Contrast) else None
+
+
+def _group(
+    upper: Head, lower: Head | None, rows: list[int], modes: Sequence[DecodingMode]
+) -> HeadGroup:
+    function = _function(modes[rows[0]])
+    contrasts = [mode for row in rows if isinstance(mode := modes[row], Contrast)]
+    if function is not None:
+        contrasts = []
+    return HeadGroup(
+        upper,
+        lower,
+        function,
+        tuple(rows),
+        tuple(float(mode.alpha) for mode in contrasts),
+        tuple(mode.min_candidates for mode in contrasts),
+    )
+
+
+def plan_segments(depths: Sequence[int], tap_layers: Collection[int]) -> tuple[Segment, ...]:
+    """Cut the layers wherever hidden states are tapped or sequences stop.
+
+    Args:
+        depths: number of layers of each sequence, never rising.
+        tap_layers: 1-based layers after which hidden states are kept, none beyond the depths.
+
+    Returns:
+        Segments from layer 0 to the greatest depth, without gaps; each for the sequences that run
+        all of it.
+    """
+    segments: list[Segment] = []
+    start = 0
+    for stop in sorted({*depths, *tap_layers}):
+        segments.append(Segment(start, stop, sum(depth >= stop for depth in depths)))
+        start = stop
+    return tuple(segments)
