@@ -1,0 +1,77 @@
+"""Every family against transformers, over scrambled blocks and NaN in all that nobody wrote."""
+
+import pytest
+import torch
+
+from multiexit_engine.checkpoint import open_checkpoint
+from multiexit_engine.checkpoint.families import FAMILIES
+from multiexit_engine.models import build_model
+from multiexit_engine.models.registry import BUILDERS
+from tests.models.harness import (
+    CASES,
+    CPU,
+    VOCAB,
+    Cache,
+    assert_equal_up_to_rounding,
+    expected_logits,
+    expected_taps,
+    forward_batch,
+    run_step,
+    run_text,
+    save,
+    transformers_model,
+)
+
+TEXT = torch.randint(0, VOCAB, (31,), generator=torch.Generator().manual_seed(3)).tolist()
+OTHER = TEXT[::-1][:9]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """transformers' model and ours, of the same weights."""
+    theirs = transformers_model(*CASES[request.param])
+    folder = save(theirs, tmp_path_factory.mktemp("checkpoint"))
+    return theirs, build_model(open_checkpoint(folder), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("chunk", [31, 7, 1])
+def test_every_layer_equals_transformers(pair, chunk):
+    theirs, ours = pair
+    for actual, expected in zip(
+        run_text(ours, TEXT, chunk), expected_taps(theirs, TEXT), strict=True
+    ):
+        assert_equal_up_to_rounding(actual, expected)
+
+
+def test_original_head_equals_transformers(pair):
+    theirs, ours = pair
+    tap = run_text(ours, TEXT, len(TEXT))[-1]
+    with torch.inference_mode():
+        operands = ours.heads.operands(ours.heads.original, tap)
+    logits = operands.hidden @ operands.weight.T
+    assert_equal_up_to_rounding(logits, expected_logits(theirs, TEXT))
+
+
+def test_prefill_and_decode_rows_share_a_batch(pair):
+    _, ours = pair
+    cache = Cache.for_texts(ours, [TEXT, OTHER, TEXT[:12]], block_size=3)
+    run_step(ours, cache, [(0, 30), (0, 4), (0, 11)])
+    mixed = run_step(ours, cache, [(30, 31), (4, 9), (11, 12)])[-1]
+    assert_equal_up_to_rounding(mixed[0], run_text(ours, TEXT, 31)[-1][30:])
+    assert_equal_up_to_rounding(mixed[1], run_text(ours, OTHER, 9)[-1][4:])
+    assert_equal_up_to_rounding(mixed[2], run_text(ours, TEXT[:12], 12)[-1][11:])
+
+
+def test_a_span_of_layers_equals_its_layers_one_by_one(pair):
+    _, ours = pair
+    cache = Cache.for_texts(ours, [TEXT], block_size=4)
+    batch = forward_batch(cache, [(0, 31)])
+    with torch.inference_mode():
+        hidden = ours.embed(batch.token_ids, batch.positions)
+        hidden = ours.run_layers(hidden, 0, ours.config.num_layers, cache.kv_cache, batch)
+    assert torch.equal(hidden, run_text(ours, TEXT, 31)[-1])
+
+
+def test_every_family_that_can_be_read_can_be_built():
+    assert BUILDERS.keys() == FAMILIES.keys()
+    assert {model_type for model_type, _ in CASES.values()} == BUILDERS.keys()
