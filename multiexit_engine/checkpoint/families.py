@@ -79,6 +79,7 @@ def read_model_config(model_type: str, values: dict[str, Any]) -> ModelConfig:
     _refuse_unsupported(values)
     try:
         config = CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
+        _check_sizes(config)
         rotary = hasattr(config, "rope_parameters")
         head_dim = _head_dim(config)
         return ModelConfig(
@@ -113,6 +114,14 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
                 f"{name}={values[name]!r} in config.json is not supported: the engine reads "
                 "decoder-only checkpoints in float16, bfloat16, float32 or float64"
             )
+
+
+def _check_sizes(config: Any) -> None:
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    for name in (*names, "max_position_embeddings"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"config.json: {name}={value!r} must be an integer, 1 or more")
 
 
 def _head_dim(config: Any) -> int:

@@ -34,6 +34,8 @@ def read_rope(config: Any, head_dim: int) -> RopeConfig:
             f"partial_rotary_factor={parameters['partial_rotary_factor']!r} in config.json: only "
             "1.0, rotation of whole heads, is supported"
         )
+    if head_dim % 2:
+        raise CheckpointError(f"config.json: head_dim={head_dim} must be even to be rotated")
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         inv_freq, scaling = 1.0 / (parameters.get("rope_theta", 10000.0) ** exponents), 1.0
