@@ -93,3 +93,30 @@ class ScoreOutput:
     token_logprobs: list[float | None]
     is_greedy: list[bool]
     total: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts since the engine was made, and how full it is now.
+
+    Attributes:
+        num_running: sequences that hold KV blocks.
+        num_waiting: sequences that wait for their turn.
+        num_steps: steps run.
+        num_generated_tokens: tokens chosen.
+        num_preemptions: sequences that lost their blocks and were computed again.
+        num_kv_blocks: blocks of the pool.
+        num_free_kv_blocks: those that nobody holds; they may still serve as prefix cache.
+        prefix_query_tokens: prompt tokens looked up in the prefix cache.
+        prefix_hit_tokens: those found there.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_generated_tokens: int
+    num_preemptions: int
+    num_kv_blocks: int
+    num_free_kv_blocks: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int

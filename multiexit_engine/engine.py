@@ -1,0 +1,405 @@
+"""The engine's face: load a checkpoint, generate, stream, score.
+
+Knows how the parts are put together; the work is done in ``runtime``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.checkpoint import Checkpoint, open_checkpoint
+from multiexit_engine.config import (
+    BackendName,
+    EngineConfig,
+    ModelConfig,
+    VocabularyProjectionMode,
+)
+from multiexit_engine.errors import RequestFailed
+from multiexit_engine.models.registry import build_model
+from multiexit_engine.ops import REFERENCE, use_backend
+from multiexit_engine.outputs import (
+    CompletionOutput,
+    EngineStats,
+    RequestOutput,
+    ScoreOutput,
+)
+from multiexit_engine.params import DecodingMode, Original, SamplingParams
+from multiexit_engine.request import Request
+from multiexit_engine.runtime.core import EngineCore
+from multiexit_engine.runtime.intake import Intake, Prompt
+from multiexit_engine.runtime.progress import Progress
+from multiexit_engine.runtime.report import request_output
+from multiexit_engine.runtime.runner import ModelRunner
+from multiexit_engine.runtime.scheduler import Scheduler
+from multiexit_engine.runtime.scoring import ScoreItem, score_output, token_ids_of, windows
+from multiexit_engine.runtime.settings import make_engine_config
+from multiexit_engine.runtime.streaming import stream_request
+
+
+class Engine:
+    """Inference on one multi-exit model.
+
+    ``generate``, ``stream`` and ``score`` run requests to their end. ``add_request``, ``step`` and
+    ``abort`` are what they are made of, for callers with a loop of their own. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        decoding: DecodingMode,
+    ) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.tokenizer: Any | None = checkpoint.load_tokenizer()
+        self._model = build_model(checkpoint, config.device, config.dtype)
+        model = self._model.config
+        kv_cache = PagedKVCache(
+            model.num_layers,
+            config.num_kv_blocks,
+            config.block_size,
+            model.num_kv_heads,
+            model.head_dim,
+            config.dtype,
+            config.device,
+        )
+        self._scheduler = Scheduler(config)
+        runner = ModelRunner(self._model, kv_cache, config)
+        self._core = EngineCore(config, self._scheduler, runner, self.tokenizer)
+        self._intake = Intake(config, model, self._model.heads, self.tokenizer, decoding)
+        self._ids = itertools.count()
+        self._random = random.Random(config.seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        backend: BackendName = "auto",
+        decoding: DecodingMode | None = None,
+        vocab_projection_mode: str | VocabularyProjectionMode | None = None,
+        lm_head_layer_indices: Sequence[int] | str | None = None,
+        architecture: str | None = None,
+        max_model_len: int | None = None,
+        max_batch_size: int = 64,
+        max_num_batched_tokens: int | None = None,
+        kv_cache_memory: int | None = None,
+        block_size: int = 16,
+        prefix_caching: bool = True,
+        quantization: None = None,
+        revision: str | None = None,
+        seed: int = 0,
+    ) -> Engine:
+        """An engine on a checkpoint.
+
+        Args:
+            model: a local folder, a hub id, or "demo", the model that ships with the package.
+            device: "auto" takes a CUDA device if there is one, else the CPU.
+            dtype: "auto" takes the checkpoint's own; on a CPU float16 becomes float32, and so does
+                bfloat16 where the CPU has no instructions for it. Else "float32", "bfloat16",
+                "float16" or a torch dtype.
+            backend: "reference" runs every op in plain PyTorch; "native" demands the fast kernels
+                and fails where there are none; "auto" takes the best there is.
+            decoding: mode of the requests that name none; the model's own head by default.
+            vocab_projection_mode: how exits project, for checkpoints that do not say.
+            lm_head_layer_indices: exit layers, instead of the checkpoint's own list.
+            architecture: model family, instead of the checkpoint's model_type.
+            max_model_len: longest sequence; the checkpoint's own limit by default.
+            max_batch_size: most sequences that run at once.
+            max_num_batched_tokens: most tokens of one step; longer prompts are read in chunks.
+            kv_cache_memory: bytes of the KV pool; by default a share of the free memory.
+            block_size: tokens of a KV block.
+            prefix_caching: keep the KV blocks of prompts for later prompts that begin alike.
+            quantization: None; this version stores weights only as they are.
+            revision: of a hub id.
+            seed: of requests that bring none.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, incomplete, or of an unknown kind.
+            ValueError: an argument has no meaning for this model.
+        """
+        if quantization is not None:
+            raise ValueError(f"quantization={quantization!r}: this version has none, give None")
+        opened = open_checkpoint(
+            model,
+            revision=revision,
+            architecture=architecture,
+            lm_head_layer_indices=lm_head_layer_indices,
+            vocab_projection_mode=vocab_projection_mode,
+        )
+        config = make_engine_config(
+            opened,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            max_model_len=max_model_len,
+            max_batch_size=max_batch_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_memory=kv_cache_memory,
+            block_size=block_size,
+            prefix_caching=prefix_caching,
+            seed=seed,
+        )
+        return cls(opened, config, Original() if decoding is None else decoding)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's shape and exits."""
+        return self._model.config
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        decoding: DecodingMode | Sequence[DecodingMode | None] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Continue prompts; the outputs come in the order of the prompts.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            sampling: one for all, or one for each prompt; greedy by default.
+            decoding: one for all, or one for each prompt; the engine's default for None.
+            progress: show a bar; by default for more than eight prompts on a terminal.
+
+        Raises:
+            ValueError: a prompt or a parameter is wrong. Nothing has then been computed.
+        """
+        many = _as_prompts(prompts)
+        samplings = _one_for_each(sampling or SamplingParams(), len(many), "sampling")
+        modes = _one_for_each(decoding, len(many), "decoding")
+        requests = [
+            self._checked(prompt, params, mode, f"prompts[{i}]: " if len(many) > 1 else "")
+            for i, (prompt, params, mode) in enumerate(zip(many, samplings, modes, strict=True))
+        ]
+        for request in requests:
+            self._core.add(request)
+        self._finish_all(requests, progress)
+        return [self._collect(request) for request in requests]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        decoding: DecodingMode | None = None,
+    ) -> Iterator[CompletionOutput]:
+        """Continue one prompt; gives what is new after each step.
+
+        Each item's ``text`` and ``token_ids`` hold only what was added. Text is held back while it
+        could still turn out to be half a character or part of a stop string, so the pieces of an
+        index always add up to the text that ``generate`` gives. The last item of each index has a
+        finish reason. Leaving the loop early aborts the request.
+
+        Raises:
+            ValueError: as ``generate``, and for beam search, whose text is not known before its end.
+            RequestFailed: the request's own contrast function or numbers failed.
+        """
+        request = self._checked(prompt, sampling or SamplingParams(), decoding, "")
+        if request.is_beam_search:
+            raise ValueError("num_beams: beam search cannot be streamed, use generate")
+        return stream_request(self._core, request, self._backend)
+
+    def score(
+        self,
+        items: ScoreItem | Sequence[ScoreItem],
+        decoding: DecodingMode | Sequence[DecodingMode | None] | None = None,
+        *,
+        stride: int | None = None,
+        progress: bool | None = None,
+    ) -> list[ScoreOutput]:
+        """Log-probabilities of given texts, each position from the mode's own distribution.
+
+        Args:
+            items: texts, token-id lists, or (context, continuation) tuples of either; one or many.
+                Of a pair only the continuation is scored.
+            decoding: one for all, or one for each item.
+            stride: for texts longer than the model: tokens scored by each window after the first,
+                the rest of the window being context. By default windows hardly overlap.
+            progress: as in ``generate``.
+
+        Raises:
+            ValueError: an item is wrong. Nothing has then been computed.
+            RequestFailed: a contrast function or the model's numbers failed.
+        """
+        limit = self.config.max_model_len
+        if stride is not None and not 1 <= stride < limit:
+            raise ValueError(f"stride={stride}: must be in 1..{limit - 1}")
+        many = _as_items(items)
+        modes = _one_for_each(decoding, len(many), "decoding")
+        cut = [token_ids_of(item, self._intake, f"items[{i}]") for i, item in enumerate(many)]
+        parts = [
+            [
+                self._intake.scoring_request(self._new_id(), w.token_ids, w.score_from, mode)
+                for w in windows(token_ids, score_from, limit, stride)
+            ]
+            for (token_ids, score_from), mode in zip(cut, modes, strict=True)
+        ]
+        requests = [request for part in parts for request in part]
+        for request in requests:
+            self._core.add(request)
+        self._finish_all(requests, progress)
+        for request in requests:
+            self._core.collect(request.request_id)
+        for request in requests:
+            if request.error is not None:
+                raise RequestFailed(request.error)
+        return [
+            score_output(token_ids, score_from, [t for request in part for t in request.scored])
+            for (token_ids, score_from), part in zip(cut, parts, strict=True)
+        ]
+
+    def logits(self, prompt: Prompt, decoding: DecodingMode | None = None) -> Tensor:
+        """[tokens, vocab] float32 scores of a mode at every position of a prompt.
+
+        Logits for ``Original`` and ``Exit``, log-probabilities for ``Contrast``, and whatever a
+        custom contrast function gives. Runs alone.
+
+        Raises:
+            ValueError: the prompt or mode is wrong, or is longer than max_model_len.
+            RuntimeError: requests are in flight.
+        """
+        if self.has_unfinished():
+            raise RuntimeError("logits() runs alone: finish or abort the other requests first")
+        token_ids = self._intake.token_ids(prompt)
+        limit = self.config.max_model_len
+        if len(token_ids) > limit:
+            raise ValueError(f"prompt has {len(token_ids)} tokens: the model reads {limit}")
+        request = self._intake.scoring_request(self._new_id(), token_ids, 1, decoding)
+        with self._backend():
+            return self._core.prompt_scores(request)
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        decoding: DecodingMode | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> str:
+        """Queue a request for ``step``; returns its id. Raises ValueError as ``generate``."""
+        request = self._checked(prompt, sampling or SamplingParams(), decoding, "", request_id)
+        self._core.add(request, streamed=True)
+        return request.request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; gives the requests that it changed. Finished ones are then forgotten."""
+        with self._backend():
+            changed = self._core.step()
+        outputs = [request_output(self._core, request) for request in changed]
+        for request in changed:
+            if request.is_finished:
+                self._core.collect(request.request_id)
+        return outputs
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request and free what it holds; None when there is no such request."""
+        request = self._core.abort(request_id)
+        if request is None:
+            return None
+        output = request_output(self._core, request)
+        self._core.collect(request_id)
+        return output
+
+    def has_unfinished(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return self._scheduler.has_unfinished
+
+    def stats(self) -> EngineStats:
+        """How full the engine is, and what it has done."""
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_steps=self._core.num_steps,
+            num_generated_tokens=self._core.num_generated_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_kv_blocks=self.config.num_kv_blocks,
+            num_free_kv_blocks=scheduler.num_free_blocks,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+        )
+
+    def _checked(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        decoding: DecodingMode | None,
+        where: str,
+        request_id: str | None = None,
+    ) -> Request:
+        if request_id is not None and request_id in self._core.requests:
+            raise ValueError(f"request_id={request_id!r} is in use: give another one or None")
+        name = self._new_id() if request_id is None else request_id
+        try:
+            request = self._intake.request(
+                name, prompt, sampling, decoding, self._random.getrandbits(63)
+            )
+            self._scheduler.check_fits(request)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from error
+        return request
+
+    def _new_id(self) -> str:
+        names = (f"request-{number}" for number in self._ids)
+        return next(name for name in names if name not in self._core.requests)
+
+    def _backend(self) -> AbstractContextManager[None]:
+        return use_backend(REFERENCE) if self.config.backend == "reference" else nullcontext()
+
+    def _finish_all(self, requests: Sequence[Request], progress: bool | None) -> None:
+        """Step until all of ``requests`` are finished; on an interrupt they leave no trace."""
+        try:
+            with Progress(len(requests), progress) as bar:
+                num_left = sum(not request.is_finished for request in requests)
+                while num_left:
+                    with self._backend():
+                        changed = self._core.step()
+                    if any(request.is_finished for request in changed):
+                        num_left = sum(not request.is_finished for request in requests)
+                        bar.show(len(requests) - num_left, self._core.num_generated_tokens)
+        except BaseException:
+            for request in requests:
+                self._core.abort(request.request_id)
+                self._core.requests.pop(request.request_id, None)
+            raise
+
+    def _collect(self, request: Request) -> RequestOutput:
+        output = request_output(self._core, request)
+        self._core.collect(request.request_id)
+        return output
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if all(isinstance(part, int) for part in prompts):
+        return [prompts] if prompts else [[]]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _as_items(items: ScoreItem | Sequence[ScoreItem]) -> list[ScoreItem]:
+    if isinstance(items, str | tuple):
+        return [items]
+    if all(isinstance(part, int) for part in items):
+        return [items]  # type: ignore[list-item]
+    return list(items)  # type: ignore[arg-type]
+
+
+def _one_for_each(value: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} items for {count} prompts: give one or as many")
+    return list(value)

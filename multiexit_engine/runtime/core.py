@@ -1,0 +1,265 @@
+"""The step loop: schedule, run, update, and nothing else.
+
+Works on requests whose arguments were checked; knows nothing of texts' origin or of prompts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.batch import BeamCandidates, StepOutput
+from multiexit_engine.config import EngineConfig
+from multiexit_engine.decoding.beam import BeamSearch
+from multiexit_engine.decoding.plan import resolve_mode
+from multiexit_engine.outputs import FinishReason
+from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
+from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
+from multiexit_engine.runtime.runner import ModelRunner
+from multiexit_engine.runtime.scheduler import Scheduler
+
+
+class EngineCore:
+    """Living requests, their scheduler and their runner.
+
+    Attributes:
+        requests: all requests that were added and not yet collected.
+        streamed: ids of the requests whose text is looked at while it grows.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.config = config
+        self.scheduler = scheduler
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.requests: dict[str, Request] = {}
+        self.streamed: set[str] = set()
+        self.num_steps = 0
+        self.num_generated_tokens = 0
+        self._beams: dict[str, BeamSearch] = {}
+        self._texts: dict[Sequence, Detokenizer] = {}
+
+    def add(self, request: Request, *, streamed: bool = False) -> None:
+        """Queue a checked request; ``streamed`` keeps its text current after every step."""
+        self.scheduler.check_fits(request)
+        self.requests[request.request_id] = request
+        if streamed:
+            self.streamed.add(request.request_id)
+        request.sequences = [Sequence(request, 0, list(request.prompt_token_ids))]
+        if request.is_beam_search:
+            self._beams[request.request_id] = self._new_beam_search(request)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """End a request at once and free what it holds; None when there is no such request."""
+        request = self.scheduler.abort(request_id)
+        self._beams.pop(request_id, None)
+        return request
+
+    def step(self) -> list[Request]:
+        """Run one step; returns the requests that it changed, finished ones included."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return []
+        output = self.runner.run(batch)
+        self.scheduler.advance(batch)
+        self.num_steps += 1
+        for request_id, reason in output.failures.items():
+            self._fail(self.requests[request_id], reason)
+        return self._update(output)
+
+    def prompt_scores(self, request: Request) -> Tensor:
+        """[tokens, vocab] float32 raw scores of a scoring request, run alone to its end.
+
+        Raises:
+            RequestFailed: its contrast function failed.
+        """
+        self.add(request)
+        try:
+            parts = []
+            while (batch := self.scheduler.schedule()) is not None:
+                parts.append(self.runner.prompt_scores(batch))
+                self.scheduler.advance(batch)
+                self._finish_scored({request.request_id: request})
+            return torch.cat(parts)
+        finally:
+            self.abort(request.request_id)
+            self.requests.pop(request.request_id, None)
+
+    def text(self, sequence: Sequence) -> Detokenizer | None:
+        """The text of a sequence's output so far; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        if sequence not in self._texts:
+            self._texts[sequence] = self._new_text(sequence)
+            self._texts[sequence].append_unseen(_visible(sequence))
+        return self._texts[sequence]
+
+    def collect(self, request_id: str) -> Request:
+        """Forget a finished request and return it."""
+        request = self.requests.pop(request_id)
+        self.streamed.discard(request_id)
+        self._beams.pop(request_id, None)
+        for sequence in request.sequences:
+            self._texts.pop(sequence, None)
+        return request
+
+    def _update(self, output: StepOutput) -> list[Request]:
+        changed = {request_id: self.requests[request_id] for request_id in output.failures}
+        for request, scored in output.scored:
+            request.scored += scored
+            changed[request.request_id] = request
+        for sequence, chosen in output.tokens:
+            if sequence.request.request_id not in output.failures:
+                changed[sequence.request.request_id] = sequence.request
+                self._append(sequence, chosen)
+        for request, candidates in output.beams:
+            changed[request.request_id] = request
+            self._advance_beams(request, candidates)
+        self._finish_scored(changed)
+        return list(changed.values())
+
+    def _append(self, sequence: Sequence, chosen: list[ChosenToken]) -> None:
+        """Give a sequence its next token, or its first one to each of ``n`` siblings."""
+        siblings = [self.scheduler.fork(sequence, i) for i in range(1, len(chosen))]
+        sequence.request.sequences = sequence.request.sequences + siblings
+        for sibling, token in zip([sequence, *siblings], chosen, strict=True):
+            self._append_one(sibling, token)
+
+    def _append_one(self, sequence: Sequence, token: ChosenToken) -> None:
+        request = sequence.request
+        sequence.token_ids.append(token.token_id)
+        sequence.chosen.append(token)
+        sequence.cumulative_logprob += token.logprob or 0.0
+        sequence.exit_layers.append(self._exit_layer(request))
+        self.num_generated_tokens += 1
+        self._follow_text(sequence, token.token_id)
+        self._finish_if_ended(sequence, token.token_id)
+
+    def _follow_text(self, sequence: Sequence, token_id: int) -> None:
+        """Decode as the tokens come, for those whose text is streamed or searched for stops."""
+        request = sequence.request
+        if not request.sampling.stop and request.request_id not in self.streamed:
+            return
+        if token_id in request.ending_token_ids or self.tokenizer is None:
+            return
+        if sequence not in self._texts:
+            self._texts[sequence] = self._new_text(sequence)
+        may_stop = sequence.num_output_tokens >= request.sampling.min_new_tokens
+        self._texts[sequence].append(token_id, may_stop=may_stop)
+
+    def _finish_if_ended(self, sequence: Sequence, token_id: int) -> None:
+        request, params = sequence.request, sequence.request.sampling
+        text = self._texts.get(sequence)
+        if token_id in request.eos_token_ids:
+            self._finish(sequence, FinishReason.STOP)
+        elif token_id in params.stop_token_ids:
+            sequence.stop_reason = token_id
+            self._finish(sequence, FinishReason.STOP)
+        elif text is not None and text.stop_string is not None:
+            sequence.stop_reason = text.stop_string
+            self._finish(sequence, FinishReason.STOP)
+        elif sequence.num_output_tokens >= params.max_new_tokens:
+            self._finish(sequence, FinishReason.LENGTH)
+        elif sequence.num_tokens >= self.config.max_model_len:
+            self._finish(sequence, FinishReason.LENGTH)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.scheduler.finish(sequence, reason)
+
+    def _fail(self, request: Request, reason: str) -> None:
+        request.error = reason
+        self._beams.pop(request.request_id, None)
+        for sequence in request.sequences:
+            if not sequence.is_finished:
+                self._finish(sequence, FinishReason.ERROR)
+
+    def _finish_scored(self, changed: dict[str, Request]) -> None:
+        for request in changed.values():
+            sequence = request.sequences[0]
+            is_computed = sequence.num_computed_tokens == len(request.prompt_token_ids)
+            if request.score_from is not None and is_computed and not sequence.is_finished:
+                self._finish(sequence, FinishReason.STOP)
+
+    def _advance_beams(self, request: Request, candidates: BeamCandidates) -> None:
+        search = self._beams[request.request_id]
+        beams = request.sequences
+        step = search.advance(candidates.values, candidates.token_ids)
+        self.num_generated_tokens += len(step.tokens)
+        if search.is_done:
+            self._finish_beams(request, search)
+            return
+        taken: set[int] = set()
+        children: list[Sequence] = []
+        for index, parent in enumerate(step.parents):
+            is_new = parent in taken
+            taken.add(parent)
+            children.append(self.scheduler.fork(beams[parent], index) if is_new else beams[parent])
+        layer = self._exit_layer(request)
+        for index, child in enumerate(children):
+            child.index = index
+            child.token_ids.append(step.tokens[index])
+            child.cumulative_logprob = step.scores[index]
+            child.exit_layers.append(layer)
+        request.sequences = children
+        self.scheduler.replace(request, children)
+
+    def _finish_beams(self, request: Request, search: BeamSearch) -> None:
+        """Put the best hypotheses in the place of the beams that led to them."""
+        for sequence in request.sequences:
+            self._finish(sequence, FinishReason.STOP)
+        layer = self._exit_layer(request)
+        request.sequences = []
+        for index, found in enumerate(search.results()):
+            has_ended = bool(found.token_ids) and found.token_ids[-1] in request.ending_token_ids
+            request.sequences.append(
+                Sequence(
+                    request,
+                    index,
+                    [*request.prompt_token_ids, *found.token_ids],
+                    status=SequenceStatus.FINISHED,
+                    cumulative_logprob=found.score,
+                    exit_layers=[layer] * len(found.token_ids),
+                    finish_reason=FinishReason.STOP if has_ended else FinishReason.LENGTH,
+                )
+            )
+
+    def _exit_layer(self, request: Request) -> int:
+        return resolve_mode(request.decoding, self.runner.model.config).upper.layer
+
+    def _new_beam_search(self, request: Request) -> BeamSearch:
+        prompt_len = len(request.prompt_token_ids)
+        params = request.sampling
+        return BeamSearch(
+            num_beams=params.num_beams,
+            num_return=params.n,
+            length_penalty=params.length_penalty,
+            early_stopping=params.early_stopping,
+            eos_token_ids=request.ending_token_ids,
+            prompt_len=prompt_len,
+            max_len=min(prompt_len + params.max_new_tokens, self.config.max_model_len),
+        )
+
+    def _new_text(self, sequence: Sequence) -> Detokenizer:
+        assert self.tokenizer is not None
+        request = sequence.request
+        return Detokenizer(
+            self.tokenizer,
+            request.prompt_token_ids,
+            request.sampling.stop,
+            request.sampling.skip_special_tokens,
+        )
+
+
+def _visible(sequence: Sequence) -> list[int]:
+    """The output tokens that belong to the text: all but the one that ended it."""
+    tokens = sequence.output_token_ids
+    if tokens and tokens[-1] in sequence.request.ending_token_ids:
+        return tokens[:-1]
+    return tokens

@@ -1,0 +1,164 @@
+"""Checks what a caller gives and makes requests of it: errors before work.
+
+Knows the model's limits and the tokenizer; nothing of the requests that already run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from multiexit_engine.config import EngineConfig, ModelConfig
+from multiexit_engine.decoding.plan import resolve_mode
+from multiexit_engine.layers.exit_heads import ExitHeads
+from multiexit_engine.params import Contrast, DecodingMode, Exit, Original, SamplingParams
+from multiexit_engine.request import Request
+
+Prompt: TypeAlias = str | Sequence[int]
+
+
+class Intake:
+    """Makes checked requests for one engine."""
+
+    def __init__(
+        self,
+        engine_config: EngineConfig,
+        model_config: ModelConfig,
+        heads: ExitHeads,
+        tokenizer: Any | None,
+        default_mode: DecodingMode,
+    ) -> None:
+        self._engine_config = engine_config
+        self._model_config = model_config
+        self._heads = heads
+        self._tokenizer = tokenizer
+        self._default_mode = default_mode
+        self.depth_of(default_mode)
+
+    def request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        decoding: DecodingMode | None,
+        seed: int,
+    ) -> Request:
+        """A generating request; raises ValueError naming what is wrong and what is allowed."""
+        if not isinstance(sampling, SamplingParams):
+            raise ValueError(f"sampling={sampling!r}: must be SamplingParams")
+        mode = self._default_mode if decoding is None else decoding
+        depth = self.depth_of(mode)
+        token_ids = self.token_ids(prompt)
+        limit = self._engine_config.max_model_len
+        if len(token_ids) >= limit:
+            raise ValueError(
+                f"prompt has {len(token_ids)} tokens: with room for one new token it may have "
+                f"{limit - 1} (max_model_len={limit}); shorten it"
+            )
+        self._check_sampling(sampling)
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            decoding=mode,
+            depth=depth,
+            seed=seed if sampling.seed is None else sampling.seed,
+            eos_token_ids=() if sampling.ignore_eos else self._model_config.eos_token_ids,
+            bad_words=self._bad_words(sampling),
+            prompt=prompt if isinstance(prompt, str) else None,
+        )
+
+    def scoring_request(
+        self, request_id: str, token_ids: list[int], score_from: int, decoding: DecodingMode | None
+    ) -> Request:
+        """A request that only scores ``token_ids[score_from:]``, which must fit the model."""
+        mode = self._default_mode if decoding is None else decoding
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            sampling=SamplingParams(max_new_tokens=1),
+            decoding=mode,
+            depth=self.depth_of(mode),
+            seed=0,
+            score_from=score_from,
+        )
+
+    def depth_of(self, mode: DecodingMode) -> int:
+        """Layers that a mode runs; loads its heads, raises ValueError if the model lacks them."""
+        if not isinstance(mode, Original | Exit | Contrast):
+            raise ValueError(
+                f"decoding={mode!r}: must be Original(), Exit(layer) or Contrast(upper, lower)"
+            )
+        resolved = resolve_mode(mode, self._model_config)
+        self._heads.require(resolved.upper)
+        if resolved.lower is not None:
+            self._heads.require(resolved.lower)
+        return resolved.depth
+
+    def token_ids(self, prompt: Prompt, name: str = "prompt") -> list[int]:
+        """The tokens of a prompt: at least one, all in the vocabulary."""
+        token_ids = self.encode(prompt, name)
+        if not token_ids:
+            raise ValueError(f"{name} is empty: give at least one token")
+        return token_ids
+
+    def encode(self, text: Prompt, name: str = "prompt") -> list[int]:
+        """As ``token_ids``, but nothing may come of an empty text."""
+        if isinstance(text, str):
+            if self._tokenizer is None:
+                raise ValueError(
+                    f"{name} is text, but the checkpoint has no tokenizer: give token ids, or put "
+                    "the tokenizer's files into the checkpoint's folder"
+                )
+            return list(self._tokenizer(text)["input_ids"])
+        if not isinstance(text, Sequence) or any(
+            isinstance(token, bool) or not isinstance(token, int) for token in text
+        ):
+            raise ValueError(f"{name}={_shown(text)}: must be a string or a list of token ids")
+        vocab_size = self._model_config.vocab_size
+        for place, token in enumerate(text):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{name}[{place}]={token}: token ids of this model are 0..{vocab_size - 1}"
+                )
+        return list(text)
+
+    def _check_sampling(self, sampling: SamplingParams) -> None:
+        if sampling.stop and self._tokenizer is None:
+            raise ValueError(
+                "stop needs text, but the checkpoint has no tokenizer: use stop_token_ids"
+            )
+        vocab_size = self._model_config.vocab_size
+        given = {
+            "stop_token_ids": sampling.stop_token_ids,
+            "logit_bias": tuple(sampling.logit_bias or ()),
+            "bad_words": tuple(t for w in sampling.bad_words if not isinstance(w, str) for t in w),
+        }
+        for name, tokens in given.items():
+            for token in tokens:
+                if token >= vocab_size:
+                    raise ValueError(
+                        f"{name}: token {token} is not one of this model's 0..{vocab_size - 1}"
+                    )
+
+    def _bad_words(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Every bad word as token ids; a string counts with and without a space before it."""
+        words: list[tuple[int, ...]] = []
+        for word in sampling.bad_words:
+            if not isinstance(word, str):
+                words.append(word)
+            elif self._tokenizer is None:
+                raise ValueError(
+                    f"bad_words={word!r} is text, but the checkpoint has no tokenizer: give its "
+                    "token ids"
+                )
+            else:
+                for form in (word.lstrip(), " " + word.lstrip()):
+                    ids = self._tokenizer(form, add_special_tokens=False)["input_ids"]
+                    words.append(tuple(ids))
+        return tuple(dict.fromkeys(words))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,75 @@
+"""Makes the caller's outputs of a request: texts, tokens, log-probabilities."""
+
+from __future__ import annotations
+
+from multiexit_engine.outputs import CompletionOutput, Logprob, RequestOutput
+from multiexit_engine.request import ChosenToken, Request, ScoredToken, Sequence
+from multiexit_engine.runtime.core import EngineCore
+
+
+def request_output(core: EngineCore, request: Request) -> RequestOutput:
+    """The state of a request, its texts included."""
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=list(request.prompt_token_ids),
+        outputs=[_completion(core, sequence) for sequence in request.sequences],
+        prompt_logprobs=_prompt_logprobs(core, request),
+        finished=request.is_finished,
+        num_cached_tokens=request.num_cached_tokens,
+        error=request.error,
+    )
+
+
+def text_piece(core: EngineCore, sequence: Sequence) -> str:
+    """The text that became certain since the last call; all of the rest once it is finished."""
+    text = core.text(sequence)
+    if text is None:
+        return ""
+    if sequence.is_finished:
+        text.finish()
+    return text.take()
+
+
+def _completion(core: EngineCore, sequence: Sequence) -> CompletionOutput:
+    text = core.text(sequence)
+    if text is not None and sequence.is_finished:
+        text.finish()
+    request = sequence.request
+    has_score = request.sampling.logprobs is not None or request.is_beam_search
+    return CompletionOutput(
+        index=sequence.index,
+        text="" if text is None else text.text,
+        token_ids=sequence.output_token_ids,
+        logprobs=_logprobs(core, sequence),
+        cumulative_logprob=sequence.cumulative_logprob if has_score else None,
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+        exit_layers=list(sequence.exit_layers),
+    )
+
+
+def _logprobs(core: EngineCore, sequence: Sequence) -> list[dict[int, Logprob]] | None:
+    if sequence.request.sampling.logprobs is None:
+        return None
+    return [_alternatives(core, token) for token in sequence.chosen]
+
+
+def _prompt_logprobs(core: EngineCore, request: Request) -> list[dict[int, Logprob] | None] | None:
+    if request.sampling.prompt_logprobs is None:
+        return None
+    return [None, *(_alternatives(core, token) for token in request.scored)]
+
+
+def _alternatives(core: EngineCore, token: ChosenToken | ScoredToken) -> dict[int, Logprob]:
+    found = {
+        token_id: Logprob(logprob, rank, _decoded(core, token_id))
+        for rank, (token_id, logprob) in enumerate(token.alternatives, 1)
+    }
+    if token.token_id not in found and token.logprob is not None and token.rank is not None:
+        found[token.token_id] = Logprob(token.logprob, token.rank, _decoded(core, token.token_id))
+    return found
+
+
+def _decoded(core: EngineCore, token_id: int) -> str | None:
+    return None if core.tokenizer is None else core.tokenizer.decode([token_id])

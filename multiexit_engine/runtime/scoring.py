@@ -1,0 +1,86 @@
+"""Cuts texts to be scored into windows that the model can read, and puts the results together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from multiexit_engine.outputs import ScoreOutput
+from multiexit_engine.request import ScoredToken
+from multiexit_engine.runtime.intake import Intake, Prompt
+
+ScoreItem: TypeAlias = Prompt | tuple[Prompt, Prompt]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens that the model reads at once; those from ``score_from`` on are scored."""
+
+    token_ids: list[int]
+    score_from: int
+
+
+def token_ids_of(item: ScoreItem, intake: Intake, name: str) -> tuple[list[int], int]:
+    """All tokens of an item and the place where its scored part begins.
+
+    A pair of texts is tokenised together, so that a token may not be cut where the texts meet: the
+    scored part begins after as many tokens as the context alone has.
+
+    Raises:
+        ValueError: the item is neither text, nor token ids, nor a pair of either kind.
+    """
+    if not isinstance(item, tuple) or all(isinstance(part, int) for part in item):
+        return intake.token_ids(item, name), 0  # type: ignore[arg-type]
+    if len(item) != 2:
+        raise ValueError(f"{name}: a tuple must be a (context, continuation) pair")
+    context, continuation = item
+    if isinstance(context, str) and isinstance(continuation, str):
+        context_ids = intake.encode(context, f"{name}[0]")
+        whole = intake.token_ids(context + continuation, name)
+        return whole, min(len(context_ids), len(whole) - 1)
+    if isinstance(context, str) or isinstance(continuation, str):
+        raise ValueError(f"{name}: context and continuation must both be text or both token ids")
+    context_ids = intake.encode(context, f"{name}[0]")
+    return context_ids + intake.token_ids(continuation, f"{name}[1]"), len(context_ids)
+
+
+def windows(
+    token_ids: Sequence[int], score_from: int, max_len: int, stride: int | None
+) -> list[Window]:
+    """Windows of at most ``max_len`` tokens in which each token is scored once.
+
+    A text that fits is one window. A longer one is read in steps of ``stride`` newly scored
+    tokens, each with the ``max_len - stride`` tokens before it as context; without a stride each
+    window scores as much as it can and sees one token before it.
+    """
+    step = max_len - 1 if stride is None else stride
+    found = []
+    place = max(score_from, 1)
+    if len(token_ids) <= max_len:
+        return [Window(list(token_ids), place)] if place < len(token_ids) else []
+    while place < len(token_ids):
+        # the first window scores all it can: nothing before its text is left out
+        count = max_len - place if place < max_len and not found else step
+        end = min(place + max(count, 1), len(token_ids))
+        start = max(0, end - max_len)
+        found.append(Window(list(token_ids[start:end]), place - start))
+        place = end
+    return found
+
+
+def score_output(
+    token_ids: Sequence[int], score_from: int, scored: Sequence[ScoredToken]
+) -> ScoreOutput:
+    """The result of an item from the scored tokens of all its windows."""
+    logprobs: list[float | None] = [token.logprob for token in scored]
+    greedy = [token.is_greedy for token in scored]
+    if score_from == 0:
+        logprobs.insert(0, None)
+        greedy.insert(0, False)
+    return ScoreOutput(
+        token_ids=list(token_ids[score_from:]),
+        token_logprobs=logprobs,
+        is_greedy=greedy,
+        total=sum(token.logprob for token in scored),
+    )

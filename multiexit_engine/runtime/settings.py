@@ -1,0 +1,139 @@
+"""Turns the face's "auto" and names into the values that an engine is made of."""
+
+from __future__ import annotations
+
+import torch
+
+from multiexit_engine.checkpoint import Checkpoint
+from multiexit_engine.config import BackendName, EngineConfig, ModelConfig
+from multiexit_engine.errors import BackendUnavailable
+from multiexit_engine.ops import Op
+from multiexit_engine.runtime.memory import num_kv_blocks
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def make_engine_config(
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    backend: BackendName,
+    max_model_len: int | None,
+    max_batch_size: int,
+    max_num_batched_tokens: int | None,
+    kv_cache_memory: int | None,
+    block_size: int,
+    prefix_caching: bool,
+    seed: int,
+) -> EngineConfig:
+    """The checked limits of an engine on a checkpoint; see ``Engine.from_pretrained``."""
+    check_counts(
+        max_batch_size=max_batch_size,
+        block_size=block_size,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_memory=kv_cache_memory,
+    )
+    place = pick_device(device)
+    kind = pick_dtype(dtype, checkpoint.dtype, place)
+    length = pick_max_model_len(max_model_len, checkpoint.config)
+    return EngineConfig(
+        device=place,
+        dtype=kind,
+        backend=pick_backend(backend, place),
+        max_model_len=length,
+        max_batch_size=max_batch_size,
+        max_num_batched_tokens=max_num_batched_tokens or step_tokens(place),
+        block_size=block_size,
+        num_kv_blocks=num_kv_blocks(
+            checkpoint.config,
+            dtype=kind,
+            device=place,
+            block_size=block_size,
+            max_model_len=length,
+            max_batch_size=max_batch_size,
+            kv_cache_memory=kv_cache_memory,
+        ),
+        prefix_caching=prefix_caching,
+        seed=seed,
+    )
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" prefers CUDA. Raises ValueError when it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: must be 'auto', 'cpu' or 'cuda[:n]'") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r}: must be 'auto', 'cpu' or 'cuda[:n]'")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r}: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    return place
+
+
+def pick_dtype(
+    dtype: str | torch.dtype, stored: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """The dtype of a name; "auto" keeps what the checkpoint has where the device is fit for it."""
+    if dtype == "auto":
+        return _native_dtype(stored, device)
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype={dtype!r}: must be 'auto', " + ", ".join(map(repr, DTYPES)))
+    return found
+
+
+def pick_max_model_len(wanted: int | None, model: ModelConfig) -> int:
+    """The longest sequence; raises ValueError beyond what the checkpoint was made for."""
+    limit = model.max_position_embeddings
+    if wanted is None:
+        return limit
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 2 <= wanted <= limit:
+        raise ValueError(f"max_model_len={wanted!r}: this model allows 2..{limit}")
+    return wanted
+
+
+def pick_backend(backend: BackendName, device: torch.device) -> BackendName:
+    """The backend itself, if it exists for the device."""
+    if backend not in ("auto", "reference", "native"):
+        raise ValueError(f"backend={backend!r}: must be 'auto', 'reference' or 'native'")
+    ops = Op.registry.values()
+    has_kernels = any(b.device == device.type for op in ops for b in op.backends.values())
+    if backend == "native" and not has_kernels:
+        raise BackendUnavailable(
+            f"backend='native': no kernels are built for device {device.type!r}; "
+            "use 'auto' or 'reference'"
+        )
+    return backend
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raises ValueError for a count that is not a positive integer; None passes."""
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be an integer, 1 or more")
+
+
+def step_tokens(device: torch.device) -> int:
+    """Most tokens of a step: enough to keep the device busy without holding up the others."""
+    return 8192 if device.type == "cuda" else 1024
+
+
+def _native_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    if stored not in DTYPES.values():
+        return torch.float32
+    if device.type == "cpu":
+        return stored if stored is torch.bfloat16 and _cpu_has_bf16() else torch.float32
+    return stored
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+

@@ -1,0 +1,62 @@
+"""Tiny random checkpoints on disk, with a tokenizer that knows every byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+EXITS = (2, 4, 6)
+END = "<|endoftext|>"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, and the end of text as token 256."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(letters)} | {END: 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+def save_gpt2(
+    folder: Path,
+    *,
+    seed: int = 0,
+    vocab_size: int = 257,
+    num_positions: int = 1024,
+    with_tokenizer: bool = True,
+    sharpness: float = 8.0,
+) -> Path:
+    """A GPT-2 of six layers with its own head on layers 2, 4 and 6.
+
+    ``sharpness`` scales the heads, so that distributions are far from flat and greedy choices far
+    from ties.
+    """
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=num_positions,
+        n_embd=64,
+        n_layer=6,
+        n_head=4,
+        bos_token_id=256 if vocab_size > 256 else 0,
+        eos_token_id=256 if vocab_size > 256 else 0,
+        initializer_range=0.1,
+    )
+    tensors = dict(GPT2LMHeadModel(config).state_dict())
+    tensors.pop("lm_head.weight")
+    for layer in EXITS:
+        head = torch.randn(vocab_size, 64) * 0.05 * sharpness
+        tensors[f"name_to_lm_exit_head.lm_head_{layer}.weight"] = head
+    config.lm_head_layer_indices = list(reversed(EXITS))
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    if with_tokenizer:
+        byte_tokenizer().save_pretrained(folder)
+    return folder
