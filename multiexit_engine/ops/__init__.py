@@ -9,6 +9,7 @@ from multiexit_engine.ops.linear import linear
 from multiexit_engine.ops.norm import layer_norm, rms_norm
 from multiexit_engine.ops.registry import REFERENCE, Op, register_op, use_backend
 from multiexit_engine.ops.rotary import rotary
+from multiexit_engine.ops.sampling import gumbel_noise, sample_tokens
 
 __all__ = [
     "REFERENCE",
@@ -17,6 +18,7 @@ __all__ = [
     "contrast_heads",
     "contrast_logits",
     "gated_activation",
+    "gumbel_noise",
     "head_logits",
     "layer_norm",
     "linear",
@@ -24,6 +26,7 @@ __all__ = [
     "register_op",
     "rms_norm",
     "rotary",
+    "sample_tokens",
     "use_backend",
     "write_kv",
 ]

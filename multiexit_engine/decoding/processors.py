@@ -1,0 +1,181 @@
+"""What a request's parameters do to its scores before a token is picked: biases, penalties, bans.
+
+The host lists the tokens that change; a few scattered writes on the device change them. Knows
+nothing of how tokens are picked afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """What picking the next token of one score row needs to know.
+
+    Attributes:
+        params: of its request.
+        prompt_token_ids: tokens of the prompt.
+        output_token_ids: tokens generated so far.
+        seed: of its random numbers.
+        eos_token_ids: tokens that may not come before ``min_new_tokens``.
+        bad_words: sequences of token ids that must not be completed.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    seed: int
+    eos_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(slots=True)
+class _Edits:
+    """Places of a score matrix, each with a number."""
+
+    rows: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+
+    def add(self, row: int, tokens: Sequence[int], numbers: Iterable[float] = ()) -> None:
+        self.rows += [row] * len(tokens)
+        self.tokens += tokens
+        self.numbers += numbers
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        index = torch.tensor([self.rows, self.tokens]).to(device, non_blocking=True)
+        return index[0], index[1]
+
+    def values(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.numbers, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
+    """Apply every request's bias, penalties and bans to its row.
+
+    In this order: logit_bias, repetition_penalty (prompt and output), presence and frequency
+    penalty (output only), then -inf for tokens that would repeat an n-gram, complete a bad word or
+    end the text before min_new_tokens. A row's result does not depend on the other rows.
+
+    Args:
+        scores: [rows, vocab] float32 scores of the rows' modes; left as they are.
+        rows: one for each score row.
+
+    Returns:
+        [rows, vocab] float32; ``scores`` itself when no row asks for anything.
+
+    Source: transformers' ``_get_logits_processor`` and the processors it lists; the presence and
+        frequency penalties of vLLM.
+    """
+    asking = [(index, row) for index, row in enumerate(rows) if _asks(row)]
+    if not asking:
+        return scores
+    scores = scores.clone()
+    _add_biases(scores, asking)
+    _penalise_repetition(scores, asking)
+    _penalise_presence(scores, asking)
+    _ban(scores, asking)
+    return scores
+
+
+def _asks(row: TokenRow) -> bool:
+    params = row.params
+    return bool(
+        params.logit_bias
+        or params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.no_repeat_ngram_size
+        or len(row.output_token_ids) < params.min_new_tokens
+        or row.bad_words
+    )
+
+
+def _add_biases(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
+    edits = _Edits()
+    for index, row in rows:
+        if bias := row.params.logit_bias:
+            edits.add(index, list(bias), bias.values())
+    if edits.rows:
+        scores.index_put_(edits.places(scores.device), edits.values(scores), accumulate=True)
+
+
+def _penalise_repetition(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
+    edits = _Edits()
+    for index, row in rows:
+        if (penalty := row.params.repetition_penalty) != 1:
+            seen = list({*row.prompt_token_ids, *row.output_token_ids})
+            edits.add(index, seen, [penalty] * len(seen))
+    if edits.rows:
+        places, penalties = edits.places(scores.device), edits.values(scores)
+        found = scores[places]
+        scores[places] = torch.where(found < 0, found * penalties, found / penalties)
+
+
+def _penalise_presence(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
+    edits = _Edits()
+    for index, row in rows:
+        presence, frequency = row.params.presence_penalty, row.params.frequency_penalty
+        if presence or frequency:
+            counts = Counter(row.output_token_ids)
+            penalties = [-(presence + frequency * count) for count in counts.values()]
+            edits.add(index, list(counts), penalties)
+    if edits.rows:
+        scores.index_put_(edits.places(scores.device), edits.values(scores), accumulate=True)
+
+
+def _ban(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
+    edits = _Edits()
+    for index, row in rows:
+        edits.add(index, list(_banned(row)))
+    if edits.rows:
+        scores[edits.places(scores.device)] = -math.inf
+
+
+def _banned(row: TokenRow) -> Iterator[int]:
+    params = row.params
+    if len(row.output_token_ids) < params.min_new_tokens:
+        yield from row.eos_token_ids
+    if params.no_repeat_ngram_size or row.bad_words:
+        context = row.prompt_token_ids + row.output_token_ids
+        if params.no_repeat_ngram_size:
+            yield from _repeating(context, params.no_repeat_ngram_size)
+        yield from _completing(context, row.bad_words, row.eos_token_ids)
+
+
+def _repeating(context: list[int], size: int) -> Iterator[int]:
+    """Tokens that would end an n-gram of the context once more."""
+    if size == 1:
+        yield from context
+        return
+    prefix = context[len(context) - size + 1 :] if len(context) >= size else []
+    if not prefix:
+        return
+    last = prefix[-1]
+    for end, token in enumerate(context[:-1], 1):
+        if token == last and end >= size - 1 and context[end - size + 1 : end] == prefix:
+            yield context[end]
+
+
+def _completing(
+    context: list[int], bad_words: tuple[tuple[int, ...], ...], eos_token_ids: tuple[int, ...]
+) -> Iterator[int]:
+    """Last tokens of the bad words that the context has begun.
+
+    A word that is just an ending token is no bad word, as in transformers.
+    """
+    for word in bad_words:
+        prefix = list(word[:-1])
+        if not prefix and word[0] in eos_token_ids:
+            continue
+        if len(prefix) <= len(context) and context[len(context) - len(prefix) :] == prefix:
+            yield word[-1]

@@ -1,0 +1,84 @@
+"""Picks tokens from score rows, and looks up what the rows thought of them.
+
+Knows a request's sampling parameters; nothing of the mode that made the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.decoding.processors import TokenRow, process_scores
+from multiexit_engine.decoding.warpers import warp_scores
+from multiexit_engine.ops import sample_tokens
+
+__all__ = ["LogprobTensors", "TokenRow", "choose_tokens", "token_logprobs"]
+
+
+class LogprobTensors(NamedTuple):
+    """Log-probabilities of the best tokens of each row, and of one token of it.
+
+    Attributes:
+        values: [rows, k] float32, best first.
+        ids: [rows, k] int64 tokens they belong to.
+        chosen: [rows] float32 log-probability of the given token.
+        ranks: [rows] int64: 1 + the number of tokens with a higher one.
+    """
+
+    values: Tensor
+    ids: Tensor
+    chosen: Tensor
+    ranks: Tensor
+
+
+def choose_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
+    """Pick the next token of every row.
+
+    Scores are processed (``process_scores``); greedy rows then take the best token, the lowest id
+    among equals; the others draw one after temperature, top_k, top_p, min_p and typical_p. A
+    row's token depends on its own scores, parameters, seed and number of output tokens alone.
+
+    Args:
+        scores: [rows, vocab] float32 raw scores of the rows' modes; left as they are.
+        rows: one for each score row.
+
+    Returns:
+        [rows] int64 token ids.
+
+    Source: transformers' ``_sample`` with its processors; drawing by Gumbel-max.
+    """
+    scores = process_scores(scores, rows)
+    sampled = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    if not sampled:
+        return scores.argmax(-1)
+    if len(sampled) == len(rows):
+        return _draw(scores, rows)
+    tokens = scores.argmax(-1)
+    places = torch.tensor(sampled).to(scores.device, non_blocking=True)
+    tokens[places] = _draw(scores[places], [rows[index] for index in sampled])
+    return tokens
+
+
+def _draw(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
+    device = scores.device
+    state = torch.tensor([[row.seed, len(row.output_token_ids)] for row in rows])
+    seeds, positions = state.to(device, non_blocking=True).unbind(1)
+    return sample_tokens(warp_scores(scores, [row.params for row in rows]), seeds, positions)
+
+
+def token_logprobs(scores: Tensor, tokens: Tensor, num_top: int) -> LogprobTensors:
+    """Log-probabilities of given tokens and of the best ones, before any processing.
+
+    Args:
+        scores: [rows, vocab] float32 raw scores of the rows' modes.
+        tokens: [rows] int64.
+        num_top: how many best tokens to list, at most the vocabulary; may be 0.
+    """
+    logprobs = scores.log_softmax(-1)
+    chosen = logprobs.gather(1, tokens[:, None])
+    values, ids = logprobs.topk(min(num_top, logprobs.shape[1]), -1)
+    ranks = (logprobs > chosen).sum(-1) + 1
+    return LogprobTensors(values, ids, chosen[:, 0], ranks)
