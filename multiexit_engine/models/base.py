@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
+import torch
 from torch import Tensor, nn
 
 from multiexit_engine.batch import ForwardBatch
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.checkpoint import TensorLoader
 from multiexit_engine.config import ModelConfig
 from multiexit_engine.layers.block import DecoderBlock
 from multiexit_engine.layers.embedding import Embedding
 from multiexit_engine.layers.exit_heads import ExitHeads
+
+logger = logging.getLogger(__name__)
 
 
 class MultiExitModel(nn.Module):
@@ -65,3 +71,32 @@ class MultiExitModel(nn.Module):
         for block in self.blocks[start:stop]:
             hidden = block(hidden, kv_cache, batch)
         return hidden
+
+
+def load_original_head(config: ModelConfig, loader: TensorLoader, tokens: Tensor) -> Tensor:
+    """The matrix of the model's own head: the token embedding where they are tied.
+
+    A head that is stored beside a tied embedding and differs from it is used, with a warning, as
+    transformers 5 does; transformers 4 ignored it.
+
+    Args:
+        config: of the model.
+        loader: of its weights.
+        tokens: [vocab, hidden], the token embedding.
+
+    Returns:
+        [vocab, hidden].
+
+    Raises:
+        CheckpointError: an untied head is missing, or is misshapen.
+    """
+    name = "lm_head.weight"
+    if config.tie_word_embeddings and name not in loader.weights:
+        return tokens
+    head = loader.load(name, config.vocab_size, config.hidden_size)
+    if not config.tie_word_embeddings:
+        return head
+    if torch.equal(head, tokens):
+        return tokens
+    logger.warning("%s differs from the embedding that config.json ties it to; it is used", name)
+    return head

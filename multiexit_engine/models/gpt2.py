@@ -13,7 +13,7 @@ from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.layers.linear import Linear
 from multiexit_engine.layers.mlp import MLP
 from multiexit_engine.layers.norm import LayerNorm
-from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.models.base import MultiExitModel, load_original_head
 
 
 def build_gpt2(config: ModelConfig, loader: TensorLoader) -> MultiExitModel:
@@ -21,15 +21,12 @@ def build_gpt2(config: ModelConfig, loader: TensorLoader) -> MultiExitModel:
     width = config.hidden_size
     tokens = loader.load("transformer.wte.weight", config.vocab_size, width)
     positions = loader.load("transformer.wpe.weight", config.max_position_embeddings, width)
-    head = tokens
-    if not config.tie_word_embeddings:
-        head = loader.load("lm_head.weight", config.vocab_size, width)
     final_norm = _norm(config, loader, "transformer.ln_f")
     return MultiExitModel(
         config,
         Embedding(tokens, positions),
         [_block(config, loader, layer) for layer in range(config.num_layers)],
-        ExitHeads(config, loader, final_norm, head),
+        ExitHeads(config, loader, final_norm, load_original_head(config, loader, tokens)),
     )
 
 

@@ -19,7 +19,7 @@ from multiexit_engine.layers.linear import Linear
 from multiexit_engine.layers.mlp import GatedMLP
 from multiexit_engine.layers.norm import RMSNorm
 from multiexit_engine.layers.rotary import Rotary
-from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.models.base import MultiExitModel, load_original_head
 
 
 class _Variant(NamedTuple):
@@ -35,16 +35,16 @@ def build_llama(config: ModelConfig, loader: TensorLoader) -> MultiExitModel:
     """Load a model of these families; raises CheckpointError for missing or misshapen tensors."""
     if config.rope is None:
         raise CheckpointError(f"a {config.model_type} config needs rope_parameters")
-    shape = (config.vocab_size, config.hidden_size)
-    tokens = loader.load("model.embed_tokens.weight", *shape)
-    head = tokens if config.tie_word_embeddings else loader.load("lm_head.weight", *shape)
+    width = config.hidden_size
+    tokens = loader.load("model.embed_tokens.weight", config.vocab_size, width)
     rotary = Rotary(config.rope, config.max_position_embeddings, loader.device, loader.dtype)
     variant = _variant(config)
+    final_norm = _norm(config, loader, "model.norm", width)
     return MultiExitModel(
         config,
         Embedding(tokens),
         [_block(config, variant, loader, rotary, layer) for layer in range(config.num_layers)],
-        ExitHeads(config, loader, _norm(config, loader, "model.norm", config.hidden_size), head),
+        ExitHeads(config, loader, final_norm, load_original_head(config, loader, tokens)),
     )
 
 

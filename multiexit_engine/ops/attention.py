@@ -68,7 +68,7 @@ def paged_attention(
             scale=scale,
             enable_gqa=q.shape[1] != num_kv_heads,
         )
-        output[part.rows] = result.view(shape).transpose(1, 2).reshape(-1, num_heads, head_dim)
+        output[part.rows] = result.reshape(shape).transpose(1, 2).reshape(-1, num_heads, head_dim)
     return output
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from multiexit_engine.checkpoint import Weights, open_checkpoint
 from multiexit_engine.errors import CheckpointError
 from multiexit_engine.models import build_model
-from tests.checkpoint.harness import LAYERS, base_tensors, heads, write, write_config
+from tests.checkpoint.harness import HIDDEN, LAYERS, VOCAB, base_tensors, heads, write, write_config
 
 CPU = torch.device("cpu")
 
@@ -96,6 +96,21 @@ def test_a_missing_untied_head_is_named(tmp_path):
     checkpoint = open_checkpoint(write(tmp_path, tie_word_embeddings=False))
     with pytest.raises(CheckpointError, match=r"no tensor 'lm_head.weight'"):
         build_model(checkpoint, CPU, torch.float32)
+
+
+def test_a_tied_head_that_is_stored_too_is_the_embedding(tmp_path):
+    extra = {"lm_head.weight": base_tensors()["transformer.wte.weight"].clone()}
+    model = build_model(open_checkpoint(write(tmp_path, extra)), CPU, torch.float32)
+    weight = model.heads.operands(model.heads.original, torch.zeros(1, HIDDEN)).weight
+    assert weight.data_ptr() == model.embedding.tokens.data_ptr()
+
+
+def test_a_stored_head_that_differs_from_the_tied_embedding_is_used(tmp_path, caplog):
+    extra = {"lm_head.weight": torch.ones(VOCAB, HIDDEN)}
+    model = build_model(open_checkpoint(write(tmp_path, extra)), CPU, torch.float32)
+    operands = model.heads.operands(model.heads.original, torch.zeros(1, HIDDEN))
+    assert torch.equal(operands.weight, extra["lm_head.weight"])
+    assert "lm_head.weight differs from the embedding" in caplog.text
 
 
 def test_a_shape_that_does_not_fit_is_named(tmp_path):
