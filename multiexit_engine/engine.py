@@ -60,7 +60,8 @@ class Engine:
     ) -> None:
         self.config = config
         self.checkpoint = checkpoint
-        self.tokenizer: Any | None = checkpoint.load_tokenizer()
+        tokenizer: Any = checkpoint.load_tokenizer()
+        self.tokenizer = tokenizer
         self._model = build_model(checkpoint, config.device, config.dtype)
         model = self._model.config
         kv_cache = PagedKVCache(
@@ -74,8 +75,8 @@ class Engine:
         )
         self._scheduler = Scheduler(config)
         runner = ModelRunner(self._model, kv_cache, config)
-        self._core = EngineCore(config, self._scheduler, runner, self.tokenizer)
-        self._intake = Intake(config, model, self._model.heads, self.tokenizer, decoding)
+        self._core = EngineCore(config, self._scheduler, runner, tokenizer)
+        self._intake = Intake(config, model, self._model.heads, tokenizer, decoding)
         self._ids = itertools.count()
         self._random = random.Random(config.seed)
 
@@ -203,7 +204,7 @@ class Engine:
         finish reason. Leaving the loop early aborts the request.
 
         Raises:
-            ValueError: as ``generate``, and for beam search, whose text is not known before its end.
+            ValueError: as ``generate``, and for beam search, whose text is known at its end only.
             RequestFailed: the request's own contrast function or numbers failed.
         """
         request = self._checked(prompt, sampling or SamplingParams(), decoding, "")
@@ -251,7 +252,7 @@ class Engine:
             self._core.add(request)
         self._finish_all(requests, progress)
         for request in requests:
-            self._core.collect(request.request_id)
+            self._core.forget(request.request_id)
         for request in requests:
             if request.error is not None:
                 raise RequestFailed(request.error)
@@ -300,7 +301,7 @@ class Engine:
         outputs = [request_output(self._core, request) for request in changed]
         for request in changed:
             if request.is_finished:
-                self._core.collect(request.request_id)
+                self._core.forget(request.request_id)
         return outputs
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -309,7 +310,7 @@ class Engine:
         if request is None:
             return None
         output = request_output(self._core, request)
-        self._core.collect(request_id)
+        self._core.forget(request_id)
         return output
 
     def has_unfinished(self) -> bool:
@@ -371,13 +372,12 @@ class Engine:
                         bar.show(len(requests) - num_left, self._core.num_generated_tokens)
         except BaseException:
             for request in requests:
-                self._core.abort(request.request_id)
-                self._core.requests.pop(request.request_id, None)
+                self._core.forget(request.request_id)
             raise
 
     def _collect(self, request: Request) -> RequestOutput:
         output = request_output(self._core, request)
-        self._core.collect(request.request_id)
+        self._core.forget(request.request_id)
         return output
 
 

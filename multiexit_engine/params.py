@@ -304,7 +304,9 @@ class SamplingParams:
             if self.stop:
                 raise _reject("stop", self.stop, "empty under beam search; use stop_token_ids")
             if self.logprobs is not None:
-                raise _reject("logprobs", self.logprobs, "None under beam search: beams have scores")
+                raise _reject(
+                    "logprobs", self.logprobs, "None under beam search: beams have scores"
+                )
         elif self.temperature == 0 and self.n > 1:
             raise _reject("n", self.n, "1 when temperature=0: greedy continuations are all equal")
 

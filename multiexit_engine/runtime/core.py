@@ -23,7 +23,7 @@ class EngineCore:
     """Living requests, their scheduler and their runner.
 
     Attributes:
-        requests: all requests that were added and not yet collected.
+        requests: all requests that were added and not yet forgotten.
         streamed: ids of the requests whose text is looked at while it grows.
     """
 
@@ -89,8 +89,7 @@ class EngineCore:
                 self._finish_scored({request.request_id: request})
             return torch.cat(parts)
         finally:
-            self.abort(request.request_id)
-            self.requests.pop(request.request_id, None)
+            self.forget(request.request_id)
 
     def text(self, sequence: Sequence) -> Detokenizer | None:
         """The text of a sequence's output so far; None without a tokenizer."""
@@ -101,14 +100,13 @@ class EngineCore:
             self._texts[sequence].append_unseen(_visible(sequence))
         return self._texts[sequence]
 
-    def collect(self, request_id: str) -> Request:
-        """Forget a finished request and return it."""
-        request = self.requests.pop(request_id)
+    def forget(self, request_id: str) -> None:
+        """End a request if it still runs, and keep nothing of it; unknown ids are fine."""
+        self.abort(request_id)
         self.streamed.discard(request_id)
-        self._beams.pop(request_id, None)
-        for sequence in request.sequences:
+        request = self.requests.pop(request_id, None)
+        for sequence in request.sequences if request is not None else ():
             self._texts.pop(sequence, None)
-        return request
 
     def _update(self, output: StepOutput) -> list[Request]:
         changed = {request_id: self.requests[request_id] for request_id in output.failures}
@@ -165,10 +163,12 @@ class EngineCore:
         elif text is not None and text.stop_string is not None:
             sequence.stop_reason = text.stop_string
             self._finish(sequence, FinishReason.STOP)
-        elif sequence.num_output_tokens >= params.max_new_tokens:
+        elif self._is_full(sequence):
             self._finish(sequence, FinishReason.LENGTH)
-        elif sequence.num_tokens >= self.config.max_model_len:
-            self._finish(sequence, FinishReason.LENGTH)
+
+    def _is_full(self, sequence: Sequence) -> bool:
+        is_long_enough = sequence.num_output_tokens >= sequence.request.sampling.max_new_tokens
+        return is_long_enough or sequence.num_tokens >= self.config.max_model_len
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.scheduler.finish(sequence, reason)

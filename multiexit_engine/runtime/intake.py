@@ -111,17 +111,16 @@ class Intake:
                     "the tokenizer's files into the checkpoint's folder"
                 )
             return list(self._tokenizer(text)["input_ids"])
-        if not isinstance(text, Sequence) or any(
-            isinstance(token, bool) or not isinstance(token, int) for token in text
-        ):
+        token_ids = _integers(text)
+        if token_ids is None:
             raise ValueError(f"{name}={_shown(text)}: must be a string or a list of token ids")
         vocab_size = self._model_config.vocab_size
-        for place, token in enumerate(text):
+        for place, token in enumerate(token_ids):
             if not 0 <= token < vocab_size:
                 raise ValueError(
                     f"{name}[{place}]={token}: token ids of this model are 0..{vocab_size - 1}"
                 )
-        return list(text)
+        return token_ids
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
         if sampling.stop and self._tokenizer is None:
@@ -157,6 +156,14 @@ class Intake:
                     ids = self._tokenizer(form, add_special_tokens=False)["input_ids"]
                     words.append(tuple(ids))
         return tuple(dict.fromkeys(words))
+
+
+def _integers(value: object) -> list[int] | None:
+    if not isinstance(value, Sequence):
+        return None
+    items: list[object] = list(value)
+    found = [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
+    return found if len(found) == len(items) else None
 
 
 def _shown(value: object) -> str:

@@ -6,6 +6,7 @@ nothing of queues, blocks' owners or texts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,6 @@ from multiexit_engine.decoding.beam import beam_candidates
 from multiexit_engine.decoding.exits import mode_scores
 from multiexit_engine.decoding.plan import ExitPlan, plan_exits, plan_segments
 from multiexit_engine.decoding.sampler import (
-    LogprobTensors,
     TokenRow,
     choose_tokens,
     token_logprobs,
@@ -37,6 +37,7 @@ from multiexit_engine.params import DecodingMode
 from multiexit_engine.request import ChosenToken, Request, ScoredToken
 from multiexit_engine.request import Sequence as TokenSequence
 
+NOT_A_NUMBER = "its mode gave NaN as the score of a token"
 MAX_LOGIT_ROWS = 256  # rows of a float32 [rows, vocab] tensor made at once: 51 MB at GPT-2's vocab
 
 
@@ -61,6 +62,10 @@ class _LogitSlice:
         rows = [self.rows[r].flat_row for r in self.plan.rows_at.get(layer, ())]
         if rows:
             self.taps[layer] = hidden[torch.tensor(rows).to(hidden.device, non_blocking=True)]
+
+    def note(self, failures: dict[int, str], output: StepOutput) -> None:
+        for row, message in failures.items():
+            output.failures[self.rows[row].item.sequence.request.request_id] = message
 
 
 class ModelRunner:
@@ -134,8 +139,7 @@ class ModelRunner:
 
     def _choose(self, part: _LogitSlice, output: StepOutput) -> None:
         scores, failures = self._scores(part)
-        for row, message in failures.items():
-            output.failures[part.rows[row].item.sequence.request.request_id] = message
+        part.note(failures, output)
         beams: dict[str, list[int]] = {}
         plain: list[int] = []
         for index, row in enumerate(part.rows):
@@ -167,36 +171,22 @@ class ModelRunner:
             scores = scores[torch.tensor(source).to(scores.device, non_blocking=True)]
         tokens = choose_tokens(scores, rows)
         chosen_scores = scores.gather(1, tokens[:, None])[:, 0]
-        logprobs, num_top = self._alternatives(scores, tokens, rows)
+        logprobs = self._alternatives(scores, tokens, rows)
         host_tokens, host_scores, *host_logprobs = _to_host([tokens, chosen_scores, *logprobs])
 
-        row = 0
+        start = 0
         for sequence, count in zip(sequences, copies, strict=True):
-            request = sequence.request
-            if any(score != score for score in host_scores[row : row + count]):
-                output.failures[request.request_id] = "its mode gave NaN as the score of a token"
-            chosen = []
-            for i in range(row, row + count):
-                asked = request.sampling.logprobs
-                if asked is None:
-                    chosen.append(ChosenToken(host_tokens[i]))
-                    continue
-                values, ids, own, ranks = host_logprobs
-                k = num_top if asked == -1 else asked
-                best = tuple(zip(ids[i][:k], values[i][:k], strict=True))
-                chosen.append(ChosenToken(host_tokens[i], own[i], ranks[i], best))
-            row += count
-            if request.request_id not in output.failures:
-                output.tokens.append((sequence, chosen))
+            own, start = range(start, start + count), start + count
+            if any(math.isnan(host_scores[i]) for i in own):
+                output.failures[sequence.request.request_id] = NOT_A_NUMBER
+                continue
+            asked = sequence.request.sampling.logprobs
+            chosen = [_chosen(host_tokens, host_logprobs, i, asked) for i in own]
+            output.tokens.append((sequence, chosen))
 
-    def _alternatives(
-        self, scores: Tensor, tokens: Tensor, rows: list[TokenRow]
-    ) -> tuple[list[Tensor], int]:
+    def _alternatives(self, scores: Tensor, tokens: Tensor, rows: list[TokenRow]) -> list[Tensor]:
         num_top = _num_alternatives([row.params.logprobs for row in rows], scores.shape[1])
-        if num_top is None:
-            return [], 0
-        found: LogprobTensors = token_logprobs(scores, tokens, num_top)
-        return [found.values, found.ids, found.chosen, found.ranks], num_top
+        return [] if num_top is None else list(token_logprobs(scores, tokens, num_top))
 
     def _choose_beams(
         self, part: _LogitSlice, indices: list[int], scores: Tensor, output: StepOutput
@@ -209,8 +199,8 @@ class ModelRunner:
         own = scores[torch.tensor(indices).to(scores.device, non_blocking=True)]
         values, ids = beam_candidates(own, rows, running, min(count, own.shape[1]))
         host_values, host_ids = _to_host([values, ids])
-        if any(value != value for beam in host_values for value in beam):
-            output.failures[request.request_id] = "its mode gave NaN as the score of a token"
+        if any(math.isnan(value) for beam in host_values for value in beam):
+            output.failures[request.request_id] = NOT_A_NUMBER
             return
         output.beams.append((request, BeamCandidates(host_values, host_ids)))
 
@@ -227,8 +217,7 @@ class ModelRunner:
 
     def _score(self, part: _LogitSlice, output: StepOutput) -> None:
         scores, failures = self._scores(part)
-        for row, message in failures.items():
-            output.failures[part.rows[row].item.sequence.request.request_id] = message
+        part.note(failures, output)
         requests = [row.item.sequence.request for row in part.rows]
         targets = [row.target for row in part.rows]
         asked = [request.sampling.prompt_logprobs for request in requests]
@@ -236,18 +225,19 @@ class ModelRunner:
         wanted = torch.tensor(targets).to(scores.device, non_blocking=True)
         found = token_logprobs(scores, wanted, num_top)
         best = scores.argmax(-1)
-        values, ids, own, ranks, greedy = _to_host(
-            [found.values, found.ids, found.chosen, found.ranks, best]
-        )
+        greedy, tokens, *logprobs = _to_host([best, wanted, *found])
         for i, request in enumerate(requests):
-            if own[i] != own[i]:
-                output.failures[request.request_id] = "its mode gave NaN as the score of a token"
-            count = asked[i] or 0
-            k = num_top if count == -1 else count
-            alternatives = tuple(zip(ids[i][:k], values[i][:k], strict=True))
-            token = part.rows[i].target
-            assert token is not None
-            scored = ScoredToken(token, own[i], ranks[i], greedy[i] == token, alternatives)
+            chosen = _chosen(tokens, logprobs, i, asked[i] or 0)
+            assert chosen.logprob is not None and chosen.rank is not None
+            if math.isnan(chosen.logprob):
+                output.failures[request.request_id] = NOT_A_NUMBER
+            scored = ScoredToken(
+                chosen.token_id,
+                chosen.logprob,
+                chosen.rank,
+                greedy[i] == chosen.token_id,
+                chosen.alternatives,
+            )
             if not output.scored or output.scored[-1][0] is not request:
                 output.scored.append((request, []))
             output.scored[-1][1].append(scored)
@@ -261,6 +251,18 @@ def sequence_seed(seed: int, index: int) -> int:
 def beam_candidate_count(request: Request, row: TokenRow) -> int:
     """Candidates per beam that always leave ``num_beams`` which do not end."""
     return max(2, 1 + len(row.eos_token_ids)) * request.sampling.num_beams
+
+
+def _chosen(
+    tokens: list[int], logprobs: list[list[Any]], row: int, asked: int | None
+) -> ChosenToken:
+    """One row of a step's results; ``logprobs`` as ``token_logprobs`` gives them, or nothing."""
+    if asked is None:
+        return ChosenToken(tokens[row])
+    values, ids, own, ranks = logprobs
+    count = len(ids[row]) if asked == -1 else asked
+    best = tuple(zip(ids[row][:count], values[row][:count], strict=True))
+    return ChosenToken(tokens[row], own[row], ranks[row], best)
 
 
 def _num_choices(sequence: TokenSequence) -> int:
@@ -301,4 +303,3 @@ def _to_host(tensors: list[Tensor]) -> list[list[Any]]:
     if any(tensor.is_cuda for tensor in tensors):
         torch.cuda.current_stream().synchronize()
     return [tensor.tolist() for tensor in on_host]
-

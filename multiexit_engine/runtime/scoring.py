@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from multiexit_engine.outputs import ScoreOutput
 from multiexit_engine.request import ScoredToken
@@ -30,11 +30,10 @@ def token_ids_of(item: ScoreItem, intake: Intake, name: str) -> tuple[list[int],
     Raises:
         ValueError: the item is neither text, nor token ids, nor a pair of either kind.
     """
-    if not isinstance(item, tuple) or all(isinstance(part, int) for part in item):
-        return intake.token_ids(item, name), 0  # type: ignore[arg-type]
-    if len(item) != 2:
-        raise ValueError(f"{name}: a tuple must be a (context, continuation) pair")
-    context, continuation = item
+    pair = _as_pair(item, name)
+    if pair is None:
+        return intake.token_ids(cast(Prompt, item), name), 0
+    context, continuation = pair
     if isinstance(context, str) and isinstance(continuation, str):
         context_ids = intake.encode(context, f"{name}[0]")
         whole = intake.token_ids(context + continuation, name)
@@ -43,6 +42,15 @@ def token_ids_of(item: ScoreItem, intake: Intake, name: str) -> tuple[list[int],
         raise ValueError(f"{name}: context and continuation must both be text or both token ids")
     context_ids = intake.encode(context, f"{name}[0]")
     return context_ids + intake.token_ids(continuation, f"{name}[1]"), len(context_ids)
+
+
+def _as_pair(item: ScoreItem, name: str) -> tuple[Prompt, Prompt] | None:
+    """A (context, continuation) pair; None for a single text. A tuple of integers is a text."""
+    if not isinstance(item, tuple) or all(isinstance(part, int) for part in item):
+        return None
+    if len(item) != 2:
+        raise ValueError(f"{name}: a tuple must be a (context, continuation) pair")
+    return cast(tuple[Prompt, Prompt], item)
 
 
 def windows(
@@ -55,7 +63,7 @@ def windows(
     window scores as much as it can and sees one token before it.
     """
     step = max_len - 1 if stride is None else stride
-    found = []
+    found: list[Window] = []
     place = max(score_from, 1)
     if len(token_ids) <= max_len:
         return [Window(list(token_ids), place)] if place < len(token_ids) else []

@@ -76,14 +76,12 @@ def pick_device(device: str | torch.device) -> torch.device:
     return place
 
 
-def pick_dtype(
-    dtype: str | torch.dtype, stored: torch.dtype, device: torch.device
-) -> torch.dtype:
+def pick_dtype(dtype: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of a name; "auto" keeps what the checkpoint has where the device is fit for it."""
     if dtype == "auto":
         return _native_dtype(stored, device)
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype={dtype!r}: must be 'auto', " + ", ".join(map(repr, DTYPES)))
     return found
 
@@ -136,4 +134,3 @@ def _native_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 def _cpu_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-

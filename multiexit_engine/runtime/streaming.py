@@ -46,5 +46,4 @@ def stream_request(
         if request.error is not None:
             raise RequestFailed(request.error)
     finally:
-        core.abort(request.request_id)
-        core.requests.pop(request.request_id, None)
+        core.forget(request.request_id)

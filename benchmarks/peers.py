@@ -1,0 +1,76 @@
+"""What the engine is measured against: transformers itself, and IBM's way of using it.
+
+IBM's way, written plainly: every exit head and the model's own head are computed at every step,
+whatever the mode needs, and the contrast sorts the whole vocabulary in probability space.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import Shape
+from safetensors import safe_open
+from torch import Tensor
+
+
+def load_transformers(shape: Shape, folder: Path, dtype: torch.dtype) -> Any:
+    """Transformers' own model on the checkpoint's weights, with its original head."""
+    model = shape.model_class.from_pretrained(folder, dtype=dtype)
+    return model.eval()
+
+
+def load_ibm_way(shape: Shape, folder: Path, dtype: torch.dtype) -> Any:
+    """Transformers' model whose ``generate`` contrasts two exits as IBM's library does."""
+
+    class AllHeads(shape.model_class):  # type: ignore[name-defined,misc]
+        exit_heads: dict[int, Tensor]
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["output_hidden_states"] = True
+            out = super().forward(*args, **kwargs)
+            logits = {}
+            for layer, weight in self.exit_heads.items():
+                hidden = out.hidden_states[layer][:, -1:, :]
+                if layer < len(out.hidden_states) - 1:
+                    hidden = self.transformer.ln_f(hidden)
+                logits[layer] = hidden @ weight.T
+            out.logits = contrast(logits[shape.upper], logits[shape.lower])
+            return out
+
+    model = AllHeads.from_pretrained(folder, dtype=dtype).eval()
+    model.exit_heads = {}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for layer in shape.exits:
+            name = f"name_to_lm_exit_head.lm_head_{layer}.weight"
+            model.exit_heads[layer] = file.get_tensor(name).to(dtype)
+    return model
+
+
+def contrast(upper: Tensor, lower: Tensor, alpha: float = 0.1, min_candidates: int = 1) -> Tensor:
+    """IBM's formula in probability space: full sort, masks, renormalisation. [B, 1, V] -> same."""
+    p, q = upper.softmax(-1), lower.softmax(-1)
+    ranked = p.sort(-1, descending=True).values
+    threshold = torch.minimum(alpha * ranked[..., :1], ranked[..., min_candidates - 1, None])
+    plausible = p >= threshold
+    mass = torch.where(plausible, p, 0.0).sum(-1, keepdim=True)
+    ratio = torch.where(plausible, p.log() - q.log(), -torch.inf)
+    return torch.where(plausible, (mass * ratio.softmax(-1)).log(), p.log())
+
+
+@torch.inference_mode()
+def generate(model: Any, prompts: list[list[int]], num_new_tokens: int) -> list[list[int]]:
+    """Greedy ``generate`` of transformers on prompts of one length; the new tokens of each."""
+    ids = torch.tensor(prompts)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_new_tokens,
+        min_new_tokens=num_new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=False,
+        output_hidden_states=False,
+    )
+    return [row[len(prompts[0]) :] for row in out.tolist()]

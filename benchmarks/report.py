@@ -1,0 +1,82 @@
+"""Timing in alternation, the machine's description, tables and JSON files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def alternate(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run: one unmeasured round, then ``rounds`` rounds in turn.
+
+    In turn, so that a disturbance of the machine meets all of them and ratios stay honest.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for measured in [False] + [True] * rounds:
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if measured:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    """The middle value."""
+    return statistics.median(values)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "multiexit-engine")},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table."""
+    table = Table(title=title)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def write_json(path: Path | None, command: str, results: list[dict[str, Any]]) -> None:
+    """Write the results with the machine beside them."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"command": command, "machine": machine(), "results": results}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _cpu_name() -> str:
+    flags = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile"}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    found = {key.strip(): value for key, _, value in (line.partition(": ") for line in lines)}
+    has = " ".join(sorted(flags & set(found.get("flags", "").split())))
+    return f"{found.get('model name', platform.processor())} ({has})"
