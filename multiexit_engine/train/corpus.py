@@ -48,7 +48,10 @@ class Book:
 
 
 def read_titles(path: Path) -> list[Title]:
-    """Rows of a tab-separated list with the columns file, author, title, year, split."""
+    """Rows of a tab-separated list with the columns file, author, title, year, split.
+
+    The split is train, held-out or reserve; reserve books are checked titles that are not read.
+    """
     with path.open(encoding="utf-8", newline="") as lines:
         return [
             Title(
@@ -59,6 +62,7 @@ def read_titles(path: Path) -> list[Title]:
                 held_out=row["split"] == "held-out",
             )
             for row in csv.DictReader(lines, delimiter="\t")
+            if row["split"] != "reserve"
         ]
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from multiexit_engine.train.causal import CausalTrainingConfig, train_causal
+from multiexit_engine.train.causal import train_causal
+from multiexit_engine.train.causal_config import CausalTrainingConfig
 from multiexit_engine.train.corpus import (
     DEMO_TITLES,
     encode_texts,
@@ -33,6 +34,7 @@ from multiexit_engine.train.samples import (
 
 logger = logging.getLogger(__name__)
 
+MEASURED_TOKENS = 512
 PROMPT_TOKENS = 32
 NEW_TOKENS = 128
 NUM_PROMPTS = 32
@@ -51,7 +53,7 @@ def describe(folder: Path, corpus: Path, validation_blocks: int | None = None) -
     texts = [book.text for book in read_books(corpus, read_titles(DEMO_TITLES)) if book.held_out]
     stream = encode_texts(tokenizer, texts)
     bytes_per_token = sum(len(text.encode()) for text in texts) / len(stream)
-    blocks = fixed_blocks(stream, 1024, validation_blocks)
+    blocks = fixed_blocks(stream, MEASURED_TOKENS, validation_blocks)
     last = network.heads.num_layers
     modes = {f"exit {layer}": exit_scores(layer) for layer in network.layers}
     modes |= {
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="archive or folder of the books")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use as it is")
+    parser.add_argument("--max-steps", type=int, default=4000, help="steps of 8192 tokens")
     parser.add_argument("--max-minutes", type=float, help="ends the training, schedule complete")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state")
     arguments = parser.parse_args()
@@ -98,6 +101,7 @@ def main() -> None:
     config = dataclasses.replace(
         demo_config(arguments.corpus, arguments.output),
         tokenizer=arguments.tokenizer,
+        max_steps=arguments.max_steps,
         max_minutes=arguments.max_minutes,
         resume=arguments.resume,
     )

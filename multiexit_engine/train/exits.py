@@ -104,11 +104,21 @@ class MultiExitNetwork(nn.Module):
         for layer, state in self.normed_states(ids):
             yield layer, self.heads.logits(state, layer, self.output_weight)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """The loss of every exit [exits], shallowest first."""
-        return torch.stack(
-            [shifted_cross_entropy(logits, ids) for _, logits in self.exit_logits(ids)]
-        )
+    def forward(self, ids: Tensor, share_rows: bool = False) -> Tensor:
+        """The loss of every exit [exits], shallowest first.
+
+        With `share_rows` the exits before the deepest divide the rows among them, so that a step
+        pays for two heads however many exits there are.
+        """
+        num_shares = max(len(self.layers) - 1, 1)
+        losses = []
+        for place, (layer, state) in enumerate(self.normed_states(ids)):
+            rows = slice(None)
+            if share_rows and layer != self.layers[-1]:
+                rows = slice(place * len(ids) // num_shares, (place + 1) * len(ids) // num_shares)
+            logits = self.heads.logits(state[rows], layer, self.output_weight)
+            losses.append(shifted_cross_entropy(logits, ids[rows]))
+        return torch.stack(losses)
 
     def checkpoint_state(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Weights under the names of a released checkpoint; a tied output matrix is left out."""

@@ -69,14 +69,13 @@ class RateSchedule:
     ) -> None:
         self._warmup_steps = warmup_steps
         self._decay_share = decay_share
-        self._groups = [
-            (group, float(group["lr"]))
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-        ]
+        self._optimizers = optimizers
+        self._peaks = [[float(group["lr"]) for group in each.param_groups] for each in optimizers]
 
     def set(self, step: int, share_done: float) -> None:
         """Sets the rates for this step."""
         factor = rate_factor(step, share_done, self._warmup_steps, self._decay_share)
-        for group, peak in self._groups:
-            group["lr"] = peak * factor
+        for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
+            # Asked for anew each time: loading a state replaces the groups of an optimiser.
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
