@@ -21,7 +21,7 @@ from multiexit_engine.train.optimizers import RateSchedule, causal_optimizers
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pt"
-_LOG_EVERY_STEPS = 20
+LOG_EVERY_STEPS = 20
 
 
 class TrainingLoop:
@@ -68,7 +68,7 @@ class TrainingLoop:
             self.step += 1
             now = time.monotonic()
             self.seconds = before + now - start
-            if self.step % _LOG_EVERY_STEPS == 0 or self.step == self._config.max_steps:
+            if self.step % LOG_EVERY_STEPS == 0 or self.step == self._config.max_steps:
                 values = losses.tolist()
                 now = time.monotonic()
                 steps = self.step - mark_step
