@@ -7,8 +7,8 @@ Values are checked here as far as they can be without a model; what a model allo
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -27,8 +27,10 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # an integer of 400 digits is finite, but no float can hold it
+    return abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ def decoding_to_json(mode: DecodingMode) -> dict[str, Any]:
 
 def decoding_from_json(value: Mapping[str, Any]) -> DecodingMode:
     """The mode of a JSON form; raises ValueError naming any unknown or missing field."""
+    if not isinstance(value, Mapping):
+        raise _reject("decoding", value, 'an object such as {"mode": "exit", "layer": 6}')
     name = value.get("mode")
     if not isinstance(name, str) or name not in MODES:
         raise _reject("decoding.mode", name, "one of " + ", ".join(map(repr, MODES)))
@@ -142,9 +146,11 @@ def parse_decoding(text: str) -> DecodingMode:
         key, equals, number = part.partition("=")
         if not equals:
             if place >= len(names):
-                raise ValueError(f"decoding={text!r}: mode {name!r} takes {_listed(names)}")
+                raise ValueError(f"decoding={text!r}: mode {name!r}: {_listed(names)}")
             key, number = names[place], part
-        value[key.strip()] = _number_or_word(number.strip())
+        if (key := key.strip()) in value:
+            raise ValueError(f"decoding={text!r}: {key!r} is given twice")
+        value[key] = _number_or_word(number.strip())
     return decoding_from_json(value)
 
 
@@ -158,6 +164,16 @@ def _number_or_word(text: str) -> int | float | str:
 
 def _listed(names: Mapping[str, object] | list[str]) -> str:
     return "its fields are " + ", ".join(names) if names else "it has no fields"
+
+
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise _reject(name, value, "a list")
+    return tuple(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,13 +242,15 @@ class SamplingParams:
 
     def _normalise(self) -> None:
         """Accept a single string or any list where a tuple is stored."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        words = (self.bad_words,) if isinstance(self.bad_words, str) else self.bad_words or ()
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(
-            self, "bad_words", tuple(w if isinstance(w, str) else tuple(w) for w in words)
-        )
+        words = _as_tuple("bad_words", self.bad_words)
+        words = tuple(w if isinstance(w, str) else _as_tuple("bad_words", w) for w in words)
+        object.__setattr__(self, "bad_words", words)
+        object.__setattr__(self, "stop", _as_tuple("stop", self.stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        elif self.logit_bias is not None:
+            raise _reject("logit_bias", self.logit_bias, "None or {token id: finite number}")
 
     def _check_counts(self) -> None:
         least = {
@@ -269,7 +287,7 @@ class SamplingParams:
             value = getattr(self, name)
             if not _is_finite(value) or not is_allowed(value):
                 raise _reject(name, value, allowed)
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise _reject("early_stopping", self.early_stopping, "True, False or 'never'")
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
