@@ -157,9 +157,7 @@ class ForwardBatch:
         )
 
     @classmethod
-    def build(
-        cls, batch: ScheduledBatch, block_size: int, device: torch.device
-    ) -> ForwardBatch:
+    def build(cls, batch: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
         """Lay the scheduled sequences out flat and copy the result to the device."""
         tokens: list[int] = []
         positions: list[int] = []

@@ -35,12 +35,18 @@ from multiexit_engine.outputs import (
 from multiexit_engine.params import DecodingMode, Original, SamplingParams
 from multiexit_engine.request import Request
 from multiexit_engine.runtime.core import EngineCore
-from multiexit_engine.runtime.intake import Intake, Prompt
+from multiexit_engine.runtime.intake import Intake, Prompt, as_prompts, one_for_each
 from multiexit_engine.runtime.progress import Progress
 from multiexit_engine.runtime.report import request_output
 from multiexit_engine.runtime.runner import ModelRunner
 from multiexit_engine.runtime.scheduler import Scheduler
-from multiexit_engine.runtime.scoring import ScoreItem, score_output, token_ids_of, windows
+from multiexit_engine.runtime.scoring import (
+    ScoreItem,
+    as_items,
+    score_output,
+    token_ids_of,
+    windows,
+)
 from multiexit_engine.runtime.settings import make_engine_config
 from multiexit_engine.runtime.streaming import stream_request
 
@@ -178,9 +184,9 @@ class Engine:
         Raises:
             ValueError: a prompt or a parameter is wrong. Nothing has then been computed.
         """
-        many = _as_prompts(prompts)
-        samplings = _one_for_each(sampling or SamplingParams(), len(many), "sampling")
-        modes = _one_for_each(decoding, len(many), "decoding")
+        many = as_prompts(prompts)
+        samplings = one_for_each(sampling or SamplingParams(), len(many), "sampling")
+        modes = one_for_each(decoding, len(many), "decoding")
         requests = [
             self._checked(prompt, params, mode, f"prompts[{i}]: " if len(many) > 1 else "")
             for i, (prompt, params, mode) in enumerate(zip(many, samplings, modes, strict=True))
@@ -188,7 +194,10 @@ class Engine:
         for request in requests:
             self._core.add(request)
         self._finish_all(requests, progress)
-        return [self._collect(request) for request in requests]
+        outputs = [request_output(self._core, request) for request in requests]
+        for request in requests:
+            self._core.forget(request.request_id)
+        return outputs
 
     def stream(
         self,
@@ -237,8 +246,8 @@ class Engine:
         limit = self.config.max_model_len
         if stride is not None and not 1 <= stride < limit:
             raise ValueError(f"stride={stride}: must be in 1..{limit - 1}")
-        many = _as_items(items)
-        modes = _one_for_each(decoding, len(many), "decoding")
+        many = as_items(items)
+        modes = one_for_each(decoding, len(many), "decoding")
         cut = [token_ids_of(item, self._intake, f"items[{i}]") for i, item in enumerate(many)]
         parts = [
             [
@@ -374,32 +383,3 @@ class Engine:
             for request in requests:
                 self._core.forget(request.request_id)
             raise
-
-    def _collect(self, request: Request) -> RequestOutput:
-        output = request_output(self._core, request)
-        self._core.forget(request.request_id)
-        return output
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if all(isinstance(part, int) for part in prompts):
-        return [prompts] if prompts else [[]]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _as_items(items: ScoreItem | Sequence[ScoreItem]) -> list[ScoreItem]:
-    if isinstance(items, str | tuple):
-        return [items]
-    if all(isinstance(part, int) for part in items):
-        return [items]  # type: ignore[list-item]
-    return list(items)  # type: ignore[arg-type]
-
-
-def _one_for_each(value: Any, count: int, name: str) -> list[Any]:
-    if not isinstance(value, list | tuple):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} items for {count} prompts: give one or as many")
-    return list(value)

@@ -158,6 +158,24 @@ class Intake:
         return tuple(dict.fromkeys(words))
 
 
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of an argument that may be a single one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if all(isinstance(part, int) for part in prompts):
+        return [prompts] if prompts else [[]]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def one_for_each(value: Any, count: int, name: str) -> list[Any]:
+    """A value for each of ``count`` prompts; raises ValueError for a list of another length."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} items for {count} prompts: give one or as many")
+    return list(value)
+
+
 def _integers(value: object) -> list[int] | None:
     if not isinstance(value, Sequence):
         return None

@@ -21,6 +21,15 @@ class Window:
     score_from: int
 
 
+def as_items(items: ScoreItem | Sequence[ScoreItem]) -> list[ScoreItem]:
+    """The items of an argument that may be a single one."""
+    if isinstance(items, str | tuple):
+        return [items]
+    if all(isinstance(part, int) for part in items):
+        return [items]  # type: ignore[list-item]
+    return list(items)  # type: ignore[arg-type]
+
+
 def token_ids_of(item: ScoreItem, intake: Intake, name: str) -> tuple[list[int], int]:
     """All tokens of an item and the place where its scored part begins.
 
