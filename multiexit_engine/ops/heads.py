@@ -29,10 +29,6 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if hidden.device.type == "cuda" and hidden.dtype != dtype and hidden.shape[0]:
         logits = torch.mm(hidden, weight.T, out_dtype=dtype)
-    elif hidden.shape[0] == 1:
-        # One row: gemv reads the weights at 19 GB/s where gemm of one row reaches 16 (one core of
-        # an AMD EPYC, [50257, 1024] float32).
-        logits = torch.mv(weight, hidden[0])[None].to(dtype)
     else:
         logits = F.linear(hidden, weight).to(dtype)
     return logits if bias is None else logits + bias.to(dtype)
