@@ -1,6 +1,6 @@
 """The recipe of the model that ships as "demo": `python -m multiexit_engine.train.demo --help`.
 
-It knows the chosen size, the list of books and the figures that the model card states.
+It knows the chosen config, the list of books and what is measured of the result.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from multiexit_engine.config import VocabularyProjectionMode
+from multiexit_engine.train.card import Figures, docs_page, model_card
 from multiexit_engine.train.causal import train_causal
 from multiexit_engine.train.causal_config import CausalTrainingConfig
 from multiexit_engine.train.corpus import (
@@ -23,6 +25,7 @@ from multiexit_engine.train.corpus import (
     read_books,
     read_titles,
 )
+from multiexit_engine.train.exits import MultiExitNetwork
 from multiexit_engine.train.folder import read_network
 from multiexit_engine.train.measure import contrast_perplexity, measure_exits
 from multiexit_engine.train.samples import (
@@ -34,64 +37,81 @@ from multiexit_engine.train.samples import (
 
 logger = logging.getLogger(__name__)
 
-MEASURED_TOKENS = 512
+TOKENS_PER_BLOCK = 512
+CONTRAST_BLOCKS = 128
 PROMPT_TOKENS = 32
-NEW_TOKENS = 128
+NEW_TOKENS = 100
 NUM_PROMPTS = 32
+SHOWN_PROMPT = "It was a cold evening in October, and the old captain sat alone by the fire. "
 
 
 def demo_config(corpus: Path, output: Path) -> CausalTrainingConfig:
-    """The config the shipped model was trained with, less its time limit."""
+    """The config the shipped model was trained with, less its limits of steps and time."""
     return CausalTrainingConfig(corpus=corpus, output=output, titles=DEMO_TITLES)
 
 
-def describe(folder: Path, corpus: Path, validation_blocks: int | None = None) -> dict[str, object]:
-    """Held-out figures of a finished folder, as it ships: exits, contrast and repetition."""
+def describe(folder: Path, corpus: Path) -> Figures:
+    """Held-out figures of a finished folder as it is stored: exits, contrast, repetition."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = read_network(folder).to(device)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = [book.text for book in read_books(corpus, read_titles(DEMO_TITLES)) if book.held_out]
     stream = encode_texts(tokenizer, texts)
     bytes_per_token = sum(len(text.encode()) for text in texts) / len(stream)
-    blocks = fixed_blocks(stream, MEASURED_TOKENS, validation_blocks)
-    last = network.heads.num_layers
+    blocks = fixed_blocks(stream, TOKENS_PER_BLOCK)
+    direct = MultiExitNetwork(
+        network.decoder, VocabularyProjectionMode.SHARED_PROJECTION_DIRECT, network.layers
+    ).eval()
+    upper, lowers = network.layers[-1], network.layers[:-1]
     modes = {f"exit {layer}": exit_scores(layer) for layer in network.layers}
-    modes |= {
-        f"contrast {last},{layer}": contrast_scores(last, layer)
-        for layer in network.layers
-        if layer < last
-    }
-    starts = torch.linspace(0, len(stream) - PROMPT_TOKENS - 1, NUM_PROMPTS).long()
-    prompts = stream[starts[:, None] + torch.arange(PROMPT_TOKENS)].long().to(device)
-    continuations = {
-        name: greedy_continuations(network, prompts, scores, NEW_TOKENS)
-        for name, scores in modes.items()
-    }
+    modes |= {f"contrast {upper},{layer}": contrast_scores(upper, layer) for layer in lowers}
+    spread = torch.linspace(0, len(blocks) - 1, CONTRAST_BLOCKS).long()
+    starts = torch.linspace(0, len(blocks) - 1, NUM_PROMPTS).long()
+    prompts = blocks[starts, :PROMPT_TOKENS].to(device)
+    shown = torch.tensor([tokenizer.encode(SHOWN_PROMPT).ids], device=device)
     return {
-        "exits": [
-            dataclasses.asdict(figures)
-            for figures in measure_exits(network, blocks, bytes_per_token)
-        ],
+        "tokens_per_block": TOKENS_PER_BLOCK,
+        "num_prompts": NUM_PROMPTS,
+        "new_tokens": NEW_TOKENS,
+        "exits": _as_dicts(network, blocks, bytes_per_token),
+        "exits_without_matrices": _as_dicts(direct, blocks[spread], bytes_per_token),
         "contrast_perplexity": {
-            f"{last},{layer}": contrast_perplexity(network, blocks[:128], last, layer)
-            for layer in network.layers
-            if layer < last
+            f"{upper},{layer}": contrast_perplexity(network, blocks[spread], upper, layer)
+            for layer in lowers
         },
         "trigram_repetition": {
-            name: repetition(ids[:, PROMPT_TOKENS:]) for name, ids in continuations.items()
+            name: repetition(
+                greedy_continuations(network, prompts, scores, NEW_TOKENS)[:, PROMPT_TOKENS:]
+            )
+            for name, scores in modes.items()
         },
+        "prompt": SHOWN_PROMPT,
         "continuations": {
-            name: [tokenizer.decode(row) for row in ids[:4].tolist()]
-            for name, ids in continuations.items()
+            name: tokenizer.decode(
+                greedy_continuations(network, shown, scores, NEW_TOKENS)[
+                    0, shown.shape[1] :
+                ].tolist()
+            )
+            for name, scores in modes.items()
         },
     }
+
+
+def _as_dicts(
+    network: MultiExitNetwork, blocks: torch.Tensor, bytes_per_token: float
+) -> list[Figures]:
+    return [
+        dataclasses.asdict(figures) for figures in measure_exits(network, blocks, bytes_per_token)
+    ]
 
 
 def main() -> None:
-    """Trains the demo model, then writes what it measures beside it."""
+    """Trains the demo model, measures it and writes its card and its page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="archive or folder of the books")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--page", type=Path, help="page of the docs to write")
+    parser.add_argument("--machine", default="one core", help="named in the card and on the page")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use as it is")
     parser.add_argument("--max-steps", type=int, default=4000, help="steps of 8192 tokens")
     parser.add_argument("--max-minutes", type=float, help="ends the training, schedule complete")
@@ -105,10 +125,20 @@ def main() -> None:
         max_minutes=arguments.max_minutes,
         resume=arguments.resume,
     )
-    train_causal(config)
-    figures = describe(config.output, config.corpus, config.validation_blocks)
+    report = dataclasses.asdict(train_causal(config))
+    figures = describe(config.output, config.corpus)
     (config.output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    logger.info("figures: %s", json.dumps(figures["exits"]))
+    command = (
+        "python -m multiexit_engine.train.demo --corpus BOOKS --output FOLDER "
+        f"--max-steps {report['steps']}"
+    )
+    titles = read_titles(DEMO_TITLES)
+    card = model_card(figures, report, titles, command, arguments.machine)
+    (config.output / "README.md").write_text(card, encoding="utf-8")
+    if arguments.page is not None:
+        page = docs_page(figures, report, command, arguments.machine)
+        arguments.page.write_text(page, encoding="utf-8")
+    logger.info("wrote %s", config.output)
 
 
 if __name__ == "__main__":

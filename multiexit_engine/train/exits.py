@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from multiexit_engine.config import VocabularyProjectionMode
 
@@ -89,10 +89,15 @@ class MultiExitNetwork(nn.Module):
         """The decoder's own output matrix [vocab, hidden]."""
         return cast(Tensor, self.decoder.get_submodule("lm_head").weight)
 
-    def normed_states(self, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(layer, hidden states after the final norm [batch, tokens, hidden]) of every exit."""
+    def normed_states(
+        self, ids: Tensor, cache: DynamicCache | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(layer, hidden states after the final norm [batch, tokens, hidden]) of every exit.
+
+        With a cache, `ids` follow the tokens that it holds, and are added to it.
+        """
         states = self.decoder.base_model(
-            ids, output_hidden_states=True, use_cache=False
+            ids, past_key_values=cache, output_hidden_states=True, use_cache=cache is not None
         ).hidden_states
         norm = self.decoder.get_submodule(self.final_norm_path)
         for layer in self.layers:
@@ -103,6 +108,13 @@ class MultiExitNetwork(nn.Module):
         """(layer, logits [batch, tokens, vocab]) of every exit, shallowest first."""
         for layer, state in self.normed_states(ids):
             yield layer, self.heads.logits(state, layer, self.output_weight)
+
+    def next_logits(self, ids: Tensor, cache: DynamicCache) -> dict[int, Tensor]:
+        """By layer, the logits [batch, vocab] of the token after `ids`, which join the cache."""
+        return {
+            layer: self.heads.logits(state[:, -1], layer, self.output_weight)
+            for layer, state in self.normed_states(ids, cache)
+        }
 
     def forward(self, ids: Tensor, share_rows: bool = False) -> Tensor:
         """The loss of every exit [exits], shallowest first.

@@ -1,7 +1,7 @@
 """Continuations under a few decoding modes, to look at and to count repetition in.
 
-It recomputes the whole text at every token: right for a model card, not for serving. It knows
-networks and token ids; it does not know tokenizers or the engine.
+For a model card, not for serving: it computes every exit in every mode. It knows networks and
+token ids; it does not know tokenizers or the engine.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from multiexit_engine.train.exits import MultiExitNetwork
 from multiexit_engine.train.measure import contrast_log_probs
@@ -32,11 +33,11 @@ def greedy_continuations(
     network: MultiExitNetwork, prompts: Tensor, scores: Scores, num_tokens: int
 ) -> Tensor:
     """Prompts [rows, tokens] with their `num_tokens` most probable next tokens appended."""
-    ids = prompts
+    pieces, cache = [prompts], DynamicCache()
     for _ in range(num_tokens):
-        last = {layer: logits[:, -1] for layer, logits in network.exit_logits(ids)}
-        ids = torch.cat([ids, scores(last).argmax(dim=-1, keepdim=True)], dim=1)
-    return ids
+        logits = network.next_logits(pieces[-1], cache)
+        pieces.append(scores(logits).argmax(dim=-1, keepdim=True))
+    return torch.cat(pieces, dim=1)
 
 
 def repetition(continuations: Tensor, n: int = 3) -> float:
