@@ -21,6 +21,13 @@ class CausalTrainingConfig:
         output: the checkpoint folder to write.
         titles: a list of the books to read and of those held out; all books when None.
         tokenizer: a tokenizer.json to use; one is trained on the training books when None.
+        vocab_size: of the tokenizer, if one is trained.
+        num_layers: blocks of the network.
+        hidden_size: width of the network.
+        num_heads: attention heads of a block.
+        max_positions: longest text the network can read, in tokens.
+        exit_layers: 1-based; the last layer must be listed.
+        projection_mode: how exits project; one of the two shared modes.
         early_exit_weight: weight of the losses before the last layer: that of exit k is
             `early_exit_weight * k / num_layers`, that of the last layer is 1.
         block_size: tokens of a row in the last part of a run.
@@ -29,8 +36,21 @@ class CausalTrainingConfig:
         batch_tokens: tokens in an optimiser step, of short rows as of long ones.
         micro_batch_tokens: tokens in one pass through the network.
         share_rows: the exits before the last divide the rows of a pass among them.
+        max_steps: optimiser steps of the whole run.
         max_minutes: ends the run, with its schedule complete, even before max_steps; what
             comes before the first step (reading, tokenising, compiling) is not counted.
+        matrix_learning_rate: peak rate of Muon, which steps the matrices of the blocks.
+        other_learning_rate: peak rate of AdamW, which steps everything else.
+        weight_decay: of the matrices of the blocks.
+        warmup_steps: steps over which the rates rise.
+        decay_share: part of the run, at its end, over which the rates fall to zero.
+        gradient_clip: largest norm of all gradients together.
+        precision: of the products; weights and optimisers are always in fp32.
+        compile: compiles the network first, which takes a minute and pays on long runs.
+        device: cpu, cuda, or auto for the GPU if there is one.
+        seed: of the weights and of the order of the text.
+        validation_blocks: how many held-out blocks to measure on at the end; all when None.
+        checkpoint_every: steps between two saved states.
         resume: goes on from the last state in `output`, if there is one.
     """
 

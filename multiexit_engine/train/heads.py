@@ -39,7 +39,14 @@ class HeadTrainingConfig:
         corpus: a folder or a tar archive of .txt files.
         output: the checkpoint folder to write: the decoder as it was, with exits.
         exit_layers: 1-based; a layer-specific head may also stand on the last layer.
-        batch_size: rows of block_size tokens in a step.
+        projection_mode: LAYER_SPECIFIC_PROJECTION or SHARED_PROJECTION_CAST_OUTPUTS.
+        block_size: tokens of a row.
+        batch_size: rows of a step.
+        max_steps: optimiser steps of the whole run.
+        learning_rate: peak rate of AdamW; it falls to zero over the run.
+        warmup_steps: steps over which the rate rises.
+        device: cpu or cuda.
+        seed: of the order of the text.
     """
 
     checkpoint: Path
