@@ -1,0 +1,16 @@
+"""The command line ``multiexit``: the engine's face as commands, one file for each."""
+
+from multiexit_engine.cli.app import app
+from multiexit_engine.cli.bench import bench
+from multiexit_engine.cli.demo import demo
+from multiexit_engine.cli.generate import generate
+from multiexit_engine.cli.info import info
+from multiexit_engine.cli.score import score
+from multiexit_engine.cli.train import train
+
+__all__ = ["app"]
+
+for command in (generate, score, info, demo):
+    app.command()(command)
+app.add_typer(bench)
+app.add_typer(train)

@@ -1,0 +1,90 @@
+"""``multiexit info``: what a checkpoint is, and which modes it can run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.checkpoint import Checkpoint, open_checkpoint
+from multiexit_engine.cli.app import console
+from multiexit_engine.config import ModelConfig
+
+_MIB = 2**20
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="A local folder, a hub id, or 'demo'.")] = "demo",
+    vocab_projection_mode: Annotated[
+        str | None, typer.Option(help="How exits project, where the checkpoint does not say.")
+    ] = None,
+    lm_head_layer_indices: Annotated[
+        str | None, typer.Option(help="Exit layers, as 24;12, instead of the checkpoint's own.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+) -> None:
+    """Family, exits, size and possible decoding modes of MODEL; loads no weights."""
+    checkpoint = open_checkpoint(
+        model,
+        revision=revision,
+        vocab_projection_mode=vocab_projection_mode,
+        lm_head_layer_indices=lm_head_layer_indices,
+    )
+    console.print(_facts(model, checkpoint))
+    console.print("\nDecoding modes, ready to copy:")
+    for line in _examples(model, checkpoint.config):
+        typer.echo("  " + line)
+
+
+def _facts(model: str, checkpoint: Checkpoint) -> Table:
+    config, weights = checkpoint.config, checkpoint.weights
+    sizes = [weights.get(name) for name in weights.names()]
+    kv_bytes = PagedKVCache.bytes_per_block(
+        config.num_layers, 1, config.num_kv_heads, config.head_dim, checkpoint.dtype
+    )
+    table = Table.grid(padding=(0, 2))
+    layers = ", ".join(map(str, config.exit_layers)) or "none"
+    projection = config.projection.name if config.projection is not None else "-"
+    stored = sum(t.numel() * t.element_size() for t in sizes)
+    facts = {
+        "model": Path(model).name if Path(model).is_dir() else model,
+        "family": config.model_type,
+        "layers": f"{config.num_layers} of width {config.hidden_size}, {config.num_heads} heads "
+        f"({config.num_kv_heads} for keys and values)",
+        "vocabulary": f"{config.vocab_size} tokens",
+        "context": f"{config.max_position_embeddings} tokens",
+        "exits": layers,
+        "projection": projection,
+        "parameters": f"{sum(t.numel() for t in sizes):,}",
+        "memory": f"{stored / _MIB:.1f} MiB as stored ({checkpoint.dtype}), plus "
+        f"{kv_bytes / 1024:.1f} KiB of keys and values per token",
+    }
+    for name, value in facts.items():
+        table.add_row(f"[bold]{name}[/]", Text(value))
+    return table
+
+
+def _examples(model: str, config: ModelConfig) -> list[str]:
+    command = f'multiexit generate "Once upon a time" --model {model} --decoding '
+    lines = [command + "original"]
+    if not config.exit_layers:
+        middle = max(1, config.num_layers // 2)
+        extra = " --vocab-projection-mode shared_projection_direct"
+        return [*lines, f"{command}exit:{middle}{extra}", _contrast(command, middle) + extra]
+    lines += [f"{command}exit:{layer}" for layer in config.exit_layers]
+    last = config.exit_layers[-1]
+    lower = [layer for layer in config.exit_layers if layer < config.num_layers]
+    below_last = [layer for layer in lower if layer < last]
+    if lower:
+        lines.append(_contrast(command, lower[len(lower) // 2]))
+    if below_last:
+        lines.append(f"{command}contrast:{last},{below_last[len(below_last) // 2]},alpha=0.1")
+    return lines
+
+
+def _contrast(command: str, layer: int) -> str:
+    return f"{command}contrast:original,{layer},alpha=0.1"

@@ -1,0 +1,66 @@
+"""``multiexit train``: make multi-exit models."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import typer
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from multiexit_engine.cli.app import console, error_console
+from multiexit_engine.cli.options import options_of_dataclass, with_options
+from multiexit_engine.train import (
+    CausalTrainingConfig,
+    HeadTrainingConfig,
+    TrainingProgress,
+    TrainingReport,
+    train_causal,
+    train_exit_heads,
+)
+
+train = typer.Typer(name="train", help="Train models with exits.", no_args_is_help=True)
+
+
+@train.command()
+@with_options(config=options_of_dataclass(CausalTrainingConfig))
+def causal(config: dict[str, Any]) -> None:
+    """Train a small GPT-2 with exits from nothing, on a folder or archive of texts."""
+    wanted = CausalTrainingConfig(**config)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=error_console) as progress:
+        task = progress.add_task("reading", total=1.0)
+
+        def show(state: TrainingProgress) -> None:
+            loss = state.losses[max(state.losses)]
+            text = f"step {state.step}, {state.tokens_per_second:.0f} tokens/s, loss {loss:.3f}"
+            progress.update(task, completed=state.share_done, description=text)
+
+        report = train_causal(wanted, show)
+    console.print(_table(report))
+    typer.echo(f"written to {wanted.output}")
+
+
+@train.command()
+@with_options(config=options_of_dataclass(HeadTrainingConfig))
+def heads(config: dict[str, Any]) -> None:
+    """Train exit heads for a finished model, which itself stays as it is."""
+    wanted = HeadTrainingConfig(**config)
+    handler = RichHandler(console=error_console, show_path=False, show_level=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    last = train_exit_heads(wanted)[-1]
+    losses = ", ".join(f"exit {layer}: {loss:.3f}" for layer, loss in sorted(last.items()))
+    console.print(f"losses of the last step: {losses}")
+    typer.echo(f"written to {wanted.output}")
+
+
+def _table(report: TrainingReport) -> Table:
+    rows = [vars(figures) for figures in report.exits]
+    table = Table(title=f"held-out figures after {report.steps} steps")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    return table
