@@ -10,6 +10,7 @@ from multiexit_engine.ops.norm import layer_norm, rms_norm
 from multiexit_engine.ops.registry import REFERENCE, Op, register_op, use_backend
 from multiexit_engine.ops.rotary import rotary
 from multiexit_engine.ops.sampling import gumbel_noise, sample_tokens
+from multiexit_engine.ops.tokens import contrast_tokens, head_tokens
 
 __all__ = [
     "REFERENCE",
@@ -17,9 +18,11 @@ __all__ = [
     "activation",
     "contrast_heads",
     "contrast_logits",
+    "contrast_tokens",
     "gated_activation",
     "gumbel_noise",
     "head_logits",
+    "head_tokens",
     "layer_norm",
     "linear",
     "paged_attention",

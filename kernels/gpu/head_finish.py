@@ -1,0 +1,184 @@
+"""The last half of ``heads``: from the results of all tiles to one token and its log-probability.
+
+One program for each row. Knows nothing of heads or hidden states.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from multiexit_engine.kernels.noise import gumbel
+
+_NO_TOKEN = tl.constexpr(2147483647)
+# Sums over candidates are taken in integers of 2^-40, so their order does not matter.
+_UNIT = tl.constexpr(1099511627776.0)
+
+
+@triton.jit
+def _log_sum(tile_stat_ptr, row, num_rows, num_tiles, TILES: tl.constexpr):
+    """The row's log-sum-exp over all tiles, in a fixed order, and its largest logit."""
+    tiles = tl.arange(0, TILES)
+    mask = tiles < num_tiles
+    place = row * num_tiles + tiles
+    field = num_rows.to(tl.int64) * num_tiles
+    tops = tl.load(tile_stat_ptr + place, mask=mask, other=float("-inf"))  # [TILES]
+    sums = tl.load(tile_stat_ptr + field + place, mask=mask, other=0.0)  # [TILES]
+    top = tl.max(tops, 0)
+    return top + tl.log(tl.sum(sums * tl.exp(tops - top), 0)), top
+
+
+@triton.jit
+def _best_tile(tile_stat_ptr, tile_token_ptr, row, num_rows, num_tiles, TILES: tl.constexpr):
+    """The row's best key over all tiles, its lowest token and the logit of that."""
+    tiles = tl.arange(0, TILES)
+    mask = tiles < num_tiles
+    place = row * num_tiles + tiles
+    field = num_rows.to(tl.int64) * num_tiles
+    keys = tl.load(tile_stat_ptr + 2 * field + place, mask=mask, other=float("-inf"))  # [TILES]
+    values = tl.load(tile_stat_ptr + 3 * field + place, mask=mask, other=0.0)  # [TILES]
+    tokens = tl.load(tile_token_ptr + place, mask=mask, other=_NO_TOKEN)  # [TILES]
+    key = tl.max(keys, 0)
+    token = tl.min(tl.where(keys == key, tokens, _NO_TOKEN), 0)
+    return key, token, tl.max(tl.where(tokens == token, values, float("-inf")), 0)
+
+
+@triton.jit
+def head_finish_kernel(
+    tile_stat_ptr,
+    tile_token_ptr,
+    token_ptr,
+    logprob_ptr,
+    num_rows,
+    num_tiles,
+    vocab,
+    TILES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The best key of all tiles."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    log_total, _ = _log_sum(tile_stat_ptr, row, num_rows, num_tiles, TILES)
+    _, token, value = _best_tile(tile_stat_ptr, tile_token_ptr, row, num_rows, num_tiles, TILES)
+    # A row of NaN has no best token; its log-probability is NaN, its token stays a legal one.
+    tl.store(token_ptr + row, tl.minimum(token, vocab - 1).to(tl.int64))
+    tl.store(logprob_ptr + row, value - log_total)
+
+
+@triton.jit
+def _candidates(
+    listed_ptr, logit_ptr, score_ptr, row, start, count, num_tiles,
+    BLOCK_V: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """Tokens, logits (-inf: no candidate) and scores of the listed tiles from ``start`` on."""
+    index = start + tl.arange(0, LISTED)
+    mask = index < count
+    tile = tl.load(listed_ptr + row * num_tiles + index, mask=mask, other=0)  # [LISTED]
+    token = tile[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    place = row * num_tiles * BLOCK_V + token
+    logit = tl.load(logit_ptr + place, mask=mask[:, None], other=float("-inf"))  # [LISTED, BLOCK_V]
+    score = tl.load(score_ptr + place, mask=mask[:, None], other=0.0)  # [LISTED, BLOCK_V]
+    return token, logit, score
+
+
+@triton.jit
+def contrast_finish_kernel(
+    alpha_ptr,
+    temperature_ptr,
+    seed_ptr,
+    position_ptr,
+    running_ptr,
+    count_ptr,
+    listed_ptr,
+    candidate_logit_ptr,
+    candidate_score_ptr,
+    tile_stat_ptr,
+    tile_token_ptr,
+    token_ptr,
+    logprob_ptr,
+    num_rows,
+    num_tiles,
+    vocab,
+    TILES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LISTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The best of the candidates, with the final threshold, and of the tokens below it.
+
+    With the largest logit known, every candidate is either plausible or not; plausible ones share
+    their mass in proportion to exp(score).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    alpha = tl.load(alpha_ptr + row)
+    temperature = tl.load(temperature_ptr + row)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    count = tl.load(count_ptr + row)
+    threshold = tl.load(running_ptr + row) + tl.log(tl.minimum(tl.maximum(alpha, 0.0), 1.0))
+    log_total, top = _log_sum(tile_stat_ptr, row, num_rows, num_tiles, TILES)
+
+    best = float("-inf")
+    choice = _NO_TOKEN + 0
+    for start in range(0, count, LISTED):
+        token, logit, score = _candidates(
+            listed_ptr, candidate_logit_ptr, candidate_score_ptr, row, start, count, num_tiles,
+            BLOCK_V, LISTED,
+        )  # fmt: skip
+        plausible = (logit >= threshold) & (logit > float("-inf"))
+        score = tl.where(plausible, score, float("-inf"))
+        largest = tl.max(tl.max(score, 1), 0)
+        lowest = tl.where(plausible & (score == largest), token, _NO_TOKEN)
+        lowest = tl.min(tl.min(lowest, 1), 0)
+        lowest = tl.where(largest == best, tl.minimum(choice, lowest), lowest)
+        choice = tl.where(largest >= best, lowest, choice)
+        best = tl.maximum(best, largest)
+
+    score_units = tl.zeros((), tl.int64)
+    mass_units = tl.zeros((), tl.int64)
+    for start in range(0, count, LISTED):
+        token, logit, score = _candidates(
+            listed_ptr, candidate_logit_ptr, candidate_score_ptr, row, start, count, num_tiles,
+            BLOCK_V, LISTED,
+        )  # fmt: skip
+        plausible = (logit >= threshold) & (logit > float("-inf"))
+        share = tl.where(plausible, tl.exp(score - best) * _UNIT, 0.0).to(tl.int64)
+        mass = tl.where(plausible, tl.exp(logit - top) * _UNIT, 0.0).to(tl.int64)
+        score_units += tl.sum(tl.sum(share, 1), 0)
+        mass_units += tl.sum(tl.sum(mass, 1), 0)
+    # What turns the score of a plausible token into a logit of the contrasted distribution.
+    shift = top - best + tl.log(mass_units.to(tl.float32)) - tl.log(score_units.to(tl.float32))
+    value = best + shift
+
+    if temperature > 0:
+        seed = tl.load(seed_ptr + row)
+        position = tl.load(position_ptr + row)
+        key, choice, value = _best_tile(
+            tile_stat_ptr, tile_token_ptr, row, num_rows, num_tiles, TILES
+        )
+        for start in range(0, count, LISTED):
+            token, logit, score = _candidates(
+                listed_ptr, candidate_logit_ptr, candidate_score_ptr, row, start, count, num_tiles,
+                BLOCK_V, LISTED,
+            )  # fmt: skip
+            plausible = logit >= threshold
+            final = tl.where(plausible, score + shift, logit)
+            keys = final / temperature + gumbel(seed, position, token)
+            keys = tl.where(logit > float("-inf"), keys, float("-inf"))
+            largest = tl.max(tl.max(keys, 1), 0)
+            found = (keys == largest) & (logit > float("-inf"))
+            lowest = tl.min(tl.min(tl.where(found, token, _NO_TOKEN), 1), 0)
+            here = tl.where(found & (token == lowest), final, float("-inf"))
+            here = tl.max(tl.max(here, 1), 0)
+            better = (largest > key) | ((largest == key) & (lowest < choice))
+            key = tl.where(better, largest, key)
+            choice = tl.where(better, lowest, choice)
+            value = tl.where(better, here, value)
+
+    # A row of NaN has no best token; its log-probability is NaN, its token stays a legal one.
+    tl.store(token_ptr + row, tl.minimum(choice, vocab - 1).to(tl.int64))
+    tl.store(logprob_ptr + row, value - log_total)
+    # The scratch is left as found, so that a replayed graph needs no node to fill it.
+    tl.store(running_ptr + row, float("-inf"))
+    tl.store(count_ptr + row, 0)

@@ -1,0 +1,182 @@
+"""The streaming half of ``heads``: a tile of the vocabulary times a block of rows, reduced at once.
+
+Knows nothing of how the tiles' results become tokens: that is ``head_finish``'s.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from multiexit_engine.kernels.noise import gumbel
+
+_NO_TOKEN = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _tile_logits(
+    hidden_ptr,
+    weight_ptr,
+    rows,
+    row_mask,
+    entries,
+    entry_mask,
+    width,
+    EVEN: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """[BLOCK_V, BLOCK_R] float32 products; masked entries are not read and give 0."""
+    columns = tl.arange(0, BLOCK_K)
+    weight_ptrs = weight_ptr + entries.to(tl.int64)[:, None] * width + columns[None, :]
+    hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    if STAGES == 0:
+        # The whole width at once: every load is in flight before the first is used.
+        mask = columns < width
+        weight = tl.load(  # [BLOCK_V, BLOCK_K]
+            weight_ptrs,
+            mask=entry_mask[:, None] & mask[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        hidden = tl.load(hidden_ptrs, mask=row_mask[:, None] & mask[None, :], other=0.0)
+        return tl.sum(weight.to(tl.float32) * hidden.to(tl.float32), 1)[:, None]
+    if BLOCK_R == 1:
+        partial = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
+    else:
+        partial = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
+    for k in tl.range(0, width, BLOCK_K, num_stages=STAGES):
+        weight_mask = entry_mask[:, None]
+        hidden_mask = row_mask[:, None]
+        if not EVEN:
+            weight_mask = weight_mask & (k + columns < width)[None, :]
+            hidden_mask = hidden_mask & (k + columns < width)[None, :]
+        weight = tl.load(  # [BLOCK_V, BLOCK_K]
+            weight_ptrs + k, mask=weight_mask, other=0.0, eviction_policy="evict_first"
+        )
+        hidden = tl.load(hidden_ptrs + k, mask=hidden_mask, other=0.0)  # [BLOCK_R, BLOCK_K]
+        if BLOCK_R == 1:
+            partial += weight.to(tl.float32) * hidden.to(tl.float32)
+        elif weight.dtype == tl.float32:
+            partial = tl.dot(weight, hidden.T, partial, input_precision="ieee")
+        else:
+            partial = tl.dot(weight, hidden.T, partial)
+    if BLOCK_R == 1:
+        partial = tl.sum(partial, 1)[:, None]
+    return partial
+
+
+@triton.jit
+def _best_of(keys, values, entries):
+    """Per row: the largest key, its lowest entry, and the value there."""
+    key = tl.max(keys, 0)  # [BLOCK_R]
+    entry = tl.min(tl.where(keys == key[None, :], entries[:, None], _NO_TOKEN), 0)
+    value = tl.max(tl.where(entries[:, None] == entry[None, :], values, float("-inf")), 0)
+    return key, entry, value
+
+
+@triton.jit
+def head_kernel(
+    upper_ptr,
+    upper_weight_ptr,
+    bias_ptr,
+    lower_ptr,
+    lower_weight_ptr,
+    alpha_ptr,
+    temperature_ptr,
+    seed_ptr,
+    position_ptr,
+    running_ptr,
+    count_ptr,
+    listed_ptr,
+    candidate_logit_ptr,
+    candidate_score_ptr,
+    tile_stat_ptr,
+    tile_token_ptr,
+    num_rows,
+    vocab,
+    width,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CONTRAST: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One tile of the vocabulary for one block of rows.
+
+    Writes for each row and tile the statistics (max, sum of exp, best key, its logit) and the best
+    token. With CONTRAST the best key is that of the tokens that cannot be plausible; the others,
+    the candidates, are listed with their logit and their contrast score.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    tile = tl.program_id(1)
+    num_tiles = tl.num_programs(1)
+    entries = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    entry_mask = entries < vocab
+    row_mask = rows < num_rows
+    temperature = tl.load(temperature_ptr + rows, mask=row_mask, other=0.0)  # [BLOCK_R]
+    if CONTRAST:
+        alpha = tl.load(alpha_ptr + rows, mask=row_mask, other=1.0)  # [BLOCK_R]
+        log_alpha = tl.log(tl.minimum(tl.maximum(alpha, 0.0), 1.0))
+        # Read before the product hides its latency; an old value is a lower bound all the same.
+        seen = tl.load(running_ptr + rows, mask=row_mask, other=0.0, volatile=True)  # [BLOCK_R]
+
+    logits = _tile_logits(
+        upper_ptr, upper_weight_ptr, rows, row_mask, entries, entry_mask,
+        width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+    )  # fmt: skip
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + entries, mask=entry_mask, other=0.0)  # [BLOCK_V]
+        logits += bias.to(tl.float32)[:, None]
+    logits = tl.where(entry_mask[:, None], logits, float("-inf"))
+    top = tl.max(logits, 0)  # [BLOCK_R]
+    total = tl.sum(tl.exp(logits - top[None, :]), 0)
+    place = rows.to(tl.int64) * num_tiles + tile
+    field = num_rows.to(tl.int64) * num_tiles
+    tl.store(tile_stat_ptr + place, top, mask=row_mask)
+    tl.store(tile_stat_ptr + field + place, total, mask=row_mask)
+
+    sampled = tl.max(temperature, 0) > 0
+    others = entry_mask[:, None] & row_mask[None, :]
+    if CONTRAST:
+        limit = tl.full((BLOCK_R,), float("inf"), tl.float32)
+        hot = row_mask & (top >= seen + log_alpha)
+        if tl.max(hot.to(tl.int32), 0) > 0:
+            before = tl.atomic_max(running_ptr + rows, top, mask=hot, sem="relaxed")
+            limit = tl.where(hot, tl.maximum(before, top) + log_alpha, limit)
+            keep = others & (logits >= limit[None, :])
+            live = tl.max(keep.to(tl.int32), 0) > 0
+            if tl.max(live.to(tl.int32), 0) > 0:
+                lower = _tile_logits(
+                    lower_ptr, lower_weight_ptr, rows, row_mask,
+                    entries, tl.max(keep.to(tl.int32), 1) > 0,
+                    width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+                )  # fmt: skip
+                slots = place[None, :] * BLOCK_V + tl.arange(0, BLOCK_V)[:, None]
+                kept = tl.where(keep, logits, float("-inf"))
+                tl.store(candidate_logit_ptr + slots, kept, mask=live[None, :])
+                tl.store(candidate_score_ptr + slots, logits - lower, mask=live[None, :])
+                index = tl.atomic_add(count_ptr + rows, 1, mask=live, sem="relaxed")
+                tl.store(listed_ptr + rows * num_tiles + index, tile, mask=live)
+        others = others & (logits < limit[None, :])
+    if sampled or not CONTRAST:
+        keys = logits
+        if sampled:
+            seed = tl.load(seed_ptr + rows, mask=row_mask, other=0)  # [BLOCK_R]
+            position = tl.load(position_ptr + rows, mask=row_mask, other=0)  # [BLOCK_R]
+            noise = gumbel(seed[None, :], position[None, :], entries[:, None])
+            heat = tl.where(temperature > 0, temperature, 1.0)
+            noise = tl.where((temperature > 0)[None, :], noise, 0.0)
+            keys = logits / heat[None, :] + noise
+        keys = tl.where(others, keys, float("-inf"))
+        key, token, value = _best_of(keys, logits, entries)
+        tl.store(tile_stat_ptr + 2 * field + place, key, mask=row_mask)
+        tl.store(tile_stat_ptr + 3 * field + place, value, mask=row_mask)
+        tl.store(tile_token_ptr + place, token, mask=row_mask)

@@ -1,0 +1,129 @@
+"""Tokens straight from hidden states: head, contrast and choice as one op.
+
+For rows whose request asks for nothing between logits and choice (no penalties, masks or top-k),
+a backend need not bring logits to memory. Knows nothing of layers or requests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.ops.contrast import contrast_logits
+from multiexit_engine.ops.heads import head_logits
+from multiexit_engine.ops.registry import register_op
+from multiexit_engine.ops.sampling import gumbel_noise
+
+
+@register_op
+def head_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Choose a token for each row from the logits of one head.
+
+    Greedy rows take the argmax, others a sample of ``softmax(logits / temperature)``; of equals
+    the lowest id. A row's token does not depend on the other rows, up to the rounding of logits.
+
+    Args:
+        hidden: [rows, hidden_size] normalised hidden states, any float dtype.
+        weight: [vocab, hidden_size] of the same dtype and device.
+        bias: [vocab] added to every row's logits, or None.
+        temperature: [rows] float32; 0 is greedy.
+        seeds: [rows] int64, see ``gumbel_noise``; not looked at in greedy rows.
+        positions: [rows] int64, see ``gumbel_noise``.
+
+    Returns:
+        [rows] int64 tokens and [rows] float32 their log-probabilities under ``softmax(logits)``,
+        without the temperature (float64 for float64 inputs).
+
+    Source: Gumbel-max trick, Maddison et al. 2014, arXiv:1411.0030.
+    """
+    log_probs = head_logits(hidden, weight, bias).log_softmax(-1)
+    return _choose(log_probs, temperature, seeds, positions)
+
+
+@register_op
+def contrast_tokens(
+    upper_hidden: Tensor,
+    upper_weight: Tensor,
+    lower_hidden: Tensor,
+    lower_weight: Tensor,
+    alpha: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Choose a token for each row from the contrast of two heads.
+
+    The distribution is that of ``contrast_logits``; the choice is that of ``head_tokens``.
+
+    Args:
+        upper_hidden: [rows, hidden_size] normalised hidden states of the later exit.
+        upper_weight: [vocab, hidden_size] of its head, same dtype and device.
+        lower_hidden: [rows, hidden_size] of the earlier exit.
+        lower_weight: [vocab, hidden_size] of its head; may be the upper one.
+        alpha: [rows] float32, see ``contrast_logits``.
+        temperature: [rows] float32 of the contrasted distribution; 0 is greedy.
+        seeds: [rows] int64, see ``gumbel_noise``; not looked at in greedy rows.
+        positions: [rows] int64, see ``gumbel_noise``.
+
+    Returns:
+        [rows] int64 tokens and [rows] float32 their log-probabilities under the contrasted
+        distribution, without the temperature (float64 for float64 inputs).
+
+    Source: Gera et al. 2023, arXiv:2305.01628, eq. 3, for the distribution; Maddison et al. 2014,
+        arXiv:1411.0030, for the choice.
+    """
+    upper = head_logits(upper_hidden, upper_weight)
+    log_probs = contrast_logits(upper, head_logits(lower_hidden, lower_weight), alpha)
+    return _choose(log_probs, temperature, seeds, positions)
+
+
+def _choose(
+    log_probs: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    sampled = (temperature > 0)[:, None]
+    heat = torch.where(sampled, temperature[:, None], 1.0)
+    noise = gumbel_noise(seeds, positions, log_probs.shape[1])
+    tokens = (log_probs / heat + torch.where(sampled, noise, 0.0)).argmax(-1)
+    return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
+
+
+def _streams(*matrices: Tensor) -> bool:
+    """Whether matrices are laid out and typed as the fused kernels read them."""
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    return all(m.is_contiguous() and m.dtype in kinds for m in matrices)
+
+
+def _head_streams(hidden: Tensor, weight: Tensor, *_: object, **__: object) -> bool:
+    return _streams(hidden, weight)
+
+
+def _heads_stream(
+    upper_hidden: Tensor,
+    upper_weight: Tensor,
+    lower_hidden: Tensor,
+    lower_weight: Tensor,
+    *_: object,
+    **__: object,
+) -> bool:
+    return _streams(upper_hidden, upper_weight, lower_hidden, lower_weight)
+
+
+head_tokens.backend(
+    "triton",
+    "multiexit_engine.kernels.heads:head_tokens",
+    device="cuda",
+    supports=_head_streams,
+)
+contrast_tokens.backend(
+    "triton",
+    "multiexit_engine.kernels.heads:contrast_tokens",
+    device="cuda",
+    supports=_heads_stream,
+)
