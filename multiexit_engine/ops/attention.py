@@ -149,3 +149,17 @@ def _prefill_part(layout: SequenceLayout, seq: int, block_size: int, window: int
         mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     start = layout.query_starts[seq]
     return _Part(slice(start, start + query_len), 1, slots, mask, is_causal)
+
+
+def _kernel_reads(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: object) -> bool:
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    same = query.dtype == key_cache.dtype == value_cache.dtype
+    return same and query.dtype in kinds and query.shape[2] <= 256
+
+
+paged_attention.backend(
+    "triton",
+    "multiexit_engine.kernels.attention:paged_attention",
+    device="cuda",
+    supports=_kernel_reads,
+)

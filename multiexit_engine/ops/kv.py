@@ -27,3 +27,6 @@ def write_kv(
     """
     key_cache.view(-1, *key.shape[1:]).index_copy_(0, slot_mapping, key)
     value_cache.view(-1, *value.shape[1:]).index_copy_(0, slot_mapping, value)
+
+
+write_kv.backend("triton", "multiexit_engine.kernels.kv:write_kv", device="cuda")

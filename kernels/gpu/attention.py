@@ -1,0 +1,135 @@
+"""Attention over the paged KV cache: parts of long contexts side by side, prefill in blocks.
+
+A sequence with few new tokens (decode, drafts to verify) is cut along its keys, in parts that
+depend on its own length only, so that neither its speed nor its rounding depends on its batch
+mates; one with many is cut along its queries. Knows nothing of who owns a cache block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from multiexit_engine.kernels.attention_tiles import long_kernel, merge_kernel, short_kernel
+from multiexit_engine.kernels.launch import overlaps_launches
+
+# Keys of a part, and most parts of a sequence; beyond 16k keys the parts grow.
+MIN_CHUNK = 256
+MAX_PARTS = 64
+
+
+class AttentionConfig(NamedTuple):
+    """How queries and keys are cut into tiles.
+
+    Attributes:
+        block_m: rows of a query block: queries times query heads of one key-value head.
+        block_n: keys of one step.
+        num_stages: loads in flight.
+        num_warps: of a program.
+    """
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    num_warps: int
+
+
+def short_config(group: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
+    """Tiles of decode rows, for ``group`` query heads of each key-value head."""
+    rows = max(16, triton.next_power_of_2(group))
+    if dtype == torch.float32:
+        return AttentionConfig(rows, 16, 2, 4)
+    return AttentionConfig(rows, 64 if head_dim <= 128 else 32, 3, 4)
+
+
+def long_config(group: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
+    """Tiles of prefill blocks, for ``group`` query heads of each key-value head."""
+    if dtype == torch.float32:
+        return AttentionConfig(max(16, triton.next_power_of_2(group)), 16, 2, 4)
+    rows = max(64, triton.next_power_of_2(group))
+    return AttentionConfig(rows, 64 if head_dim <= 128 else 32, 3, 4)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: Any,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """See ``multiexit_engine.ops.attention``. Two launches for decode rows, one for prefill."""
+    tokens, heads, head_dim = query.shape
+    if query.stride(2) != 1 or query.stride(1) != head_dim:
+        query = query.contiguous()
+    output = torch.empty(tokens, heads, head_dim, dtype=query.dtype, device=query.device)
+    group = heads // key_cache.shape[2]
+    config = short_config(group, head_dim, query.dtype)
+    most = config.block_m // group
+    shorts = [
+        (queries, context)
+        for queries, context in zip(layout.query_lens, layout.context_lens, strict=True)
+        if queries <= most
+    ]
+    shape = {
+        "HEAD_DIM": head_dim,
+        "WINDOW": window or 0,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+    }
+    cache = {"HEADS": heads, "KV_HEADS": key_cache.shape[2], "BLOCK_SIZE": key_cache.shape[1]}
+    if shorts:
+        max_queries = max(queries for queries, _ in shorts)
+        max_context = max(context for _, context in shorts)
+        _short(query, key_cache, value_cache, layout, scale, output, config, shape, cache,
+               max_queries, max_context)  # fmt: skip
+    if len(shorts) < len(layout.query_lens):
+        config = long_config(group, head_dim, query.dtype)
+        num_seqs = len(layout.query_lens)
+        blocks = tokens // (config.block_m // group) + num_seqs
+        long_kernel[(key_cache.shape[2], blocks)](
+            query, key_cache, value_cache, layout.block_tables,
+            layout.cu_query_lens, layout.context_lens_device, output, scale, num_seqs,
+            query.stride(0), layout.block_tables.stride(0),
+            **shape, **cache, MOST_QUERIES=most, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            STAGES=config.num_stages, num_warps=config.num_warps,
+        )  # fmt: skip
+    return output
+
+
+def _short(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: Any,
+    scale: float,
+    output: Tensor,
+    config: AttentionConfig,
+    shape: dict[str, int],
+    cache: dict[str, int],
+    max_queries: int,
+    max_context: int,
+) -> None:
+    """Sequences of few queries: all parts of all of them, then their merge."""
+    num_seqs, heads, head_dim = len(layout.query_lens), query.shape[1], query.shape[2]
+    parts = min(MAX_PARTS, triton.cdiv(max_context, MIN_CHUNK))
+    rows = num_seqs * max_queries * heads * parts
+    partial = torch.empty(rows, head_dim, dtype=torch.float32, device=query.device)
+    weight = torch.empty(rows, 2, dtype=torch.float32, device=query.device)
+    cut = {"BLOCK_N": config.block_n, "MIN_CHUNK": MIN_CHUNK, "MAX_PARTS": MAX_PARTS}
+    short_kernel[(parts, key_cache.shape[2], num_seqs)](
+        query, key_cache, value_cache, layout.block_tables,
+        layout.cu_query_lens, layout.context_lens_device, partial, weight, scale,
+        query.stride(0), layout.block_tables.stride(0), max_queries,
+        **shape, **cache, **cut, BLOCK_M=config.block_m, STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    overlap = overlaps_launches(query.device)
+    merge_kernel[(heads, max_queries, num_seqs)](
+        partial, weight, output, layout.cu_query_lens, layout.context_lens_device, parts,
+        **shape, **cut, PARTS=triton.next_power_of_2(parts),
+        MOST_QUERIES=config.block_m // (heads // key_cache.shape[2]), OVERLAP=overlap,
+        **({"launch_pdl": True} if overlap else {}), num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,183 @@
+"""Compiles kernels for GPUs that are not there and prints what came out, one JSON line each.
+
+Run as a program in a process of its own, without the interpreter:
+``python -m tests.kernels.compiling CAPABILITY [CAPABILITY ...]``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from multiexit_engine.kernels import attention, attention_tiles, head_finish, head_tiles, heads, kv
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+DTYPES = (torch.bfloat16, torch.float32)
+# Arguments that are multiples of 16 for every model we know.
+DIVISIBLE = {"width", "query_stride", "key_stride", "value_stride"}
+TYPES = {
+    **dict.fromkeys(("alpha_ptr", "temperature_ptr", "running_ptr", "tile_stat_ptr"), "*fp32"),
+    **dict.fromkeys(("candidate_logit_ptr", "candidate_score_ptr", "logprob_ptr"), "*fp32"),
+    **dict.fromkeys(("partial_ptr", "weight_ptr"), "*fp32"),
+    **dict.fromkeys(("seed_ptr", "position_ptr", "token_ptr", "slot_ptr"), "*i64"),
+    **dict.fromkeys(("count_ptr", "listed_ptr", "tile_token_ptr"), "*i32"),
+    **dict.fromkeys(("table_ptr", "start_ptr", "context_ptr"), "*i32"),
+    "scale": "fp32",
+}
+
+
+class Shipped(NamedTuple):
+    """A kernel as the engine launches it."""
+
+    name: str
+    kernel: Any
+    dtype: torch.dtype
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+def shipped(capability: int) -> Iterator[Shipped]:
+    """Every configuration that a GPU of this capability may be asked to run."""
+    overlap = capability >= 90
+    for dtype in DTYPES:
+        for rows in (1, 16, 32, 64):
+            for contrast in (False, True):
+                config = heads.head_config(rows, 1024, dtype, (capability // 10, capability % 10))
+                yield Shipped(
+                    f"head rows={rows} contrast={contrast}",
+                    head_tiles.head_kernel,
+                    dtype,
+                    {
+                        **({} if contrast else {"lower_ptr": None, "lower_weight_ptr": None}),
+                        "bias_ptr": None,
+                        "EVEN": 1024 % config.block_k == 0,
+                        "HAS_BIAS": False,
+                        "CONTRAST": contrast,
+                        "BLOCK_V": config.block_v,
+                        "BLOCK_R": config.block_r,
+                        "BLOCK_K": config.block_k,
+                        "STAGES": config.num_stages,
+                        "OVERLAP": overlap,
+                    },
+                    {"num_warps": config.num_warps},
+                )
+        for num_heads, kv_heads, head_dim, window in (
+            (16, 16, 64, 0),
+            (12, 12, 64, 256),
+            (32, 8, 128, 0),
+            (20, 4, 96, 0),
+        ):
+            yield from _attention(dtype, num_heads, kv_heads, head_dim, window, overlap)
+    tail = {"TILES": 4096, "OVERLAP": overlap}
+    yield Shipped("head finish", head_finish.head_finish_kernel, DTYPES[0], tail, {"num_warps": 4})
+    yield Shipped(
+        "contrast finish",
+        head_finish.contrast_finish_kernel,
+        DTYPES[0],
+        {**tail, "BLOCK_V": 32, "LISTED": heads.LISTED_AT_ONCE},
+        {"num_warps": 8},
+    )
+    yield Shipped("write kv", kv._write_kernel, DTYPES[0], {"WIDTH": 1024, "BLOCK": 1024}, {})
+
+
+def _attention(
+    dtype: torch.dtype, num_heads: int, kv_heads: int, head_dim: int, window: int, overlap: bool
+) -> Iterator[Shipped]:
+    group = num_heads // kv_heads
+    name = f"heads={num_heads}/{kv_heads}x{head_dim} window={window}"
+    shape = {
+        "HEAD_DIM": head_dim,
+        "WINDOW": window,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+    }
+    cache = {"HEADS": num_heads, "KV_HEADS": kv_heads, "BLOCK_SIZE": 16}
+    short = attention.short_config(group, head_dim, dtype)
+    cut = {
+        "BLOCK_N": short.block_n,
+        "MIN_CHUNK": attention.MIN_CHUNK,
+        "MAX_PARTS": attention.MAX_PARTS,
+    }
+    yield Shipped(
+        f"short {name}",
+        attention_tiles.short_kernel,
+        dtype,
+        {**shape, **cache, **cut, "BLOCK_M": short.block_m, "STAGES": short.num_stages},
+        {"num_warps": short.num_warps},
+    )
+    yield Shipped(
+        f"merge {name}",
+        attention_tiles.merge_kernel,
+        dtype,
+        {**shape, **cut, "PARTS": 64, "MOST_QUERIES": 16, "OVERLAP": overlap},
+        {"num_warps": 4},
+    )
+    long = attention.long_config(group, head_dim, dtype)
+    yield Shipped(
+        f"long {name}",
+        attention_tiles.long_kernel,
+        dtype,
+        {
+            **shape,
+            **cache,
+            "MOST_QUERIES": 16,
+            "BLOCK_M": long.block_m,
+            "BLOCK_N": long.block_n,
+            "STAGES": long.num_stages,
+        },
+        {"num_warps": long.num_warps},
+    )
+
+
+def compiled(item: Shipped, capability: int) -> dict[str, Any]:
+    """Registers, stack bytes and shared memory of a kernel; raises if it does not compile."""
+    names = item.kernel.arg_names
+    signature = {}
+    for name in names:
+        default = POINTERS[item.dtype] if name.endswith("_ptr") else "i32"
+        signature[name] = "constexpr" if name in item.constants else TYPES.get(name, default)
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name not in item.constants and (name.endswith("_ptr") or name in DIVISIBLE)
+    }
+    constants = {(names.index(name),): value for name, value in item.constants.items()}
+    source = ASTSource(item.kernel, signature, constexprs=constants, attrs=attributes)
+    kernel = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=dict(item.options)
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(BINARIES / "cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True)
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    assert numbers is not None, "cuobjdump reports no registers"
+    return {
+        "name": f"{item.name} {str(item.dtype)[6:]}",
+        "registers": int(numbers[1]),
+        "stack": int(numbers[2]),
+        "shared": kernel.metadata.shared,
+    }
+
+
+def main() -> None:
+    for capability in map(int, sys.argv[1:]):
+        for item in shipped(capability):
+            sys.stdout.write(json.dumps({"sm": capability, **compiled(item, capability)}) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
