@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from multiexit_engine import Contrast, Engine, Exit, Original, SamplingParams
+from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.compat.ibm import (
     AutoMultiExitModel,
     MultiExitConfiguration,
@@ -62,15 +63,25 @@ def expected_of(case):
     return load_file(FOLDER / CASES[case]["expected"])
 
 
-@functools.cache
-def engine_of(case):
+def new_engine(case, **options):
     return Engine.from_pretrained(
         FOLDER / CASES[case]["checkpoint"],
         device="cpu",
         dtype="float32",
         vocab_projection_mode=CASES[case]["vocab_projection_mode"],
         lm_head_layer_indices=CASES[case]["lm_head_layer_indices_passed"],
+        **options,
     )
+
+
+def block_bytes(case, block_size):
+    config = engine_of(case).model_config
+    return PagedKVCache.bytes_per_block(
+        config.num_layers, block_size, config.num_kv_heads, config.head_dim, torch.float32
+    )
+
+
+engine_of = functools.cache(new_engine)
 
 
 @functools.cache
@@ -234,6 +245,32 @@ def test_batches_as_requests_of_unequal_length_are_equal(case, call):
     for row, output in zip(expected_of(case)[call["tensor"]].tolist(), outputs, strict=True):
         new = output.outputs[0].token_ids
         assert new + [0] * (len(row) - width - len(new)) == row[width:]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_requests_at_once_in_a_tight_cache_give_the_same_ids(case):
+    """Modes and beams mixed, prompts in chunks, sequences preempted."""
+    engine = new_engine(
+        case,
+        block_size=3,
+        max_batch_size=7,
+        max_num_batched_tokens=11,
+        kv_cache_memory=50 * block_bytes(case, block_size=3),
+    )
+    wanted = [call for call in CASES[case]["generate"] if call["prompt"] != "batch"]
+    prompts = [CASES[case]["prompts"][call["prompt"]] for call in wanted]
+    outputs = engine.generate(
+        prompts,
+        [sampling_of(call) for call in wanted],
+        [decoding_of(config_of(case, call["config"])) for call in wanted],
+    )
+    found = {
+        call["tensor"]: prompt + output.outputs[0].token_ids
+        for call, prompt, output in zip(wanted, prompts, outputs, strict=True)
+    }
+    assert found == {call["tensor"]: expected_of(case)[call["tensor"]].tolist() for call in wanted}
+    assert engine.stats().num_preemptions > 0
+    assert engine.stats().num_free_kv_blocks == engine.stats().num_kv_blocks == 50
 
 
 @pytest.mark.parametrize(
