@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check install clean
+.PHONY: demo test check docs install clean
 
 demo: $(VENV)/installed
 	$(BIN)/multiexit demo
@@ -16,6 +16,9 @@ check: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/installed-test
+	$(BIN)/python -m typer multiexit_engine.cli utils docs --name multiexit --output docs/cli.md
 
 install: $(VENV)/installed-test
 
