@@ -48,9 +48,9 @@ class Scheduler:
     """Shares seats, tokens of a step and KV blocks among requests.
 
     Every step goes to the running sequences first, in order of arrival: each gets its next token,
-    longer prompts share what is left. Then waiting requests are admitted from the front while
-    seats, tokens and blocks last. A sequence that finds no block preempts the youngest running
-    one, which computes its tokens again later; so the oldest request always runs.
+    a prompt that was cut gets what is left. Then waiting requests are admitted from the front
+    while seats, tokens and blocks last. A sequence that finds no block preempts the youngest
+    running one, which computes its tokens again later; so the oldest request always runs.
 
     The owner calls ``schedule``, runs the step, calls ``advance``, and only then appends new
     tokens, forks, replaces or finishes sequences. Not thread-safe.
@@ -149,6 +149,9 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """The next step, its blocks allocated; None when there is nothing to compute."""
         step = _Step(self._config.max_num_batched_tokens)
+        if self._queues.num_running_sequences > step.num_tokens_left:
+            self._continue_in_turn(step)
+            return step.batch()
         num_preemptions = self._num_preemptions
         self._continue_running(step)
         if self._num_preemptions == num_preemptions:
@@ -239,8 +242,10 @@ class Scheduler:
         seats = sum(unit.seats for unit in queues.running) + queues.num_seats_left
         assert seats == self._config.max_batch_size, f"{seats} seats"
         assert queues.num_seats_left >= 0, f"{queues.num_seats_left} seats left"
-        for unit in queues.waiting:
-            assert not any(s.block_table for s in unit.sequences), "a waiting unit owns blocks"
+        for sequence in (s for unit in queues.waiting for s in unit.sequences):
+            assert sequence.status is SequenceStatus.WAITING, sequence.status
+            assert not sequence.block_table, "a waiting sequence owns blocks"
+            assert not sequence.num_computed_tokens, "a waiting sequence has computed tokens"
 
     def _longest(self, request: Request) -> int:
         num_prompt = len(request.prompt_token_ids)
@@ -250,17 +255,13 @@ class Scheduler:
         return max(num_prompt, min(whole, self._config.max_model_len))
 
     def _continue_running(self, step: _Step) -> None:
-        reserved = self._queues.num_running_sequences
-        if reserved > step.num_tokens_left:
-            self._continue_in_turn(step)
-            return
+        """Next tokens in order of arrival; only the youngest unit can have a prompt to go on."""
         for unit in list(self._queues.running):
-            reserved -= len(unit.sequences)
             if unit.is_running:
-                self._compute(unit, step.num_tokens_left - reserved, step)
+                self._compute(unit, step.num_tokens_left, step)
 
     def _continue_in_turn(self, step: _Step) -> None:
-        """The step has fewer tokens than sequences run: begin where the last one ended."""
+        """One token for as many sequences as the step has, beginning where the last one ended."""
         for unit in self._queues.running_from(self._next_turn):
             if not unit.is_running:
                 continue

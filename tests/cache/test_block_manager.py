@@ -145,6 +145,13 @@ def test_a_deeper_block_takes_the_place_of_a_shallow_one():
     assert blocks.num_cached_blocks == 0
 
 
+def test_a_shallow_block_does_not_displace_a_deep_one():
+    blocks = BlockManager(3, 4, prefix_caching=True)
+    deep = computed(blocks, range(4), depth=12)
+    computed(blocks, range(4), depth=6)
+    assert blocks.match_prefix(list(range(4)), depth=6)[0] == deep
+
+
 def test_a_displaced_free_block_is_blank_at_once():
     blocks = BlockManager(3, 4, prefix_caching=True)
     blocks.free(computed(blocks, range(4), depth=6))

@@ -70,6 +70,7 @@ class FakeEngine:
         assert self.scheduler.abort(request_id) is self.requests.pop(request_id)
 
     def step(self, abort_before_advance: str | None = None) -> ScheduledBatch | None:
+        self._check_that_only_the_youngest_prompt_is_cut()
         oldest = self._oldest_running()
         batch = self.scheduler.schedule()
         self.scheduler.check_integrity()
@@ -103,6 +104,10 @@ class FakeEngine:
         live = [s.request for s in self.live_sequences() if s.block_table]
         is_crowded = len(live) > self.config.max_num_batched_tokens
         return live[0] if live and not is_crowded else None
+
+    def _check_that_only_the_youngest_prompt_is_cut(self) -> None:
+        for unit in self.scheduler._queues.running[:-1]:
+            assert sum(count for _, count in unit.pending()) == len(unit.sequences)
 
     def _check_plan(self, batch: ScheduledBatch, oldest: Request | None) -> None:
         assert 0 < batch.num_tokens <= self.config.max_num_batched_tokens

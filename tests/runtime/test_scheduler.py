@@ -46,7 +46,7 @@ def test_decoding_goes_on_beside_a_long_prompt():
     assert planned(engine.step()) == [("a", 4, 1), ("b", 3, 3)]
 
 
-def test_a_started_prompt_gets_a_token_even_when_an_older_one_could_take_all():
+def test_a_prompt_begun_in_the_rest_of_a_step_goes_on_in_the_next():
     engine = with_requests(make_request("a", [7]), max_num_batched_tokens=6)
     engine.step()
     engine.add(make_request("b", range(9)))
@@ -187,6 +187,37 @@ def test_resumed_beams_wait_for_each_other():
     ]
 
 
+def test_resumed_beams_do_not_start_on_a_budget_too_small_for_all_of_them():
+    engine = with_requests(make_request("a", [7]), max_num_batched_tokens=3, block_size=1)
+    engine.step()
+    beams = engine.add(make_request("beams", [1, 2], num_beams=3, max_new_tokens=8))
+    while len(beams.sequences) < 3:
+        engine.step()
+    engine.scheduler._preempt_youngest()
+    engine.run_to_the_end()
+    assert all(len(sequence.output_token_ids) == 8 for sequence in beams.sequences)
+
+
+def test_beams_that_must_give_way_themselves_leave_no_copies_behind():
+    old = make_request("old", range(4), max_new_tokens=16)
+    beams = make_request("beams", range(20, 22), num_beams=3, max_new_tokens=8)
+    engine = with_requests(old, beams, num_kv_blocks=10, block_size=4, prefix_caching=False)
+    engine.step()
+    # two more copies of the beams' block are wanted, one block is left
+    blocks = engine.scheduler._blocks
+    blocks.make_writable(taken := [], 0, 4 * (blocks.num_free_blocks - 2))
+    batch = engine.scheduler.schedule()
+    assert planned(batch) == [("old", 4, 1)]
+    assert batch.block_copies == ()
+    blocks.free(taken)
+
+
+def test_a_wide_request_alone_may_take_the_last_block():
+    wide = make_request("wide", range(15), n=3, temperature=1.0, max_new_tokens=1)
+    engine = with_requests(wide, num_kv_blocks=4)
+    assert planned(engine.step()) == [("wide", 0, 15)]
+
+
 def test_replaced_beams_lose_their_blocks():
     request = make_request("beams", range(6), num_beams=2)
     engine = with_requests(request)
@@ -257,6 +288,15 @@ def test_an_aborted_running_request_frees_its_blocks():
     assert engine.scheduler.num_free_blocks == engine.scheduler.num_blocks
     assert [s.finish_reason for s in request.sequences] == [FinishReason.ABORT] * 2
     assert not engine.scheduler.has_unfinished
+
+
+def test_a_request_aborted_while_its_step_runs_stays_aborted():
+    request = make_request("a", range(4))
+    engine = with_requests(request, make_request("b", range(4)))
+    engine.step(abort_before_advance="a")
+    assert request.sequences[0].num_computed_tokens == 0
+    engine.run_to_the_end()
+    assert engine.scheduler.num_free_blocks == engine.scheduler.num_blocks
 
 
 def test_an_aborted_waiting_request_never_runs():
