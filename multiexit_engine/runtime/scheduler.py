@@ -13,35 +13,9 @@ from multiexit_engine.cache.block_manager import BlockManager
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.outputs import FinishReason
 from multiexit_engine.request import Request, Sequence, SequenceStatus
+from multiexit_engine.runtime.limits import check_fits
 from multiexit_engine.runtime.queues import Queues, Unit
-
-
-class _Step:
-    """The step that is being put together; what a unit got can be taken back."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens_left = num_tokens
-        self._chunks: dict[Unit, list[ScheduledSequence]] = {}
-        self._copies: dict[Unit, list[tuple[int, int]]] = {}
-
-    def add_chunk(self, unit: Unit, chunk: ScheduledSequence) -> None:
-        self._chunks.setdefault(unit, []).append(chunk)
-        self.num_tokens_left -= chunk.num_tokens
-
-    def add_copies(self, unit: Unit, copies: list[tuple[int, int]]) -> None:
-        self._copies.setdefault(unit, []).extend(copies)
-
-    def drop(self, unit: Unit) -> None:
-        self._copies.pop(unit, None)
-        self.num_tokens_left += sum(c.num_tokens for c in self._chunks.pop(unit, ()))
-
-    def batch(self) -> ScheduledBatch | None:
-        if not self._chunks:
-            return None
-        chunks = [chunk for chunks in self._chunks.values() for chunk in chunks]
-        chunks.sort(key=lambda chunk: -chunk.sequence.request.depth)
-        copies = tuple(pair for pairs in self._copies.values() for pair in pairs)
-        return ScheduledBatch(tuple(chunks), copies)
+from multiexit_engine.runtime.step_plan import StepPlan
 
 
 class Scheduler:
@@ -112,24 +86,7 @@ class Scheduler:
 
     def check_fits(self, request: Request) -> None:
         """Raise ValueError if the request could never run, however empty the engine is."""
-        config, sampling = self._config, request.sampling
-        if request.width > config.max_batch_size:
-            name = "num_beams" if request.is_beam_search else "n"
-            raise ValueError(
-                f"{name}={request.width}: must not exceed max_batch_size={config.max_batch_size}"
-            )
-        if request.is_beam_search and sampling.num_beams > config.max_num_batched_tokens:
-            raise ValueError(
-                f"num_beams={sampling.num_beams}: must not exceed "
-                f"max_num_batched_tokens={config.max_num_batched_tokens}"
-            )
-        length = self._longest(request)
-        needed = self._blocks.num_blocks_for(length) * sampling.num_beams
-        if needed > config.num_kv_blocks:
-            raise ValueError(
-                f"{length} tokens (prompt and output) with num_beams={sampling.num_beams} need "
-                f"{needed} KV blocks of {config.block_size}: the cache has {config.num_kv_blocks}"
-            )
+        check_fits(request, self._config)
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn; ``request.sequences`` holds its first sequence.
@@ -148,7 +105,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """The next step, its blocks allocated; None when there is nothing to compute."""
-        step = _Step(self._config.max_num_batched_tokens)
+        step = StepPlan(self._config.max_num_batched_tokens)
         if self._queues.num_running_sequences > step.num_tokens_left:
             self._continue_in_turn(step)
             return step.batch()
@@ -247,20 +204,13 @@ class Scheduler:
             assert not sequence.block_table, "a waiting sequence owns blocks"
             assert not sequence.num_computed_tokens, "a waiting sequence has computed tokens"
 
-    def _longest(self, request: Request) -> int:
-        num_prompt = len(request.prompt_token_ids)
-        if request.score_from is not None:
-            return num_prompt
-        whole = num_prompt + request.sampling.max_new_tokens
-        return max(num_prompt, min(whole, self._config.max_model_len))
-
-    def _continue_running(self, step: _Step) -> None:
+    def _continue_running(self, step: StepPlan) -> None:
         """Next tokens in order of arrival; only the youngest unit can have a prompt to go on."""
         for unit in list(self._queues.running):
             if unit.is_running:
                 self._compute(unit, step.num_tokens_left, step)
 
-    def _continue_in_turn(self, step: _Step) -> None:
+    def _continue_in_turn(self, step: StepPlan) -> None:
         """One token for as many sequences as the step has, beginning where the last one ended."""
         for unit in self._queues.running_from(self._next_turn):
             if not unit.is_running:
@@ -270,7 +220,7 @@ class Scheduler:
                 return
             self._compute(unit, len(unit.sequences), step)
 
-    def _compute(self, unit: Unit, num_tokens: int, step: _Step) -> None:
+    def _compute(self, unit: Unit, num_tokens: int, step: StepPlan) -> None:
         """Give a running unit up to ``num_tokens``; it may preempt younger ones, or itself."""
         for sequence, wanted in unit.pending():
             granted = min(wanted, num_tokens)
@@ -282,7 +232,7 @@ class Scheduler:
                 return
             step.add_chunk(unit, ScheduledSequence(sequence, start, granted))
 
-    def _find_blocks(self, unit: Unit, sequence: Sequence, stop: int, step: _Step) -> bool:
+    def _find_blocks(self, unit: Unit, sequence: Sequence, stop: int, step: StepPlan) -> bool:
         """Own the blocks of the tokens up to ``stop``; False if the unit itself had to give way."""
         start, table = sequence.num_computed_tokens, sequence.block_table
         while (copies := self._blocks.make_writable(table, start, stop)) is None:
@@ -303,7 +253,7 @@ class Scheduler:
             sequence.status = SequenceStatus.WAITING
         return unit
 
-    def _admit_first_waiting(self, step: _Step) -> bool:
+    def _admit_first_waiting(self, step: StepPlan) -> bool:
         """Admit the oldest waiting unit if there is room for it."""
         if not self._queues.waiting or not step.num_tokens_left:
             return False

@@ -1,0 +1,43 @@
+"""A step while it is put together: what was planned for a unit can still be taken back.
+
+Knows nothing of who may run or of how blocks are found.
+"""
+
+from __future__ import annotations
+
+from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
+from multiexit_engine.runtime.queues import Unit
+
+
+class StepPlan:
+    """Chunks and block copies by unit, in the order in which they were planned.
+
+    Attributes:
+        num_tokens_left: of the step's budget.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens_left = num_tokens
+        self._chunks: dict[Unit, list[ScheduledSequence]] = {}
+        self._copies: dict[Unit, list[tuple[int, int]]] = {}
+
+    def add_chunk(self, unit: Unit, chunk: ScheduledSequence) -> None:
+        self._chunks.setdefault(unit, []).append(chunk)
+        self.num_tokens_left -= chunk.num_tokens
+
+    def add_copies(self, unit: Unit, copies: list[tuple[int, int]]) -> None:
+        self._copies.setdefault(unit, []).extend(copies)
+
+    def drop(self, unit: Unit) -> None:
+        """Take back what a unit got, if it got anything: it was preempted."""
+        self._copies.pop(unit, None)
+        self.num_tokens_left += sum(c.num_tokens for c in self._chunks.pop(unit, ()))
+
+    def batch(self) -> ScheduledBatch | None:
+        """The step as the runner sees it; None when nothing was planned."""
+        if not self._chunks:
+            return None
+        chunks = [chunk for chunks in self._chunks.values() for chunk in chunks]
+        chunks.sort(key=lambda chunk: -chunk.sequence.request.depth)
+        copies = tuple(pair for pairs in self._copies.values() for pair in pairs)
+        return ScheduledBatch(tuple(chunks), copies)
