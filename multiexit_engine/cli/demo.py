@@ -6,9 +6,9 @@ import time
 from typing import Annotated, Any
 
 import typer
-from rich.columns import Columns
 from rich.console import Group
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from multiexit_engine.cli.app import console
@@ -33,11 +33,15 @@ def demo(
     loaded = Engine.from_pretrained(model, **engine)
     params = SamplingParams(max_new_tokens=max_new_tokens)
     modes = demo_modes(loaded.model_config)
-    # the first request of a process pays for warming up
-    loaded.generate(prompt, SamplingParams(max_new_tokens=2))
+    # the first request of a mode pays for reading its heads
+    loaded.generate([prompt] * len(modes), SamplingParams(max_new_tokens=2), list(modes.values()))
     console.print(Text(prompt, style="bold"))
     panels = [_panel(loaded, name, prompt, params, mode) for name, mode in modes.items()]
-    console.print(Columns(panels, equal=True, expand=True))
+    beside = Table.grid(expand=True)
+    for _ in panels:
+        beside.add_column(ratio=1)
+    beside.add_row(*panels)
+    console.print(beside)
 
 
 def demo_modes(config: ModelConfig) -> dict[str, DecodingMode]:
