@@ -22,7 +22,7 @@ docs: $(VENV)/installed-test
 
 install: $(VENV)/installed-test
 
-$(VENV)/installed: pyproject.toml setup.py constraints.txt
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cpu/*)
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.12 ...' if sys.version_info < (3, 11) else 0)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .

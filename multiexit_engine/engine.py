@@ -25,7 +25,7 @@ from multiexit_engine.config import (
 )
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.registry import build_model
-from multiexit_engine.ops import REFERENCE, use_backend
+from multiexit_engine.ops import use_backend
 from multiexit_engine.outputs import (
     CompletionOutput,
     EngineStats,
@@ -366,7 +366,8 @@ class Engine:
         return next(name for name in names if name not in self._core.requests)
 
     def _backend(self) -> AbstractContextManager[None]:
-        return use_backend(REFERENCE) if self.config.backend == "reference" else nullcontext()
+        name = self.config.backend
+        return nullcontext() if name == "auto" else use_backend(name)
 
     def _finish_all(self, requests: Sequence[Request], progress: bool | None) -> None:
         """Step until all of ``requests`` are finished; on an interrupt they leave no trace."""

@@ -14,6 +14,7 @@ from multiexit_engine.config import ModelConfig
 from multiexit_engine.layers.block import DecoderBlock
 from multiexit_engine.layers.embedding import Embedding
 from multiexit_engine.layers.exit_heads import ExitHeads
+from multiexit_engine.ops import decoder_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class MultiExitModel(nn.Module):
         self.config = config
         self.embedding = embedding
         self.blocks = nn.ModuleList(blocks)
+        # a slice of a ModuleList is a new module, which takes longer than a small block
+        self._order = tuple(blocks)
         self.heads = heads
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
@@ -68,9 +71,9 @@ class MultiExitModel(nn.Module):
             [tokens, hidden], the raw residual stream after layer ``stop`` counted from 1: the tap
             of an exit there, before any norm.
         """
-        for block in self.blocks[start:stop]:
-            hidden = block(hidden, kv_cache, batch)
-        return hidden
+        if start == stop:
+            return hidden
+        return decoder_blocks(hidden, self._order[start:stop], kv_cache, batch)
 
 
 def load_original_head(config: ModelConfig, loader: TensorLoader, tokens: Tensor) -> Tensor:

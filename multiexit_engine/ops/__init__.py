@@ -2,23 +2,26 @@
 
 from multiexit_engine.ops.activation import activation, gated_activation
 from multiexit_engine.ops.attention import paged_attention
+from multiexit_engine.ops.blocks import decoder_blocks
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.heads import head_logits
 from multiexit_engine.ops.kv import write_kv
 from multiexit_engine.ops.linear import linear
 from multiexit_engine.ops.norm import layer_norm, rms_norm
-from multiexit_engine.ops.registry import REFERENCE, Op, register_op, use_backend
+from multiexit_engine.ops.registry import NATIVE, REFERENCE, Op, register_op, use_backend
 from multiexit_engine.ops.rotary import rotary
 from multiexit_engine.ops.sampling import gumbel_noise, sample_tokens
 from multiexit_engine.ops.tokens import contrast_tokens, head_tokens
 
 __all__ = [
+    "NATIVE",
     "REFERENCE",
     "Op",
     "activation",
     "contrast_heads",
     "contrast_logits",
     "contrast_tokens",
+    "decoder_blocks",
     "gated_activation",
     "gumbel_noise",
     "head_logits",

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from multiexit_engine.batch import SequenceLayout
+from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 
 # decode rows share a gather when their key counts round up to the same power of two, but below
@@ -162,4 +163,12 @@ paged_attention.backend(
     "multiexit_engine.kernels.attention:paged_attention",
     device="cuda",
     supports=_kernel_reads,
+)
+paged_attention.backend(
+    "cpu",
+    "multiexit_engine._native:paged_attention",
+    device="cpu",
+    supports=lambda query, key_cache, value_cache, *_: (
+        is_plain(query, key_cache) and is_streamable(key_cache, value_cache)
+    ),
 )

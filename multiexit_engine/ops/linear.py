@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 
 
@@ -23,3 +24,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Source: ``torch.nn.functional.linear``.
     """
     return functional.linear(x, weight, bias)
+
+
+linear.backend(
+    "cpu",
+    "multiexit_engine._native:linear",
+    device="cpu",
+    supports=lambda x, weight, bias: is_plain(x, weight) and is_streamable(weight),
+)

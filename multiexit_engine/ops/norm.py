@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from multiexit_engine.ops.operands import is_plain
 from multiexit_engine.ops.registry import register_op
 
 
@@ -45,3 +46,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
+
+
+layer_norm.backend(
+    "cpu",
+    "multiexit_engine._native:layer_norm",
+    device="cpu",
+    supports=lambda x, weight, bias, eps: is_plain(x, weight, bias),
+)
+rms_norm.backend(
+    "cpu",
+    "multiexit_engine._native:rms_norm",
+    device="cpu",
+    supports=lambda x, weight, eps: is_plain(x, weight),
+)

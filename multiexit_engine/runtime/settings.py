@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
 from multiexit_engine.checkpoint import Checkpoint
@@ -9,6 +12,8 @@ from multiexit_engine.config import BackendName, EngineConfig, ModelConfig
 from multiexit_engine.errors import BackendUnavailable
 from multiexit_engine.ops import Op
 from multiexit_engine.runtime.memory import num_kv_blocks
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -100,14 +105,22 @@ def pick_backend(backend: BackendName, device: torch.device) -> BackendName:
     """The backend itself, if it exists for the device."""
     if backend not in ("auto", "reference", "native"):
         raise ValueError(f"backend={backend!r}: must be 'auto', 'reference' or 'native'")
-    ops = Op.registry.values()
-    has_kernels = any(b.device == device.type for op in ops for b in op.backends.values())
-    if backend == "native" and not has_kernels:
-        raise BackendUnavailable(
-            f"backend='native': no kernels are built for device {device.type!r}; "
-            "use 'auto' or 'reference'"
-        )
+    if backend == "reference":
+        return backend
+    try:
+        for op in Op.registry.values():
+            for name in (b.name for b in op.backends.values() if b.device == device.type):
+                op.implementation(name)
+    except BackendUnavailable as error:
+        if backend == "native":
+            raise BackendUnavailable(f"backend='native': {error}; use 'auto'") from error
+        _warn_once(f"ops run in plain PyTorch where they have no kernel: {error}")
     return backend
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def check_counts(**counts: int | None) -> None:

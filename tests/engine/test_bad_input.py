@@ -118,13 +118,19 @@ def test_text_needs_a_tokenizer(tmp_path):
         ({"block_size": 0}, ValueError, "block_size=0"),
         ({"kv_cache_memory": 10}, ValueError, "kv_cache_memory=10: one block"),
         ({"quantization": "int8"}, ValueError, "quantization='int8'"),
-        ({"backend": "native", "device": "cpu"}, BackendUnavailable, "no kernels"),
         ({"decoding": Exit(3)}, ValueError, "exits at layers 2, 4, 6"),
     ],
 )
 def test_an_engine_option_without_meaning_is_refused(folder, options, error, message):
     with pytest.raises(error, match=message):
         Engine.from_pretrained(folder, **options)
+
+
+def test_the_native_backend_needs_the_compiled_kernels(folder, monkeypatch):
+    monkeypatch.setattr("multiexit_engine.ops.registry._load", lambda _: ImportError("no file"))
+    with pytest.raises(BackendUnavailable, match="backend='native': .*no file"):
+        Engine.from_pretrained(folder, backend="native", device="cpu")
+    assert Engine.from_pretrained(folder, device="cpu").generate([1])
 
 
 def test_as_many_parameters_as_prompts_are_needed(engine):

@@ -152,13 +152,16 @@ def sampling_of(call, forbidden=()):
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize(
     ("case", "name"), [p for p in cases_and_configs() if greedy_calls(*p.values)]
 )
-def test_greedy_ids_are_equal(case, name):
+def test_greedy_ids_are_equal(case, name, backend):
+    if backend == "native":
+        pytest.importorskip("multiexit_engine._C", reason="the C++ extension is not built")
     wanted = greedy_calls(case, name)
     prompts = [CASES[case]["prompts"][call["prompt"]] for call in wanted]
-    outputs = engine_of(case).generate(
+    outputs = engine_of(case, backend=backend).generate(
         prompts, [sampling_of(call) for call in wanted], decoding_of(config_of(case, name))
     )
     found = {

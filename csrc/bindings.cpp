@@ -1,0 +1,119 @@
+// The only file that knows Python. Addresses come in as integers; shapes are checked in Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/attention.h"
+#include "cpu/block.h"
+#include "cpu/dense.h"
+
+namespace py = pybind11;
+using namespace multiexit::cpu;
+
+namespace {
+
+using Address = uintptr_t;
+using Release = py::gil_scoped_release;
+
+template <class T = float>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void linear(int threads, Address x, int64_t tokens, const Matrix& weight, Address bias, Address out,
+            int dtype) {
+  Release nogil;
+  const DType kind = static_cast<DType>(dtype);
+  const float* input = as_float(at<void>(x), kind, tokens * weight.columns, Scratch::kInput);
+  const bool is_float = kind == DType::kFloat32;
+  const int64_t size = tokens * weight.rows;
+  float* result =
+      is_float ? at(out) : Scratch::of_this_thread().room(Scratch::kWide, size);
+  multiply(threads, input, tokens, {weight, at(bias)}, result, [](int64_t, int64_t) {});
+  if (!is_float) kernels().from_float(result, at<void>(out), kind, size);
+}
+
+void norm(int threads, Address x, const Norm& norm, Address out, int64_t rows, int64_t size,
+          int dtype) {
+  Release nogil;
+  const DType kind = static_cast<DType>(dtype);
+  if (kind == DType::kFloat32) return normalise(threads, at(x), norm, at(out), rows, size);
+  const float* input = as_float(at<void>(x), kind, rows * size, Scratch::kInput);
+  float* result = Scratch::of_this_thread().room(Scratch::kNormed, rows * size);
+  normalise(threads, input, norm, result, rows, size);
+  kernels().from_float(result, at<void>(out), kind, rows * size);
+}
+
+void attention(int threads, Address query, int64_t heads, const Cache& cache, const Layout& layout,
+               float scale, int64_t window, Address out) {
+  Release nogil;
+  const int64_t width = heads * cache.head_dim, size = layout.tokens * width;
+  const float* input = as_float(at<void>(query), cache.dtype, size, Scratch::kInput);
+  const bool is_float = cache.dtype == DType::kFloat32;
+  float* result = is_float ? at(out) : Scratch::of_this_thread().room(Scratch::kMixed, size);
+  paged_attention(threads, input, width, heads, cache, layout, scale, window, result);
+  if (!is_float) kernels().from_float(result, at<void>(out), cache.dtype, size);
+}
+
+void decoder_blocks(int threads, const Span& span, const Rows& rows, Address hidden, Address out,
+                    int dtype) {
+  Release nogil;
+  run_blocks(threads, span, rows, at<void>(hidden), at<void>(out), static_cast<DType>(dtype));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  py::class_<Matrix>(m, "Matrix")
+      .def(py::init([](Address data, int dtype, int64_t rows, int64_t columns) {
+        return Matrix{at<void>(data), static_cast<DType>(dtype), rows, columns};
+      }));
+  py::class_<Linear>(m, "Linear").def(py::init([](const Matrix& weight, Address bias) {
+    return Linear{weight, at(bias)};
+  }));
+  py::class_<Norm>(m, "Norm").def(py::init([](Address weight, Address bias, float eps) {
+    return Norm{at(weight), at(bias), eps};
+  }));
+  py::class_<Cache>(m, "Cache")
+      .def(py::init([](Address keys, Address values, int dtype, int64_t block_size,
+                       int64_t kv_heads, int64_t head_dim) {
+        return Cache{at<void>(keys), at<void>(values), static_cast<DType>(dtype), block_size,
+                     kv_heads, head_dim};
+      }));
+  py::class_<Layout>(m, "Layout")
+      .def(py::init([](int64_t tokens, int64_t sequences, Address starts, Address contexts,
+                       Address tables, int64_t table_stride, int64_t longest_context) {
+        return Layout{tokens, sequences, at<int32_t>(starts), at<int32_t>(contexts),
+                      at<int32_t>(tables), table_stride, longest_context};
+      }));
+  py::class_<Rows>(m, "Rows").def(
+      py::init([](const Layout& layout, Address positions, Address slots) {
+        return Rows{layout, at<int64_t>(positions), at<int64_t>(slots)};
+      }));
+  py::class_<Block>(m, "Block")
+      .def(py::init([](const Norm& attention_norm, const Linear& qkv, const Norm& query_norm,
+                       const Norm& key_norm, Address cos, Address sin, int64_t heads,
+                       int64_t kv_heads, int64_t head_dim, float scale, int64_t window,
+                       const Linear& output, const Norm& mlp_norm, const Linear& up, bool is_gated,
+                       int activation, const Linear& down) {
+             return Block{attention_norm, mlp_norm, query_norm, key_norm, qkv, output, up, down,
+                          is_gated, static_cast<Activation>(activation), heads, kv_heads, head_dim,
+                          window, scale, at(cos), at(sin)};
+           }),
+           py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("query_norm"),
+           py::arg("key_norm"), py::arg("cos"), py::arg("sin"), py::arg("heads"),
+           py::arg("kv_heads"), py::arg("head_dim"), py::arg("scale"), py::arg("window"),
+           py::arg("output"), py::arg("mlp_norm"), py::arg("up"), py::arg("is_gated"),
+           py::arg("activation"), py::arg("down"));
+
+  py::class_<Span>(m, "Span")
+      .def(py::init([](const std::vector<Block>& blocks, const std::vector<Cache>& caches) {
+        return Span{blocks, caches};
+      }));
+
+  m.def("linear", &linear);
+  m.def("norm", &norm);
+  m.def("paged_attention", &attention);
+  m.def("decoder_blocks", &decoder_blocks);
+  m.def("isa", [] { return kernels().name; });
+  m.def("choose_isa", [](const std::string& name) { return choose_isa(name.c_str()); });
+}

@@ -1,0 +1,52 @@
+// A decoder block as plain pointers, and the call that runs a span of them.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+#include "dense.h"
+
+namespace multiexit::cpu {
+
+struct Norm {
+  const float* weight;
+  const float* bias;  // null for RMS
+  float eps;
+};
+
+// The pre-norm block of layers/block.py. Vectors are float32, matrices and caches of one dtype.
+struct Block {
+  Norm attention_norm, mlp_norm;
+  Norm query_norm, key_norm;  // weight null where the model has none
+  Linear qkv, output;
+  Linear up, down;
+  bool is_gated;  // `up` then holds the gate's rows first
+  Activation activation;
+  int64_t heads, kv_heads, head_dim;
+  int64_t window;  // 0 for all keys
+  float scale;
+  const float* cos;  // [positions, head_dim / 2]; null without rotary positions
+  const float* sin;
+};
+
+struct Rows {
+  Layout layout;
+  const int64_t* positions;  // [tokens]
+  const int64_t* slots;      // [tokens]
+};
+
+// Blocks that follow each other, each with its part of the cache.
+struct Span {
+  std::vector<Block> blocks;
+  std::vector<Cache> caches;
+};
+
+// hidden, out: [tokens, hidden] of `dtype`.
+void run_blocks(int threads, const Span& span, const Rows& rows, const void* hidden, void* out,
+                DType dtype);
+
+// x[i] = norm(x[i]) for `count` rows of `size` numbers each; out may be x.
+void normalise(int threads, const float* x, const Norm& norm, float* out, int64_t count,
+               int64_t size);
+
+}  // namespace multiexit::cpu

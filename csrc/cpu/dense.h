@@ -1,0 +1,51 @@
+// Products and elementwise work shared out over the team.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+#include "scratch.h"
+#include "threads.h"
+
+namespace multiexit::cpu {
+
+struct Linear {
+  Matrix weight;
+  const float* bias;  // [rows] or null
+};
+
+// Weight rows that a thread takes at once: about 64 KB, which its L2 cache holds for all tokens.
+inline int64_t rows_of_chunk(const Matrix& weight) {
+  const int64_t row_bytes = weight.columns * size_of(weight.dtype);
+  return std::max<int64_t>(8, (64 << 10) / std::max<int64_t>(1, row_bytes) / 8 * 8);
+}
+
+// Calls body(first, count) for chunks of `total` things, `size` at a time.
+template <class Body>
+void in_chunks(int threads, int64_t total, int64_t size, Body&& body) {
+  parallel_for(threads, (total + size - 1) / size, [&](int64_t chunk, int rank) {
+    body(chunk * size, std::min(size, total - chunk * size), rank);
+  });
+}
+
+// out[t, :] = x[t] @ weight.T + bias; then(first, count) runs for each finished span of columns.
+template <class Then>
+void multiply(int threads, const float* x, int64_t tokens, const Linear& linear, float* out,
+              Then&& then) {
+  const Kernels& k = kernels();
+  const int64_t rows = linear.weight.rows;
+  in_chunks(threads, rows, rows_of_chunk(linear.weight), [&](int64_t first, int64_t count, int) {
+    k.product(x, tokens, linear.weight, first, count, linear.bias, out + first, rows);
+    then(first, count);
+  });
+}
+
+// x itself where it is float32, else a float32 copy in scratch.
+inline const float* as_float(const void* x, DType dtype, int64_t count, Scratch::Slot slot) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(x);
+  float* copy = Scratch::of_this_thread().room(slot, count);
+  kernels().to_float(x, dtype, copy, count);
+  return copy;
+}
+
+}  // namespace multiexit::cpu

@@ -1,0 +1,28 @@
+// All kernels of one instruction set; each kernels_<isa>.cpp compiles this file once.
+#include "kernels.h"
+#include "vec.h"
+
+#include "product.inl"
+#include "rows.inl"
+#include "attention.inl"
+
+#define MULTIEXIT_NAME_(name) #name
+#define MULTIEXIT_NAME(name) MULTIEXIT_NAME_(name)
+
+namespace multiexit::cpu::ISA_NAMESPACE {
+
+static const Kernels table = {
+    MULTIEXIT_NAME(ISA_NAMESPACE),
+    product,
+    to_float,
+    from_float,
+    add,
+    layer_norm,
+    rms_norm,
+    activate,
+    rotate,
+    attend,
+    statistics,
+};
+
+}  // namespace multiexit::cpu::ISA_NAMESPACE

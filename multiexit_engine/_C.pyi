@@ -1,0 +1,74 @@
+class Matrix:
+    def __init__(self, data: int, dtype: int, rows: int, columns: int) -> None: ...
+
+class Linear:
+    def __init__(self, weight: Matrix, bias: int) -> None: ...
+
+class Norm:
+    def __init__(self, weight: int, bias: int, eps: float) -> None: ...
+
+class Cache:
+    def __init__(
+        self, keys: int, values: int, dtype: int, block_size: int, kv_heads: int, head_dim: int
+    ) -> None: ...
+
+class Layout:
+    def __init__(
+        self,
+        tokens: int,
+        sequences: int,
+        starts: int,
+        contexts: int,
+        tables: int,
+        table_stride: int,
+        longest_context: int,
+    ) -> None: ...
+
+class Rows:
+    def __init__(self, layout: Layout, positions: int, slots: int) -> None: ...
+
+class Block:
+    def __init__(
+        self,
+        *,
+        attention_norm: Norm,
+        qkv: Linear,
+        query_norm: Norm,
+        key_norm: Norm,
+        cos: int,
+        sin: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int,
+        output: Linear,
+        mlp_norm: Norm,
+        up: Linear,
+        is_gated: bool,
+        activation: int,
+        down: Linear,
+    ) -> None: ...
+
+class Span:
+    def __init__(self, blocks: list[Block], caches: list[Cache]) -> None: ...
+
+def linear(
+    threads: int, x: int, tokens: int, weight: Matrix, bias: int, out: int, dtype: int
+) -> None: ...
+def norm(threads: int, x: int, norm: Norm, out: int, rows: int, size: int, dtype: int) -> None: ...
+def paged_attention(
+    threads: int,
+    query: int,
+    heads: int,
+    cache: Cache,
+    layout: Layout,
+    scale: float,
+    window: int,
+    out: int,
+) -> None: ...
+def decoder_blocks(
+    threads: int, span: Span, rows: Rows, hidden: int, out: int, dtype: int
+) -> None: ...
+def isa() -> str: ...
+def choose_isa(name: str) -> bool: ...

@@ -1,0 +1,11 @@
+"""Tensor-level front of the C++ extension ``multiexit_engine._C`` (built from csrc/).
+
+Backends of the ops, found by name: the contract of each stands in ``multiexit_engine.ops``.
+Importing this raises ImportError where the extension was not built.
+"""
+
+from multiexit_engine._native.attention import paged_attention
+from multiexit_engine._native.blocks import decoder_blocks
+from multiexit_engine._native.dense import layer_norm, linear, rms_norm
+
+__all__ = ["decoder_blocks", "layer_norm", "linear", "paged_attention", "rms_norm"]

@@ -1,0 +1,55 @@
+"""Attention over the paged cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multiexit_engine import _C
+from multiexit_engine._native.tensors import DTYPES
+
+
+def layout_view(layout: Any) -> _C.Layout:
+    """The extension's view of a SequenceLayout, which must outlive it; made once a step."""
+    found: _C.Layout | None = layout.scratch.get("native")
+    if found is None:
+        tables = layout.block_tables
+        found = layout.scratch["native"] = _C.Layout(
+            layout.query_starts[-1],
+            len(layout.query_lens),
+            layout.cu_query_lens.data_ptr(),
+            layout.context_lens_device.data_ptr(),
+            tables.data_ptr(),
+            tables.stride(0),
+            max(layout.context_lens),
+        )
+    return found
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: Any,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """See ``multiexit_engine.ops.paged_attention``."""
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    cache = _C.Cache(
+        key_cache.data_ptr(), value_cache.data_ptr(), DTYPES[query.dtype], *key_cache.shape[1:]
+    )
+    _C.paged_attention(
+        torch.get_num_threads(),
+        query.data_ptr(),
+        query.shape[1],
+        cache,
+        layout_view(layout),
+        scale,
+        window or 0,
+        out.data_ptr(),
+    )
+    return out

@@ -1,0 +1,110 @@
+"""Decoder blocks, a whole span of them in one call.
+
+Reads the modules of ``multiexit_engine.layers`` by their attributes and imports none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from multiexit_engine import _C
+from multiexit_engine._native.attention import layout_view
+from multiexit_engine._native.tensors import DTYPES, address, matrix, vector
+
+ACTIVATIONS = {
+    "gelu": 0,
+    "gelu_fast": 1,
+    "gelu_new": 1,
+    "gelu_pytorch_tanh": 1,
+    "quick_gelu": 2,
+    "relu": 3,
+    "silu": 4,
+    "swish": 4,
+}
+
+
+class _Span:
+    """Blocks as the extension sees them, with all that its addresses point into."""
+
+    def __init__(self, blocks: Sequence[Any], kv_cache: Any) -> None:
+        self.kept: list[object] = [*blocks]
+        views = [self._block(block) for block in blocks]
+        caches = [
+            self._cache(kv_cache.key(i), kv_cache.value(i))
+            for i in (block.attention.layer for block in blocks)
+        ]
+        self.view = _C.Span(views, caches)
+
+    def _cache(self, key: Tensor, value: Tensor) -> _C.Cache:
+        return _C.Cache(key.data_ptr(), value.data_ptr(), DTYPES[key.dtype], *key.shape[1:])
+
+    def _block(self, block: Any) -> _C.Block:
+        attention, mlp = block.attention, block.mlp
+        rotary = attention.rotary
+        heads, kv_heads = (width // attention.head_dim for width in attention.widths[:2])
+        is_gated = hasattr(mlp, "gate_up")
+        return _C.Block(
+            attention_norm=self._norm(block.attention_norm),
+            qkv=self._linear(attention.qkv),
+            query_norm=self._norm(attention.query_norm),
+            key_norm=self._norm(attention.key_norm),
+            cos=0 if rotary is None else self._keep(rotary.cos),
+            sin=0 if rotary is None else self._keep(rotary.sin),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=attention.head_dim,
+            scale=attention.scale,
+            window=attention.window or 0,
+            output=self._linear(attention.output),
+            mlp_norm=self._norm(block.mlp_norm),
+            up=self._linear(mlp.gate_up if is_gated else mlp.up),
+            is_gated=is_gated,
+            activation=ACTIVATIONS[mlp.kind],
+            down=self._linear(mlp.down),
+        )
+
+    def _keep(self, values: Tensor | None) -> int:
+        """The address of the float32 form, which lives as long as this."""
+        kept = vector(values)
+        self.kept.append(kept)
+        return address(kept)
+
+    def _norm(self, norm: Any) -> _C.Norm:
+        if norm is None:
+            return _C.Norm(0, 0, 0.0)
+        return _C.Norm(self._keep(norm.weight), self._keep(getattr(norm, "bias", None)), norm.eps)
+
+    def _linear(self, linear: Any) -> _C.Linear:
+        return _C.Linear(matrix(linear.weight), self._keep(linear.bias))
+
+
+_spans: WeakKeyDictionary[Any, dict[tuple[int, int], _Span]] = WeakKeyDictionary()
+
+
+def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: Any) -> Tensor:
+    """See ``multiexit_engine.ops.decoder_blocks``."""
+    spans = _spans.setdefault(kv_cache, {})
+    # A span keeps its blocks, so their ids stay theirs.
+    key = id(blocks[0]), len(blocks)
+    span = spans.get(key)
+    if span is None:
+        span = spans[key] = _Span(blocks, kv_cache)
+    hidden = hidden.contiguous()
+    out = torch.empty_like(hidden)
+    rows = _C.Rows(
+        layout_view(batch.layout), batch.positions.data_ptr(), batch.slot_mapping.data_ptr()
+    )
+    _C.decoder_blocks(
+        torch.get_num_threads(),
+        span.view,
+        rows,
+        hidden.data_ptr(),
+        out.data_ptr(),
+        DTYPES[hidden.dtype],
+    )
+    return out

@@ -1,0 +1,52 @@
+"""Products and norms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from multiexit_engine import _C
+from multiexit_engine._native.tensors import DTYPES, address, matrix, vector
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``multiexit_engine.ops.linear``."""
+    x, shift = x.contiguous(), vector(bias)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _C.linear(
+        torch.get_num_threads(),
+        x.data_ptr(),
+        x.shape[0],
+        matrix(weight),
+        address(shift),
+        out.data_ptr(),
+        DTYPES[x.dtype],
+    )
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See ``multiexit_engine.ops.layer_norm``."""
+    return _norm(x, weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See ``multiexit_engine.ops.rms_norm``."""
+    return _norm(x, weight, None, eps)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    x, scale, shift = x.contiguous(), vector(weight), vector(bias)
+    out = torch.empty_like(x)
+    size = x.shape[-1]
+    norm = _C.Norm(address(scale), address(shift), eps)
+    _C.norm(
+        torch.get_num_threads(),
+        x.data_ptr(),
+        norm,
+        out.data_ptr(),
+        x.numel() // size,
+        size,
+        DTYPES[x.dtype],
+    )
+    return out

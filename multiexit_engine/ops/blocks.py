@@ -1,0 +1,56 @@
+"""A span of decoder blocks as one op, so that a backend can run them without Python between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from multiexit_engine.batch import ForwardBatch
+from multiexit_engine.ops.operands import is_plain
+from multiexit_engine.ops.registry import register_op
+
+
+class KVCache(Protocol):
+    """What blocks need of ``PagedKVCache``, which stands above the ops."""
+
+    def key(self, layer: int) -> Tensor: ...
+
+    def value(self, layer: int) -> Tensor: ...
+
+
+@register_op
+def decoder_blocks(
+    hidden: Tensor,
+    blocks: Sequence[Callable[..., Tensor]],
+    kv_cache: KVCache,
+    batch: ForwardBatch,
+) -> Tensor:
+    """Run decoder blocks one after the other.
+
+    Half-precision backends may keep what lies between input and result in float32.
+
+    Args:
+        hidden: [tokens, hidden].
+        blocks: at least one ``layers.block.DecoderBlock``, whose parts a backend reads; its
+            weights and the cache stay where they are from the first call on.
+        kv_cache: the keys and values of these layers are written for all tokens of ``batch``.
+        batch: the tokens.
+
+    Returns:
+        A new tensor of the shape and dtype of ``hidden``.
+
+    Source: Radford et al. 2019, "Language models are unsupervised multitask learners", 2.3.
+    """
+    for block in blocks:
+        hidden = block(hidden, kv_cache, batch)
+    return hidden
+
+
+decoder_blocks.backend(
+    "cpu",
+    "multiexit_engine._native:decoder_blocks",
+    device="cpu",
+    supports=lambda hidden, blocks, kv_cache, batch: is_plain(hidden),
+)
