@@ -20,11 +20,17 @@ from multiexit_engine import Contrast, Engine, Exit, Original, SamplingParams
 
 
 def measure(
-    shape: Shape, folder: Path, dtype: torch.dtype, prompt_len: int, new_tokens: int, rounds: int
+    shape: Shape,
+    folder: Path,
+    dtype: torch.dtype,
+    prompt_len: int,
+    new_tokens: int,
+    rounds: int,
+    backend: str,
 ) -> list[dict[str, object]]:
     """One row for each way of decoding: median tokens/s and milliseconds per token."""
     path = make_checkpoint(shape, folder, dtype)
-    engine = Engine.from_pretrained(path, dtype=dtype, prefix_caching=False)
+    engine = Engine.from_pretrained(path, dtype=dtype, backend=backend, prefix_caching=False)
     plain = load_transformers(shape, path, dtype)
     ibm = load_ibm_way(shape, path, dtype)
     prompt = torch.randint(0, shape.config.vocab_size, (prompt_len,)).tolist()
@@ -43,6 +49,7 @@ def measure(
     return [
         {
             "shape": shape.name,
+            "backend": backend,
             "dtype": str(dtype).removeprefix("torch."),
             "way": name,
             "tokens_per_s": new_tokens / median(values),
@@ -60,6 +67,7 @@ def main(
     new_tokens: int = 64,
     rounds: int = 5,
     threads: int = 2,
+    backend: Annotated[str, typer.Option(help="of the engine: auto, reference or native")] = "auto",
     folder: Annotated[Path, typer.Option(help="where checkpoints are kept")] = KEPT_CHECKPOINTS,
     json: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
 ) -> None:
@@ -68,7 +76,9 @@ def main(
     torch.manual_seed(0)
     results = []
     for name in shape or ["gpt2-medium", "gpt-neo-125m"]:
-        found = measure(SHAPES[name], folder, getattr(torch, dtype), prompt_len, new_tokens, rounds)
+        found = measure(
+            SHAPES[name], folder, getattr(torch, dtype), prompt_len, new_tokens, rounds, backend
+        )
         base = found[0]["tokens_per_s"]
         rows = [
             [
@@ -79,7 +89,8 @@ def main(
             ]
             for row in found
         ]
-        title = f"{name}, {dtype}, batch 1, {prompt_len} + {new_tokens} tokens, {threads} threads"
+        lengths = f"{prompt_len} + {new_tokens} tokens"
+        title = f"{name}, {dtype}, batch 1, {lengths}, {threads} threads, {backend}"
         show(title, ["way", "tokens/s", "ms/token", "of Original"], rows)
         results += found
     write_json(json, shlex.join(["python", *sys.argv]), results)

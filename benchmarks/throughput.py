@@ -27,11 +27,12 @@ def measure(
     prompt_len: int,
     new_tokens: int,
     rounds: int,
+    backend: str,
 ) -> list[dict[str, object]]:
     """One row for each way of running ``requests`` greedy requests: median tokens/s."""
     path = make_checkpoint(shape, folder, dtype)
     engine = Engine.from_pretrained(
-        path, dtype=dtype, prefix_caching=False, max_batch_size=requests
+        path, dtype=dtype, backend=backend, prefix_caching=False, max_batch_size=requests
     )
     plain = load_transformers(shape, path, dtype)
     ibm = load_ibm_way(shape, path, dtype)
@@ -52,6 +53,7 @@ def measure(
     return [
         {
             "shape": shape.name,
+            "backend": backend,
             "dtype": str(dtype).removeprefix("torch."),
             "requests": requests,
             "way": name,
@@ -70,6 +72,7 @@ def main(
     new_tokens: int = 32,
     rounds: int = 3,
     threads: int = 2,
+    backend: Annotated[str, typer.Option(help="of the engine: auto, reference or native")] = "auto",
     folder: Annotated[Path, typer.Option(help="where checkpoints are kept")] = KEPT_CHECKPOINTS,
     json: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
 ) -> None:
@@ -86,6 +89,7 @@ def main(
             prompt_len,
             new_tokens,
             rounds,
+            backend,
         )
         base = found[1]["tokens_per_s"]
         rows = [
@@ -96,7 +100,9 @@ def main(
             ]
             for row in found
         ]
-        title = f"{name}, {dtype}, {requests} requests, {prompt_len} + {new_tokens} tokens"
+        title = (
+            f"{name}, {dtype}, {requests} requests, {prompt_len} + {new_tokens} tokens, {backend}"
+        )
         show(title, ["way", "tokens/s", "of one by one"], rows)
         results += found
     write_json(json, shlex.join(["python", *sys.argv]), results)
