@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from multiexit_engine.kernels.attention_tiles import long_kernel, merge_kernel, short_kernel
-from multiexit_engine.kernels.launch import overlaps_launches
+from multiexit_engine.kernels.launch import options, overlaps_launches
 
 # Keys of a part, and most parts of a sequence; beyond 16k keys the parts grow.
 MIN_CHUNK = 256
@@ -29,28 +29,39 @@ class AttentionConfig(NamedTuple):
         block_n: keys of one step.
         num_stages: loads in flight.
         num_warps: of a program.
+        max_registers: of a thread; None leaves them to the compiler.
     """
 
     block_m: int
     block_n: int
     num_stages: int
     num_warps: int
+    max_registers: int | None = None
 
 
 def short_config(group: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
     """Tiles of decode rows, for ``group`` query heads of each key-value head."""
     rows = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:
-        return AttentionConfig(rows, 16, 2, 4)
+        if head_dim <= 64:
+            return AttentionConfig(rows, 16, 2, 4, 168)
+        return AttentionConfig(rows, 16, 2, 8, 128 if head_dim <= 128 else 255)
     return AttentionConfig(rows, 64 if head_dim <= 128 else 32, 3, 4)
 
 
 def long_config(group: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
     """Tiles of prefill blocks, for ``group`` query heads of each key-value head."""
     if dtype == torch.float32:
-        return AttentionConfig(max(16, triton.next_power_of_2(group)), 16, 2, 4)
+        return short_config(group, head_dim, dtype)
     rows = max(64, triton.next_power_of_2(group))
-    return AttentionConfig(rows, 64 if head_dim <= 128 else 32, 3, 4)
+    if head_dim <= 64:
+        return AttentionConfig(rows, 64, 3, 4)
+    return AttentionConfig(rows, 64 if head_dim <= 128 else 32, 2, 8)
+
+
+def merge_options(head_dim: int) -> dict[str, int]:
+    """Launch options that hold the parts of a head in registers."""
+    return options(4 if head_dim <= 128 else 8, 128)
 
 
 def paged_attention(
@@ -94,7 +105,7 @@ def paged_attention(
             layout.cu_query_lens, layout.context_lens_device, output, scale, num_seqs,
             query.stride(0), layout.block_tables.stride(0),
             **shape, **cache, MOST_QUERIES=most, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            STAGES=config.num_stages, num_warps=config.num_warps,
+            STAGES=config.num_stages, **options(config.num_warps, config.max_registers),
         )  # fmt: skip
     return output
 
@@ -124,12 +135,12 @@ def _short(
         layout.cu_query_lens, layout.context_lens_device, partial, weight, scale,
         query.stride(0), layout.block_tables.stride(0), max_queries,
         **shape, **cache, **cut, BLOCK_M=config.block_m, STAGES=config.num_stages,
-        num_warps=config.num_warps,
+        **options(config.num_warps, config.max_registers),
     )  # fmt: skip
     overlap = overlaps_launches(query.device)
     merge_kernel[(heads, max_queries, num_seqs)](
         partial, weight, output, layout.cu_query_lens, layout.context_lens_device, parts,
         **shape, **cut, PARTS=triton.next_power_of_2(parts),
         MOST_QUERIES=config.block_m // (heads // key_cache.shape[2]), OVERLAP=overlap,
-        **({"launch_pdl": True} if overlap else {}), num_warps=4,
+        **({"launch_pdl": True} if overlap else {}), **merge_options(head_dim),
     )  # fmt: skip

@@ -85,7 +85,7 @@ def _chunk_length(context, BLOCK_N: tl.constexpr, MIN_CHUNK: tl.constexpr, MAX_P
     return tl.maximum(MIN_CHUNK, tl.cdiv(share, BLOCK_N) * BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "max_queries"])
 def short_kernel(
     query_ptr,
     key_ptr,
@@ -157,7 +157,7 @@ def short_kernel(
     tl.store(weight_ptr + row * 2 + 1, total, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def merge_kernel(
     partial_ptr,
     weight_ptr,
@@ -214,7 +214,7 @@ def merge_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def long_kernel(
     query_ptr,
     key_ptr,

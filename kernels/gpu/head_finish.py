@@ -43,7 +43,7 @@ def _best_tile(tile_stat_ptr, tile_token_ptr, row, num_rows, num_tiles, TILES: t
     return key, token, tl.max(tl.where(tokens == token, values, float("-inf")), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "vocab"])
 def head_finish_kernel(
     tile_stat_ptr,
     tile_token_ptr,
@@ -82,7 +82,7 @@ def _candidates(
     return token, logit, score
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "vocab"])
 def contrast_finish_kernel(
     alpha_ptr,
     temperature_ptr,

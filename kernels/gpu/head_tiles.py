@@ -77,7 +77,7 @@ def _best_of(keys, values, entries):
     return key, entry, value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "vocab"])
 def head_kernel(
     upper_ptr,
     upper_weight_ptr,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from multiexit_engine.kernels.head_finish import contrast_finish_kernel, head_finish_kernel
 from multiexit_engine.kernels.head_tiles import head_kernel
-from multiexit_engine.kernels.launch import capability, kept_scratch, overlaps_launches
+from multiexit_engine.kernels.launch import kept_scratch, options, overlaps_launches
 
 # Rows of one launch: bounds the scratch of the candidates and the registers of a tile.
 MAX_ROWS = 64
@@ -35,6 +35,7 @@ class HeadConfig(NamedTuple):
         block_k: hidden width of one step.
         num_stages: loads in flight.
         num_warps: of a program.
+        max_registers: of a thread; None leaves them to the compiler.
     """
 
     block_v: int
@@ -42,23 +43,26 @@ class HeadConfig(NamedTuple):
     block_k: int
     num_stages: int
     num_warps: int
+    max_registers: int | None = None
 
 
-def head_config(
-    rows: int, width: int, dtype: torch.dtype, capability: tuple[int, int]
-) -> HeadConfig:
-    """The tiles for a number of rows of a hidden width."""
+def head_config(rows: int, dtype: torch.dtype) -> HeadConfig:
+    """The tiles for a number of rows: enough loads in flight, no spills on any GPU we name.
+
+    32 vocabulary rows keep the product off the tensor memory of sm_100, whose layouts the compiler
+    cannot reduce inside a branch (triton 3.6 and 3.7 end with an error there from 64 rows on).
+    """
     if dtype == torch.float32:
-        return HeadConfig(16 if rows == 1 else 32, 1 if rows == 1 else 16, 128, 3, 4)
+        return HeadConfig(16, 1, 128, 3, 4) if rows == 1 else HeadConfig(32, 16, 64, 3, 4)
     if rows <= 16:
-        return HeadConfig(32, 16, 128, 4, 4)
+        return HeadConfig(32, 16, 128, 4, 4, 128)
     if rows <= 32:
-        return HeadConfig(32, 32, 128, 3, 4)
-    return HeadConfig(32, 64, 64, 3, 4)
+        return HeadConfig(32, 32, 128, 4, 8)
+    return HeadConfig(32, 64, 64, 6, 8, 128)
 
 
 # Candidate tiles that the last kernel reads at once.
-LISTED_AT_ONCE = 64
+LISTED_AT_ONCE = 128
 
 
 def head_tokens(
@@ -128,7 +132,7 @@ def _choose_part(
 ) -> None:
     rows, width = hidden.shape
     vocab, device = weight.shape[0], hidden.device
-    config = head_config(rows, width, hidden.dtype, capability(device))
+    config = head_config(rows, hidden.dtype)
     num_tiles = triton.cdiv(vocab, config.block_v)
     overlap = overlaps_launches(device)
     stats = torch.empty(4, rows, num_tiles, dtype=torch.float32, device=device)
@@ -162,14 +166,14 @@ def _choose_part(
         BLOCK_K=config.block_k,
         STAGES=config.num_stages,
         OVERLAP=overlap,
-        num_warps=config.num_warps,
+        **options(config.num_warps, config.max_registers),
     )
     tail = {"TILES": triton.next_power_of_2(num_tiles), "OVERLAP": overlap}
     if overlap:
         tail["launch_pdl"] = True
     if lower is None:
         head_finish_kernel[(rows,)](
-            stats, best, tokens, logprobs, rows, num_tiles, vocab, **tail, num_warps=4
+            stats, best, tokens, logprobs, rows, num_tiles, vocab, **tail, **options(4)
         )
         return
     contrast_finish_kernel[(rows,)](
@@ -186,5 +190,5 @@ def _choose_part(
         BLOCK_V=config.block_v,
         LISTED=LISTED_AT_ONCE,
         **tail,
-        num_warps=8,
+        **options(8, 128),
     )

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from multiexit_engine.kernels.launch import options
+
 
 @triton.jit
 def _write_kernel(
@@ -47,6 +49,7 @@ def write_kv(
         _rows(value).stride(0),
         WIDTH=heads * head_dim,
         BLOCK=triton.next_power_of_2(heads * head_dim),
+        **options(4),
     )
 
 

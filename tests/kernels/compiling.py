@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from multiexit_engine.kernels import attention, attention_tiles, head_finish, head_tiles, heads, kv
+from multiexit_engine.kernels.launch import options
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -54,7 +55,7 @@ def shipped(capability: int) -> Iterator[Shipped]:
     for dtype in DTYPES:
         for rows in (1, 16, 32, 64):
             for contrast in (False, True):
-                config = heads.head_config(rows, 1024, dtype, (capability // 10, capability % 10))
+                config = heads.head_config(rows, dtype)
                 yield Shipped(
                     f"head rows={rows} contrast={contrast}",
                     head_tiles.head_kernel,
@@ -71,25 +72,28 @@ def shipped(capability: int) -> Iterator[Shipped]:
                         "STAGES": config.num_stages,
                         "OVERLAP": overlap,
                     },
-                    {"num_warps": config.num_warps},
+                    options(config.num_warps, config.max_registers),
                 )
         for num_heads, kv_heads, head_dim, window in (
             (16, 16, 64, 0),
             (12, 12, 64, 256),
             (32, 8, 128, 0),
             (20, 4, 96, 0),
+            (8, 1, 256, 0),
         ):
             yield from _attention(dtype, num_heads, kv_heads, head_dim, window, overlap)
     tail = {"TILES": 4096, "OVERLAP": overlap}
-    yield Shipped("head finish", head_finish.head_finish_kernel, DTYPES[0], tail, {"num_warps": 4})
+    yield Shipped("head finish", head_finish.head_finish_kernel, DTYPES[0], tail, options(4))
     yield Shipped(
         "contrast finish",
         head_finish.contrast_finish_kernel,
         DTYPES[0],
         {**tail, "BLOCK_V": 32, "LISTED": heads.LISTED_AT_ONCE},
-        {"num_warps": 8},
+        options(8, 128),
     )
-    yield Shipped("write kv", kv._write_kernel, DTYPES[0], {"WIDTH": 1024, "BLOCK": 1024}, {})
+    yield Shipped(
+        "write kv", kv._write_kernel, DTYPES[0], {"WIDTH": 1024, "BLOCK": 1024}, options(4)
+    )
 
 
 def _attention(
@@ -114,14 +118,14 @@ def _attention(
         attention_tiles.short_kernel,
         dtype,
         {**shape, **cache, **cut, "BLOCK_M": short.block_m, "STAGES": short.num_stages},
-        {"num_warps": short.num_warps},
+        options(short.num_warps, short.max_registers),
     )
     yield Shipped(
         f"merge {name}",
         attention_tiles.merge_kernel,
         dtype,
         {**shape, **cut, "PARTS": 64, "MOST_QUERIES": 16, "OVERLAP": overlap},
-        {"num_warps": 4},
+        attention.merge_options(head_dim),
     )
     long = attention.long_config(group, head_dim, dtype)
     yield Shipped(
@@ -136,7 +140,7 @@ def _attention(
             "BLOCK_N": long.block_n,
             "STAGES": long.num_stages,
         },
-        {"num_warps": long.num_warps},
+        options(long.num_warps, long.max_registers),
     )
 
 
@@ -154,9 +158,7 @@ def compiled(item: Shipped, capability: int) -> dict[str, Any]:
     }
     constants = {(names.index(name),): value for name, value in item.constants.items()}
     source = ASTSource(item.kernel, signature, constexprs=constants, attrs=attributes)
-    kernel = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options=dict(item.options)
-    )
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=item.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

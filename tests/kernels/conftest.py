@@ -1,20 +1,27 @@
 """Kernels run on the GPU where there is one, else in the repaired interpreter."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
-if not torch.cuda.is_available():
+HERE = Path(__file__).parent
+
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
+elif not torch.cuda.is_available():
     from tests.kernels import interpreter  # noqa: F401
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        for item in items:
-            if Path(__file__).parent in item.path.parents and "device" in item.fixturenames:
-                item.add_marker(pytest.mark.gpu)
+def pytest_collection_modifyitems(config, items):
+    """On a GPU all kernel tests are ``gpu`` tests; ``slow`` ones run only if asked for."""
+    own = [item for item in items if HERE in item.path.parents]
+    for item in own:
+        if torch.cuda.is_available() and "device" in item.fixturenames:
+            item.add_marker(pytest.mark.gpu)
+        elif "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="minutes; run with -m slow"))
 
 
 @pytest.fixture
