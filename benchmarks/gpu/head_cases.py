@@ -1,0 +1,97 @@
+"""Heads and contrast at the shapes of real models, against PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.timing import DEVICE, copies_of, graph_us, sized
+from multiexit_engine.kernels import heads
+
+MODELS = sized(
+    {"gpt2-medium": (50257, 1024), "gpt-neo-125m": (50257, 768), "llama-8b": (128256, 4096)},
+    {"rehearsal": (300, 64)},
+)
+ROWS = sized((1, 4, 16, 64), (1, 4))
+ALPHA = 0.1
+# Standard deviation of logits: leaves about ten plausible tokens, as trained models do.
+SPREAD = 4.0
+
+
+def weights(vocab: int, width: int, copies: int) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of an upper and a lower head whose logits mostly agree."""
+    pairs = []
+    for _ in range(copies):
+        upper = torch.randn(vocab, width, device=DEVICE) * SPREAD / width**0.5
+        lower = 0.8 * upper + 0.6 * torch.randn_like(upper) * SPREAD / width**0.5
+        pairs.append((upper.bfloat16(), lower.bfloat16()))
+    return pairs
+
+
+def hidden_states(rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Upper and lower states that mostly agree."""
+    upper = torch.randn(rows, width, device=DEVICE)
+    lower = 0.7 * upper + 0.7 * torch.randn_like(upper)
+    return upper.bfloat16(), lower.bfloat16()
+
+
+def torch_contrast(upper: Tensor, weight: Tensor, lower: Tensor, lower_weight: Tensor) -> Tensor:
+    """Greedy contrast as plain PyTorch: both heads in full, the fewest passes over the logits."""
+    u, low = upper @ weight.T, lower @ lower_weight.T
+    plausible = u >= u.amax(-1, keepdim=True) + math.log(ALPHA)
+    return torch.where(plausible, u - low, -math.inf).argmax(-1)
+
+
+def measure(read_tb_s: float) -> list[dict[str, Any]]:
+    """One line for each model and number of rows."""
+    lines = []
+    for model, (vocab, width) in MODELS.items():
+        torch.manual_seed(0)
+        pairs = weights(vocab, width, copies_of(2 * vocab * width))
+        for rows in ROWS:
+            lines.append({"model": model, **_line(pairs, rows, read_tb_s)})
+        torch.cuda.empty_cache()
+    return lines
+
+
+def _line(pairs: list[tuple[Tensor, Tensor]], rows: int, read_tb_s: float) -> dict[str, Any]:
+    upper, lower = hidden_states(rows, pairs[0][0].shape[1])
+    alpha = torch.full((rows,), ALPHA, device=DEVICE)
+    drawing = (
+        torch.zeros(rows, device=DEVICE),
+        torch.arange(rows, device=DEVICE),
+        torch.arange(rows, device=DEVICE),
+    )
+    logits = upper.float() @ pairs[0][0].float().T
+    plausible = (logits >= logits.amax(-1, keepdim=True) + math.log(ALPHA)).any(0)
+    candidates = int(plausible.sum())
+    head_bytes = pairs[0][0].nbytes
+    contrast_bytes = head_bytes + candidates * 2 * upper.shape[1]
+    warm = drawing[0] + 0.8
+    contrast, sampled, torch_both, head, torch_head = (
+        graph_us(calls)
+        for calls in (
+            [lambda w=w: heads.contrast_tokens(upper, w[0], lower, w[1], alpha, *drawing)
+             for w in pairs],
+            [lambda w=w: heads.contrast_tokens(
+                upper, w[0], lower, w[1], alpha, warm, *drawing[1:]) for w in pairs],
+            [lambda w=w: torch_contrast(upper, w[0], lower, w[1]) for w in pairs],
+            [lambda w=w: heads.head_tokens(upper, w[0], None, *drawing) for w in pairs],
+            [lambda w=w: (upper @ w[0].T).argmax(-1) for w in pairs],
+        )
+    )  # fmt: skip
+    return {
+        "rows": rows,
+        "plausible": candidates,
+        "MB": contrast_bytes / 1e6,
+        "contrast_us": contrast,
+        "contrast_%": contrast_bytes / contrast / read_tb_s / 1e4,
+        "sampled_us": sampled,
+        "torch_two_heads_us": torch_both,
+        "head_us": head,
+        "head_%": head_bytes / head / read_tb_s / 1e4,
+        "torch_head_us": torch_head,
+    }
