@@ -117,7 +117,8 @@ class Engine:
                 bfloat16 where the CPU has no instructions for it. Else "float32", "bfloat16",
                 "float16" or a torch dtype.
             backend: "reference" runs every op in plain PyTorch; "native" demands the fast kernels
-                and fails where there are none; "auto" takes the best there is.
+                and fails where there are none; "auto" takes those of the CPU where they are built,
+                and the reference on CUDA.
             decoding: mode of the requests that name none; the model's own head by default.
             vocab_projection_mode: how exits project, for checkpoints that do not say.
             lm_head_layer_indices: exit layers, instead of the checkpoint's own list.
