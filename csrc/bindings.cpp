@@ -5,6 +5,7 @@
 #include "cpu/attention.h"
 #include "cpu/block.h"
 #include "cpu/dense.h"
+#include "cpu/heads.h"
 
 namespace py = pybind11;
 using namespace multiexit::cpu;
@@ -60,6 +61,44 @@ void decoder_blocks(int threads, const Span& span, const Rows& rows, Address hid
   run_blocks(threads, span, rows, at<void>(hidden), at<void>(out), static_cast<DType>(dtype));
 }
 
+void project(int threads, Address hidden, int64_t rows, const Matrix& weight, Address bias,
+             Address out) {
+  Release nogil;
+  const float* input =
+      as_float(at<void>(hidden), weight.dtype, rows * weight.columns, Scratch::kInput);
+  head_logits(threads, input, rows, {weight, at(bias)}, at(out));
+}
+
+void choose(int threads, Address hidden, int64_t rows, const Matrix& weight, Address bias,
+            const Choice& choice) {
+  Release nogil;
+  const float* input =
+      as_float(at<void>(hidden), weight.dtype, rows * weight.columns, Scratch::kInput);
+  head_tokens(threads, input, rows, {weight, at(bias)}, choice);
+}
+
+HeadPair pair_of(Address upper_hidden, const Matrix& upper, Address lower_hidden,
+                 const Matrix& lower, Address alpha, int64_t rows) {
+  return {as_float(at<void>(upper_hidden), upper.dtype, rows * upper.columns, Scratch::kInput),
+          upper,
+          as_float(at<void>(lower_hidden), lower.dtype, rows * lower.columns, Scratch::kLowerInput),
+          lower, at(alpha)};
+}
+
+void contrast(int threads, Address upper_hidden, const Matrix& upper, Address lower_hidden,
+              const Matrix& lower, Address alpha, int64_t rows, Address out) {
+  Release nogil;
+  contrast_heads(threads, pair_of(upper_hidden, upper, lower_hidden, lower, alpha, rows), rows,
+                 at(out));
+}
+
+void choose_contrast(int threads, Address upper_hidden, const Matrix& upper, Address lower_hidden,
+                     const Matrix& lower, Address alpha, int64_t rows, const Choice& choice) {
+  Release nogil;
+  contrast_tokens(threads, pair_of(upper_hidden, upper, lower_hidden, lower, alpha, rows), rows,
+                  choice);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -110,6 +149,17 @@ PYBIND11_MODULE(_C, m) {
         return Span{blocks, caches};
       }));
 
+  py::class_<Choice>(m, "Choice")
+      .def(py::init([](Address temperature, Address seeds, Address positions, Address tokens,
+                       Address log_probs) {
+        return Choice{at(temperature), at<int64_t>(seeds), at<int64_t>(positions),
+                      at<int64_t>(tokens), at(log_probs)};
+      }));
+
+  m.def("head_logits", &project);
+  m.def("head_tokens", &choose);
+  m.def("contrast_heads", &contrast);
+  m.def("contrast_tokens", &choose_contrast);
   m.def("linear", &linear);
   m.def("norm", &norm);
   m.def("paged_attention", &attention);

@@ -53,6 +53,37 @@ class Block:
 class Span:
     def __init__(self, blocks: list[Block], caches: list[Cache]) -> None: ...
 
+class Choice:
+    def __init__(
+        self, temperature: int, seeds: int, positions: int, tokens: int, log_probs: int
+    ) -> None: ...
+
+def head_logits(
+    threads: int, hidden: int, rows: int, weight: Matrix, bias: int, out: int
+) -> None: ...
+def head_tokens(
+    threads: int, hidden: int, rows: int, weight: Matrix, bias: int, choice: Choice
+) -> None: ...
+def contrast_heads(
+    threads: int,
+    upper_hidden: int,
+    upper: Matrix,
+    lower_hidden: int,
+    lower: Matrix,
+    alpha: int,
+    rows: int,
+    out: int,
+) -> None: ...
+def contrast_tokens(
+    threads: int,
+    upper_hidden: int,
+    upper: Matrix,
+    lower_hidden: int,
+    lower: Matrix,
+    alpha: int,
+    rows: int,
+    choice: Choice,
+) -> None: ...
 def linear(
     threads: int, x: int, tokens: int, weight: Matrix, bias: int, out: int, dtype: int
 ) -> None: ...

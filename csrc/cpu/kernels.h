@@ -24,6 +24,11 @@ struct RowStatistics {
   int64_t argmax;
 };
 
+struct NoisyBest {
+  float value;
+  int64_t token;
+};
+
 struct Kernels {
   const char* name;
 
@@ -52,6 +57,10 @@ struct Kernels {
 
   // Of count > 0 numbers; NaN among them makes the sum NaN; of equals the first is the argmax.
   RowStatistics (*statistics)(const float* x, int64_t count);
+
+  // Of scores / heat + Gumbel noise of the tokens first, first + 1, ...; of equals the first.
+  NoisyBest (*noisy_best)(const float* scores, int64_t first, int64_t count, float heat,
+                          uint64_t seed, uint32_t position);
 };
 
 const Kernels& scalar_kernels();

@@ -5,6 +5,7 @@
 #include "product.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "noise.inl"
 
 #define MULTIEXIT_NAME_(name) #name
 #define MULTIEXIT_NAME(name) MULTIEXIT_NAME_(name)
@@ -23,6 +24,7 @@ static const Kernels table = {
     rotate,
     attend,
     statistics,
+    noisy_best,
 };
 
 }  // namespace multiexit::cpu::ISA_NAMESPACE

@@ -9,7 +9,11 @@ namespace multiexit::cpu {
 
 class Scratch {
  public:
-  enum Slot { kInput, kResidual, kNormed, kWide, kUp, kMixed, kScores, kLogits, kLower, kSlots };
+  enum Slot {
+    kInput, kResidual, kNormed, kWide, kUp, kMixed, kScores,  // blocks
+    kLogits, kLower, kLowerInput, kSummaries, kCandidates, kUpper, kShared, kNoisy,  // heads
+    kSlots
+  };
 
   // Room for `count` numbers of T; what it held before is lost when it grows.
   template <class T = float>

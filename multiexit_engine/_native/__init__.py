@@ -7,5 +7,21 @@ Importing this raises ImportError where the extension was not built.
 from multiexit_engine._native.attention import paged_attention
 from multiexit_engine._native.blocks import decoder_blocks
 from multiexit_engine._native.dense import layer_norm, linear, rms_norm
+from multiexit_engine._native.heads import (
+    contrast_heads,
+    contrast_tokens,
+    head_logits,
+    head_tokens,
+)
 
-__all__ = ["decoder_blocks", "layer_norm", "linear", "paged_attention", "rms_norm"]
+__all__ = [
+    "contrast_heads",
+    "contrast_tokens",
+    "decoder_blocks",
+    "head_logits",
+    "head_tokens",
+    "layer_norm",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+]

@@ -1,4 +1,4 @@
-"""From the hidden states at the tapped layers to one score row per logit row.
+"""From the hidden states at the tapped layers to one score row, or one token, per logit row.
 
 Follows an exit plan; knows nothing of requests, of the sampler, or of how hidden states came to be.
 """
@@ -6,13 +6,35 @@ Follows an exit plan; knows nothing of requests, of the sampler, or of how hidde
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.plan import ContrastFunction, ExitPlan, HeadGroup
 from multiexit_engine.layers.exit_heads import ExitHeads
-from multiexit_engine.ops import contrast_heads, contrast_logits, head_logits
+from multiexit_engine.ops import (
+    contrast_heads,
+    contrast_logits,
+    contrast_tokens,
+    head_logits,
+    head_tokens,
+)
+from multiexit_engine.params import Contrast, DecodingMode
+
+
+class Draws(NamedTuple):
+    """How the token of each row is drawn.
+
+    Attributes:
+        temperature: [rows] float32; 0 is greedy.
+        seeds: [rows] int64.
+        positions: [rows] int64, see ``gumbel_noise``.
+    """
+
+    temperature: Tensor
+    seeds: Tensor
+    positions: Tensor
 
 
 def mode_scores(
@@ -43,6 +65,59 @@ def mode_scores(
     for group, part in zip(plan.groups, parts, strict=True):
         scores[_index(group.rows, scores.device)] = part
     return scores, failures
+
+
+def gives_tokens(mode: DecodingMode, heads: ExitHeads) -> bool:
+    """Whether ``mode_tokens`` knows this mode."""
+    if not isinstance(mode, Contrast):
+        return True
+    return mode.function is None and mode.min_candidates == 1 and not heads.has_bias
+
+
+def mode_tokens(
+    plan: ExitPlan, taps: Mapping[int, Tensor], heads: ExitHeads, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """A token of every logit row, from its mode's distribution; no scores are kept.
+
+    Args:
+        plan: the heads of each row; only modes of which ``gives_tokens`` is true.
+        taps: as in ``mode_scores``.
+        heads: gives normalised hidden states and weights.
+        draws: how each row's token is drawn.
+
+    Returns:
+        [rows] int64 tokens and [rows] float32 their log-probabilities.
+
+    Source: as ``mode_scores``, then the ops ``head_tokens`` and ``contrast_tokens``.
+    """
+    parts = [_group_tokens(group, plan, taps, heads, draws) for group in plan.groups]
+    if len(parts) == 1:
+        return parts[0]
+    tokens, logprobs = (part.new_empty(plan.num_rows) for part in parts[0])
+    for group, (own_tokens, own_logprobs) in zip(plan.groups, parts, strict=True):
+        index = _index(group.rows, tokens.device)
+        tokens[index], logprobs[index] = own_tokens, own_logprobs
+    return tokens, logprobs
+
+
+def _group_tokens(
+    group: HeadGroup,
+    plan: ExitPlan,
+    taps: Mapping[int, Tensor],
+    heads: ExitHeads,
+    draws: Draws,
+) -> tuple[Tensor, Tensor]:
+    if len(group.rows) < plan.num_rows:
+        index = _index(group.rows, draws.seeds.device)
+        draws = Draws(*(column[index] for column in draws))
+    upper = heads.operands(group.upper, _hidden(group, group.upper.layer, plan, taps))
+    if group.lower is None:
+        return head_tokens(*upper, *draws)
+    lower = heads.operands(group.lower, _hidden(group, group.lower.layer, plan, taps))
+    alpha = torch.tensor(group.alphas, dtype=torch.float32).to(
+        upper.hidden.device, non_blocking=True
+    )
+    return contrast_tokens(upper.hidden, upper.weight, lower.hidden, lower.weight, alpha, *draws)
 
 
 def _group_scores(

@@ -76,7 +76,7 @@ def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     Source: transformers' ``_get_logits_processor`` and the processors it lists; the presence and
         frequency penalties of vLLM.
     """
-    asking = [(index, row) for index, row in enumerate(rows) if _asks(row)]
+    asking = [(index, row) for index, row in enumerate(rows) if is_processed(row)]
     if not asking:
         return scores
     scores = scores.clone()
@@ -87,7 +87,8 @@ def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     return scores
 
 
-def _asks(row: TokenRow) -> bool:
+def is_processed(row: TokenRow) -> bool:
+    """Whether ``process_scores`` changes this row."""
     params = row.params
     return bool(
         params.logit_bias

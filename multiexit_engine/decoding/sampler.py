@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multiexit_engine.decoding.processors import TokenRow, process_scores
-from multiexit_engine.decoding.warpers import warp_scores
+from multiexit_engine.decoding.processors import TokenRow, is_processed, process_scores
+from multiexit_engine.decoding.warpers import is_warped, warp_scores
 from multiexit_engine.ops import sample_tokens
 
-__all__ = ["LogprobTensors", "TokenRow", "choose_tokens", "token_logprobs"]
+__all__ = ["LogprobTensors", "TokenRow", "choose_tokens", "needs_scores", "token_logprobs"]
 
 
 class LogprobTensors(NamedTuple):
@@ -32,6 +32,13 @@ class LogprobTensors(NamedTuple):
     ids: Tensor
     chosen: Tensor
     ranks: Tensor
+
+
+def needs_scores(row: TokenRow) -> bool:
+    """Whether a row's token is not just the best, or a draw, of what its mode gave."""
+    params = row.params
+    warped = not params.is_greedy and is_warped(params)
+    return warped or params.logprobs is not None or is_processed(row)
 
 
 def choose_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:

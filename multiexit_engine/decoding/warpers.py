@@ -43,6 +43,11 @@ def warp_scores(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return scores
 
 
+def is_warped(params: SamplingParams) -> bool:
+    """Whether ``warp_scores`` does more than to divide by the temperature."""
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0 or params.typical_p < 1
+
+
 def _column(numbers: list[float], like: Tensor) -> Tensor:
     """[rows, 1] of one number for each row."""
     column = torch.tensor(numbers, dtype=like.dtype)[:, None]

@@ -73,6 +73,11 @@ class ExitHeads:
         """The model's own head."""
         return Head(self._config.num_layers, is_original=True)
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the model's own head adds a bias."""
+        return self._bias is not None
+
     def require(self, head: Head) -> None:
         """Have this head's weights in memory from now on.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.ops.heads import head_logits
+from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 
 # Fetching a row of the lower head for one token of one row takes four times its share of the full
@@ -164,3 +165,23 @@ def _logits_at(tokens: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
         for part in torch.split(tokens, FETCHED_ROWS)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _kernel_reads(
+    upper_hidden: Tensor,
+    upper_weight: Tensor,
+    lower_hidden: Tensor,
+    lower_weight: Tensor,
+    alpha: Tensor,
+    min_candidates: Tensor | None = None,
+) -> bool:
+    return (
+        min_candidates is None
+        and is_plain(upper_hidden, lower_hidden, upper_weight)
+        and is_streamable(upper_weight, lower_weight)
+    )
+
+
+contrast_heads.backend(
+    "cpu", "multiexit_engine._native:contrast_heads", device="cpu", supports=_kernel_reads
+)

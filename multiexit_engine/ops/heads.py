@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 
 
@@ -13,8 +14,8 @@ from multiexit_engine.ops.registry import register_op
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Project hidden states on the vocabulary.
 
-    A half-precision product is accumulated in float32; on CUDA it stays float32, on the CPU it is
-    rounded to the weights' dtype once before it becomes float32.
+    A half-precision product is accumulated in float32 and stays so; only the reference on the CPU
+    rounds it to the weights' dtype once.
 
     Args:
         hidden: [rows, hidden_size] normalised hidden states, any float dtype.
@@ -32,3 +33,11 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     else:
         logits = F.linear(hidden, weight).to(dtype)
     return logits if bias is None else logits + bias.to(dtype)
+
+
+head_logits.backend(
+    "cpu",
+    "multiexit_engine._native:head_logits",
+    device="cpu",
+    supports=lambda hidden, weight, bias=None: is_plain(hidden, weight) and is_streamable(weight),
+)

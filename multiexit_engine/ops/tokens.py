@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multiexit_engine.ops.contrast import contrast_logits
+from multiexit_engine.ops.contrast import contrast_heads
 from multiexit_engine.ops.heads import head_logits
+from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.ops.sampling import gumbel_noise
 
@@ -79,8 +80,7 @@ def contrast_tokens(
     Source: Gera et al. 2023, arXiv:2305.01628, eq. 3, for the distribution; Maddison et al. 2014,
         arXiv:1411.0030, for the choice.
     """
-    upper = head_logits(upper_hidden, upper_weight)
-    log_probs = contrast_logits(upper, head_logits(lower_hidden, lower_weight), alpha)
+    log_probs = contrast_heads(upper_hidden, upper_weight, lower_hidden, lower_weight, alpha)
     return _choose(log_probs, temperature, seeds, positions)
 
 
@@ -89,8 +89,11 @@ def _choose(
 ) -> tuple[Tensor, Tensor]:
     sampled = (temperature > 0)[:, None]
     heat = torch.where(sampled, temperature[:, None], 1.0)
-    noise = gumbel_noise(seeds, positions, log_probs.shape[1])
-    tokens = (log_probs / heat + torch.where(sampled, noise, 0.0)).argmax(-1)
+    scores = log_probs / heat
+    if log_probs.device.type != "cpu" or bool(sampled.any()):
+        noise = gumbel_noise(seeds, positions, log_probs.shape[1])
+        scores = scores + torch.where(sampled, noise, 0.0)
+    tokens = scores.argmax(-1)
     return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
 
@@ -126,4 +129,19 @@ contrast_tokens.backend(
     "multiexit_engine.kernels.heads:contrast_tokens",
     device="cuda",
     supports=_heads_stream,
+)
+head_tokens.backend(
+    "cpu",
+    "multiexit_engine._native:head_tokens",
+    device="cpu",
+    supports=lambda hidden, weight, *_, **__: is_plain(hidden, weight) and is_streamable(weight),
+)
+contrast_tokens.backend(
+    "cpu",
+    "multiexit_engine._native:contrast_tokens",
+    device="cpu",
+    supports=lambda upper_hidden, upper_weight, lower_hidden, lower_weight, *_, **__: (
+        is_plain(upper_hidden, lower_hidden, upper_weight)
+        and is_streamable(upper_weight, lower_weight)
+    ),
 )

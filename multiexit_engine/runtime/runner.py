@@ -24,11 +24,12 @@ from multiexit_engine.batch import (
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.beam import beam_candidates
-from multiexit_engine.decoding.exits import mode_scores
+from multiexit_engine.decoding.exits import Draws, gives_tokens, mode_scores, mode_tokens
 from multiexit_engine.decoding.plan import ExitPlan, plan_exits, plan_segments
 from multiexit_engine.decoding.sampler import (
     TokenRow,
     choose_tokens,
+    needs_scores,
     token_logprobs,
 )
 from multiexit_engine.errors import RequestFailed
@@ -52,10 +53,14 @@ class _LogitRow:
 
 @dataclass(slots=True)
 class _LogitSlice:
-    """Rows whose distributions are made together, with the hidden states they need."""
+    """Rows whose distributions are made together, with the hidden states they need.
+
+    Rows are direct where nobody looks at the distribution itself: their tokens are all there is.
+    """
 
     rows: list[_LogitRow]
     plan: ExitPlan
+    is_direct: bool = False
     taps: dict[int, Tensor] = field(default_factory=dict)
 
     def keep(self, layer: int, hidden: Tensor) -> None:
@@ -84,7 +89,10 @@ class ModelRunner:
         self._run_layers(batch, [*choices, *targets])
         output = StepOutput()
         for part in choices:
-            self._choose(part, output)
+            if part.is_direct:
+                self._choose_directly(part, output)
+            else:
+                self._choose(part, output)
         for part in targets:
             self._score(part, output)
         return output
@@ -113,13 +121,27 @@ class ModelRunner:
             if item.reaches_end and request.score_from is None:
                 choices.append(_LogitRow(first_row - 1, item))
         return (
-            [self._slice(choices)] if choices else [],
+            [
+                self._slice(rows, is_direct)
+                for is_direct in (True, False)
+                if (rows := [row for row in choices if self._is_direct(row) is is_direct])
+            ],
             [self._slice(targets[i : i + MAX_LOGIT_ROWS]) for i in _steps(targets)],
         )
 
-    def _slice(self, rows: list[_LogitRow]) -> _LogitSlice:
+    def _slice(self, rows: list[_LogitRow], is_direct: bool = False) -> _LogitSlice:
         modes: list[DecodingMode] = [row.item.sequence.request.decoding for row in rows]
-        return _LogitSlice(rows, plan_exits(modes, self.model.config))
+        return _LogitSlice(rows, plan_exits(modes, self.model.config), is_direct)
+
+    def _is_direct(self, row: _LogitRow) -> bool:
+        sequence = row.item.sequence
+        request = sequence.request
+        return (
+            not request.is_beam_search
+            and _num_choices(sequence) == 1
+            and gives_tokens(request.decoding, self.model.heads)
+            and not needs_scores(self._token_row(sequence, sequence.index))
+        )
 
     def _run_layers(self, batch: ScheduledBatch, slices: list[_LogitSlice]) -> None:
         forward = ForwardBatch.build(batch, self.config.block_size, self.config.device)
@@ -136,6 +158,17 @@ class ModelRunner:
 
     def _scores(self, part: _LogitSlice) -> tuple[Tensor, dict[int, str]]:
         return mode_scores(part.plan, part.taps, self.model.heads)
+
+    def _choose_directly(self, part: _LogitSlice, output: StepOutput) -> None:
+        sequences = [row.item.sequence for row in part.rows]
+        rows = [self._token_row(sequence, sequence.index) for sequence in sequences]
+        draws = _draws(rows, self.config.device)
+        chosen = mode_tokens(part.plan, part.taps, self.model.heads, draws)
+        for sequence, token, logprob in zip(sequences, *_to_host(list(chosen)), strict=True):
+            if math.isnan(logprob):
+                output.failures[sequence.request.request_id] = NOT_A_NUMBER
+            else:
+                output.tokens.append((sequence, [ChosenToken(token)]))
 
     def _choose(self, part: _LogitSlice, output: StepOutput) -> None:
         scores, failures = self._scores(part)
@@ -263,6 +296,13 @@ def _chosen(
     count = len(ids[row]) if asked == -1 else asked
     best = tuple(zip(ids[row][:count], values[row][:count], strict=True))
     return ChosenToken(tokens[row], own[row], ranks[row], best)
+
+
+def _draws(rows: list[TokenRow], device: torch.device) -> Draws:
+    temperature = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32)
+    state = torch.tensor([[row.seed, len(row.output_token_ids)] for row in rows])
+    seeds, positions = state.to(device, non_blocking=True).unbind(1)
+    return Draws(temperature.to(device, non_blocking=True), seeds, positions)
 
 
 def _num_choices(sequence: TokenSequence) -> int:

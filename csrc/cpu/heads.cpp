@@ -1,0 +1,251 @@
+#include "heads.h"
+
+#include <cfloat>
+#include <cmath>
+
+namespace multiexit::cpu {
+
+namespace {
+
+// Tokens of a chunk. Sums over the vocabulary are made chunk by chunk, so this is part of the
+// result and does not depend on the number of threads.
+constexpr int64_t kChunk = 512;
+// Candidates of a row that a thread takes at once, and the share of the vocabulary for each of the
+// first four rows beyond which the whole lower head is read: see SPARSE_SHARE in ops/contrast.py.
+constexpr int64_t kFetched = 16;
+constexpr double kSparseShare = 0.25;
+
+struct Row {
+  float max, log_sum;
+  int64_t argmax;
+};
+
+int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
+
+// Logits of a chunk, few enough weights at a time to stay in the cache for all rows.
+void chunk_logits(const float* hidden, int64_t rows, const Linear& head, int64_t first,
+                  int64_t count, float* logits) {
+  const int64_t step = rows_of_chunk(head.weight);
+  for (int64_t start = first; start < first + count; start += step)
+    kernels().product(hidden, rows, head.weight, start, std::min(step, first + count - start),
+                      head.bias, logits + start, head.weight.rows);
+}
+
+// +inf counts as the largest finite number in a contrast.
+RowStatistics finite_statistics(float* x, int64_t count) {
+  const RowStatistics found = kernels().statistics(x, count);
+  if (!(found.max > FLT_MAX)) return found;
+  for (int64_t i = 0; i < count; ++i) x[i] = std::min(x[i], FLT_MAX);
+  return kernels().statistics(x, count);
+}
+
+// Fills logits [rows, vocab] and gives the statistics of each row's chunks [rows, chunks].
+RowStatistics* stream_head(int threads, const float* hidden, int64_t rows, const Linear& head,
+                           bool is_clamped, float* logits) {
+  const int64_t vocab = head.weight.rows, chunks = chunks_of(vocab);
+  auto* found = Scratch::of_this_thread().room<RowStatistics>(Scratch::kSummaries, rows * chunks);
+  in_chunks(threads, vocab, kChunk, [&](int64_t first, int64_t count, int) {
+    chunk_logits(hidden, rows, head, first, count, logits);
+    for (int64_t row = 0; row < rows; ++row) {
+      float* own = logits + row * vocab + first;
+      RowStatistics& place = found[row * chunks + first / kChunk];
+      place = is_clamped ? finite_statistics(own, count) : kernels().statistics(own, count);
+      place.argmax += first;
+    }
+  });
+  return found;
+}
+
+Row summary(const RowStatistics* chunks, int64_t count) {
+  Row row = {chunks[0].max, 0.0f, chunks[0].argmax};
+  for (int64_t i = 1; i < count; ++i)
+    if (chunks[i].max > row.max) row.max = chunks[i].max, row.argmax = chunks[i].argmax;
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i)
+    sum += chunks[i].sum * std::exp(static_cast<double>(chunks[i].max) - row.max);
+  row.log_sum = static_cast<float>(row.max + std::log(sum));
+  return row;
+}
+
+int64_t sample(int threads, const float* scores, int64_t vocab, int64_t row, const Choice& choice) {
+  auto* found = Scratch::of_this_thread().room<NoisyBest>(Scratch::kNoisy, chunks_of(vocab));
+  in_chunks(threads, vocab, kChunk, [&](int64_t first, int64_t count, int) {
+    found[first / kChunk] = kernels().noisy_best(
+        scores + first, first, count, choice.temperature[row],
+        static_cast<uint64_t>(choice.seeds[row]), static_cast<uint32_t>(choice.positions[row]));
+  });
+  NoisyBest best = found[0];
+  for (int64_t i = 1; i < chunks_of(vocab); ++i)
+    if (found[i].value > best.value) best = found[i];
+  return best.token;
+}
+
+// The plausible tokens of one row, with their upper logits and contrasted log-probabilities.
+class Candidates {
+ public:
+  explicit Candidates(int64_t vocab)
+      : tokens(scratch_.room<int64_t>(Scratch::kCandidates, vocab)),
+        upper(scratch_.room(Scratch::kUpper, vocab)),
+        shared(scratch_.room(Scratch::kShared, vocab)) {}
+
+  void collect(const float* logits, int64_t vocab, const RowStatistics* chunks, float threshold) {
+    count = 0;
+    for (int64_t chunk = 0; chunk < chunks_of(vocab); ++chunk) {
+      if (!(chunks[chunk].max >= threshold)) continue;
+      const int64_t stop = std::min(vocab, (chunk + 1) * kChunk);
+      for (int64_t v = chunk * kChunk; v < stop; ++v)
+        if (logits[v] >= threshold) {
+          tokens[count] = v;
+          upper[count++] = logits[v];
+        }
+    }
+  }
+
+  // `shared` holds the lower logits before, the log-probabilities after.
+  void share(const Row& row) {
+    if (count == 1) shared[0] = upper[0] - row.log_sum;
+    if (count < 2) return;
+    for (int64_t i = 0; i < count; ++i) shared[i] = upper[i] - shared[i];
+    float best = largest();
+    if (std::isinf(best)) {
+      for (int64_t i = 0; i < count; ++i) shared[i] = shared[i] == best ? upper[i] : -INFINITY;
+      best = largest();
+    }
+    double ratios = 0.0, mass = 0.0;
+    for (int64_t i = 0; i < count; ++i) {
+      ratios += std::exp(static_cast<double>(shared[i]) - best);
+      mass += std::exp(static_cast<double>(upper[i]) - row.max);
+    }
+    const double shift =
+        (row.max + std::log(mass) - row.log_sum) - (best + std::log(ratios));
+    for (int64_t i = 0; i < count; ++i) shared[i] = static_cast<float>(shared[i] + shift);
+  }
+
+  int64_t best() const {
+    int64_t found = 0;
+    for (int64_t i = 1; i < count; ++i)
+      if (shared[i] > shared[found]) found = i;
+    return found;
+  }
+
+ private:
+  Scratch& scratch_ = Scratch::of_this_thread();
+
+ public:
+  int64_t* const tokens;
+  float* const upper;
+  float* const shared;
+  int64_t count = 0;
+
+ private:
+  float largest() const {
+    float best = shared[0];
+    for (int64_t i = 1; i < count; ++i)
+      if (shared[i] > best || shared[i] != shared[i]) best = shared[i];
+    return best;
+  }
+};
+
+float threshold_of(const Row& row, float alpha) {
+  const float clamped = std::min(std::max(alpha, 0.0f), 1.0f);
+  return std::max(row.max + std::log(clamped), -FLT_MAX);
+}
+
+// Calls finish(row, summary, candidates, logits of the row) for each row, one after the other.
+template <class Finish>
+void contrast(int threads, const HeadPair& heads, int64_t rows, float* logits, Finish&& finish) {
+  const int64_t vocab = heads.upper.rows, chunks = chunks_of(vocab);
+  Scratch& scratch = Scratch::of_this_thread();
+  const RowStatistics* statistics =
+      stream_head(threads, heads.upper_hidden, rows, {heads.upper, nullptr}, true, logits);
+  Candidates candidates(vocab);
+  int64_t pairs = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const RowStatistics* own = statistics + row * chunks;
+    candidates.collect(logits + row * vocab, vocab, own,
+                       threshold_of(summary(own, chunks), heads.alpha[row]));
+    pairs += candidates.count > 1 ? candidates.count : 0;
+  }
+  const float* lower = nullptr;
+  if (pairs > kSparseShare * vocab * std::min<int64_t>(rows, 4)) {
+    float* all = scratch.room(Scratch::kLower, rows * vocab);
+    head_logits(threads, heads.lower_hidden, rows, {heads.lower, nullptr}, all);
+    lower = all;
+  }
+  const Kernels& k = kernels();
+  for (int64_t row = 0; row < rows; ++row) {
+    const RowStatistics* own = statistics + row * chunks;
+    const Row found = summary(own, chunks);
+    candidates.collect(logits + row * vocab, vocab, own, threshold_of(found, heads.alpha[row]));
+    if (candidates.count > 1)
+      in_chunks(threads, candidates.count, kFetched, [&](int64_t first, int64_t count, int) {
+        const float* hidden = heads.lower_hidden + row * heads.lower.columns;
+        for (int64_t i = first; i < first + count; ++i)
+          if (lower)
+            candidates.shared[i] = lower[row * vocab + candidates.tokens[i]];
+          else
+            k.product(hidden, 1, heads.lower, candidates.tokens[i], 1, nullptr,
+                      candidates.shared + i, 1);
+      });
+    candidates.share(found);
+    finish(row, found, candidates, logits + row * vocab);
+  }
+}
+
+void write_log_probs(const Row& row, const Candidates& candidates, float* logits, int64_t vocab) {
+  for (int64_t v = 0; v < vocab; ++v) logits[v] -= row.log_sum;
+  for (int64_t i = 0; i < candidates.count; ++i)
+    logits[candidates.tokens[i]] = candidates.shared[i];
+}
+
+}  // namespace
+
+void head_logits(int threads, const float* hidden, int64_t rows, const Linear& head, float* out) {
+  in_chunks(threads, head.weight.rows, kChunk, [&](int64_t first, int64_t count, int) {
+    chunk_logits(hidden, rows, head, first, count, out);
+  });
+}
+
+void head_tokens(int threads, const float* hidden, int64_t rows, const Linear& head,
+                 const Choice& choice) {
+  const int64_t vocab = head.weight.rows, chunks = chunks_of(vocab);
+  float* logits = Scratch::of_this_thread().room(Scratch::kLogits, rows * vocab);
+  const RowStatistics* statistics = stream_head(threads, hidden, rows, head, false, logits);
+  for (int64_t row = 0; row < rows; ++row) {
+    const Row found = summary(statistics + row * chunks, chunks);
+    const float* own = logits + row * vocab;
+    const int64_t token =
+        choice.temperature[row] > 0 ? sample(threads, own, vocab, row, choice) : found.argmax;
+    choice.tokens[row] = token;
+    choice.log_probs[row] = own[token] - found.log_sum;
+  }
+}
+
+void contrast_tokens(int threads, const HeadPair& heads, int64_t rows, const Choice& choice) {
+  const int64_t vocab = heads.upper.rows;
+  float* logits = Scratch::of_this_thread().room(Scratch::kLogits, rows * vocab);
+  contrast(threads, heads, rows, logits,
+           [&](int64_t row, const Row& found, const Candidates& candidates, float* own) {
+             // A candidate is always the best: the largest share is at least alpha * max p.
+             if (!(choice.temperature[row] > 0) && candidates.count > 0) {
+               const int64_t best = candidates.best();
+               choice.tokens[row] = candidates.tokens[best];
+               choice.log_probs[row] = candidates.shared[best];
+               return;
+             }
+             write_log_probs(found, candidates, own, vocab);
+             const int64_t token = candidates.count ? sample(threads, own, vocab, row, choice) : 0;
+             choice.tokens[row] = token;
+             choice.log_probs[row] = own[token];
+           });
+}
+
+void contrast_heads(int threads, const HeadPair& heads, int64_t rows, float* out) {
+  const int64_t vocab = heads.upper.rows;
+  contrast(threads, heads, rows, out,
+           [&](int64_t, const Row& found, const Candidates& candidates, float* own) {
+             write_log_probs(found, candidates, own, vocab);
+           });
+}
+
+}  // namespace multiexit::cpu

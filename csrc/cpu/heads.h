@@ -1,0 +1,39 @@
+// Vocabulary heads, their contrast, and the choice of tokens. See ops/heads.py, contrast.py and
+// tokens.py for the contracts.
+#pragma once
+#include <cstdint>
+
+#include "dense.h"
+
+namespace multiexit::cpu {
+
+// One row for each token of the step.
+struct Choice {
+  const float* temperature;  // 0 is greedy
+  const int64_t* seeds;
+  const int64_t* positions;
+  int64_t* tokens;   // out
+  float* log_probs;  // out
+};
+
+// Two heads for the same rows; hidden: [rows, columns] float32.
+struct HeadPair {
+  const float* upper_hidden;
+  Matrix upper;
+  const float* lower_hidden;
+  Matrix lower;
+  const float* alpha;  // [rows]
+};
+
+void head_tokens(int threads, const float* hidden, int64_t rows, const Linear& head,
+                 const Choice& choice);
+
+void contrast_tokens(int threads, const HeadPair& heads, int64_t rows, const Choice& choice);
+
+// out: [rows, vocab] log-probabilities.
+void contrast_heads(int threads, const HeadPair& heads, int64_t rows, float* out);
+
+// out: [rows, vocab] logits.
+void head_logits(int threads, const float* hidden, int64_t rows, const Linear& head, float* out);
+
+}  // namespace multiexit::cpu

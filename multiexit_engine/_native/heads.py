@@ -1,0 +1,109 @@
+"""Vocabulary heads, their contrast, and tokens chosen from either."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from multiexit_engine import _C
+from multiexit_engine._native.tensors import address, matrix, vector
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See ``multiexit_engine.ops.head_logits``."""
+    hidden, shift = hidden.contiguous(), vector(bias)
+    out = torch.empty(hidden.shape[0], weight.shape[0])
+    _C.head_logits(
+        torch.get_num_threads(),
+        hidden.data_ptr(),
+        hidden.shape[0],
+        matrix(weight),
+        address(shift),
+        out.data_ptr(),
+    )
+    return out
+
+
+def contrast_heads(
+    upper_hidden: Tensor,
+    upper_weight: Tensor,
+    lower_hidden: Tensor,
+    lower_weight: Tensor,
+    alpha: Tensor,
+    min_candidates: Tensor | None = None,
+) -> Tensor:
+    """See ``multiexit_engine.ops.contrast_heads``; without ``min_candidates``."""
+    upper_hidden, lower_hidden = upper_hidden.contiguous(), lower_hidden.contiguous()
+    alpha = alpha.float().contiguous()
+    out = torch.empty(upper_hidden.shape[0], upper_weight.shape[0])
+    _C.contrast_heads(
+        torch.get_num_threads(),
+        upper_hidden.data_ptr(),
+        matrix(upper_weight),
+        lower_hidden.data_ptr(),
+        matrix(lower_weight),
+        alpha.data_ptr(),
+        out.shape[0],
+        out.data_ptr(),
+    )
+    return out
+
+
+def head_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See ``multiexit_engine.ops.head_tokens``."""
+    hidden, shift = hidden.contiguous(), vector(bias)
+    rows = _Rows(temperature, seeds, positions)
+    _C.head_tokens(
+        torch.get_num_threads(),
+        hidden.data_ptr(),
+        hidden.shape[0],
+        matrix(weight),
+        address(shift),
+        rows.choice,
+    )
+    return rows.tokens, rows.log_probs
+
+
+def contrast_tokens(
+    upper_hidden: Tensor,
+    upper_weight: Tensor,
+    lower_hidden: Tensor,
+    lower_weight: Tensor,
+    alpha: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See ``multiexit_engine.ops.contrast_tokens``."""
+    upper_hidden, lower_hidden = upper_hidden.contiguous(), lower_hidden.contiguous()
+    alpha = alpha.float().contiguous()
+    rows = _Rows(temperature, seeds, positions)
+    _C.contrast_tokens(
+        torch.get_num_threads(),
+        upper_hidden.data_ptr(),
+        matrix(upper_weight),
+        lower_hidden.data_ptr(),
+        matrix(lower_weight),
+        alpha.data_ptr(),
+        upper_hidden.shape[0],
+        rows.choice,
+    )
+    return rows.tokens, rows.log_probs
+
+
+class _Rows:
+    """How each row chooses, room for what it chooses, and the extension's view of both."""
+
+    def __init__(self, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
+        self._kept = temperature.float().contiguous(), seeds.contiguous(), positions.contiguous()
+        self.tokens = torch.empty(temperature.shape[0], dtype=torch.int64)
+        self.log_probs = torch.empty(temperature.shape[0])
+        addresses = [tensor.data_ptr() for tensor in (*self._kept, self.tokens, self.log_probs)]
+        self.choice = _C.Choice(*addresses)

@@ -1,0 +1,56 @@
+"""The whole engine on the compiled kernels: the same bits in any company, on any path."""
+
+import pytest
+import torch
+
+from multiexit_engine import Contrast, Engine, Exit, Original, SamplingParams
+from tests.tiny import save_gpt2
+
+PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12, 6, 3], [9] * 40, [77]]
+MODES = [Original(), Contrast(6, 2), Exit(4), Contrast("original", 4, alpha=0.01)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"), sharpness=3.0)
+
+
+def new_engine(folder, **options):
+    return Engine.from_pretrained(
+        folder, dtype="float32", device="cpu", backend="native", prefix_caching=False, **options
+    )
+
+
+def results(engine, prompts, modes, **sampling):
+    outputs = engine.generate(prompts, SamplingParams(max_new_tokens=20, **sampling), modes)
+    return [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs]
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_gives_the_same_bits_alone_and_in_company(folder, temperature, logprobs):
+    engine = new_engine(folder)
+    options = {"temperature": temperature, "seed": 5, "logprobs": logprobs, "top_k": 0}
+    together = results(engine, PROMPTS, MODES, **options)
+    for prompt, mode, expected in zip(PROMPTS, MODES, together, strict=True):
+        assert results(engine, [prompt], mode, **options) == [expected]
+
+
+def test_chunks_and_threads_do_not_change_a_bit(folder):
+    options = {"temperature": 0.0, "logprobs": 3}
+    expected = results(new_engine(folder), PROMPTS, MODES, **options)
+    crowded = new_engine(folder, max_num_batched_tokens=5, max_batch_size=5, block_size=4)
+    assert results(crowded, PROMPTS, MODES, **options) == expected
+    torch.set_num_threads(2)
+    try:
+        assert results(new_engine(folder), PROMPTS, MODES, **options) == expected
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_are_the_same_whether_or_not_logprobs_are_asked_for(folder, temperature):
+    engine = new_engine(folder)
+    options = {"temperature": temperature, "seed": 11, "top_k": 0}
+    bare = [tokens for tokens, _ in results(engine, PROMPTS, MODES, **options)]
+    assert bare == [t for t, _ in results(engine, PROMPTS, MODES, **options, logprobs=0)]
