@@ -43,7 +43,8 @@ def model_card(
             "",
             f"Perplexity is per token of the model's own tokenizer ({_bytes_per_token(report):.2f} "
             "bytes a token), over whole books in blocks of "
-            f"{figures['tokens_per_block']} tokens. Repetition is the share of trigrams of a "
+            f"{figures['tokens_per_block']} tokens; that of contrast over a sample of "
+            f"{figures['contrast_blocks']} blocks. Repetition is the share of trigrams of a "
             "greedy continuation that stood in it before.",
             "",
             "## Recipe",
@@ -98,6 +99,7 @@ def docs_page(figures: Figures, report: Figures, command: str, machine: str) -> 
             "",
             *contrast_table(figures),
             "",
+            f"Perplexity over a sample of {figures['contrast_blocks']} blocks of those books. "
             "Repetition is the share of trigrams of a greedy continuation that stood in it before "
             f"({figures['num_prompts']} held-out prompts, {figures['new_tokens']} tokens each). "
             "Contrast takes repetition away and costs likelihood: it is for writing, not for "

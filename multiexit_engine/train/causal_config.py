@@ -80,7 +80,7 @@ class CausalTrainingConfig:
     other_learning_rate: float = 4e-3
     weight_decay: float = 0.1
     warmup_steps: int = 60
-    decay_share: float = 0.4
+    decay_share: float = 0.6
     gradient_clip: float = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True

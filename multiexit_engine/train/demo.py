@@ -42,7 +42,7 @@ CONTRAST_BLOCKS = 128
 PROMPT_TOKENS = 32
 NEW_TOKENS = 100
 NUM_PROMPTS = 32
-SHOWN_PROMPT = "It was a cold evening in October, and the old captain sat alone by the fire. "
+SHOWN_PROMPT = "It was a cold evening in October, and the old captain sat alone by the fire."
 
 
 def demo_config(corpus: Path, output: Path) -> CausalTrainingConfig:
@@ -71,6 +71,7 @@ def describe(folder: Path, corpus: Path) -> Figures:
     shown = torch.tensor([tokenizer.encode(SHOWN_PROMPT).ids], device=device)
     return {
         "tokens_per_block": TOKENS_PER_BLOCK,
+        "contrast_blocks": CONTRAST_BLOCKS,
         "num_prompts": NUM_PROMPTS,
         "new_tokens": NEW_TOKENS,
         "exits": _as_dicts(network, blocks, bytes_per_token),

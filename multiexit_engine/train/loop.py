@@ -59,7 +59,7 @@ class TrainingLoop:
         if self._config.resume:
             self._load_state()
         self._network.train()
-        if self._config.compile:
+        if self._config.compile and self._share_done() < 1.0:
             self._compile()
         mark_step, mark_time = self.step, time.monotonic()
         before, start = self.seconds, mark_time
