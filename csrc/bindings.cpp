@@ -99,6 +99,17 @@ void choose_contrast(int threads, Address upper_hidden, const Matrix& upper, Add
                   choice);
 }
 
+// Reads the numbers once with all threads, for benchmarks.
+float plain_read(int threads, Address numbers, int64_t count) {
+  Release nogil;
+  constexpr int64_t kChunk = 1 << 16;
+  float* sums = Scratch::of_this_thread().room(Scratch::kInput, count / kChunk + 1);
+  in_chunks(threads, count, kChunk, [&](int64_t first, int64_t many, int) {
+    sums[first / kChunk] = kernels().sum(at(numbers) + first, many);
+  });
+  return kernels().sum(sums, (count + kChunk - 1) / kChunk);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -164,6 +175,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm", &norm);
   m.def("paged_attention", &attention);
   m.def("decoder_blocks", &decoder_blocks);
+  m.def("plain_read", &plain_read);
   m.def("isa", [] { return kernels().name; });
   m.def("choose_isa", [](const std::string& name) { return choose_isa(name.c_str()); });
 }

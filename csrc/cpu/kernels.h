@@ -61,6 +61,9 @@ struct Kernels {
   // Of scores / heat + Gumbel noise of the tokens first, first + 1, ...; of equals the first.
   NoisyBest (*noisy_best)(const float* scores, int64_t first, int64_t count, float heat,
                           uint64_t seed, uint32_t position);
+
+  // The sum of numbers: what reading memory costs at least.
+  float (*sum)(const float* x, int64_t count);
 };
 
 const Kernels& scalar_kernels();

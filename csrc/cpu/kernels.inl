@@ -25,6 +25,7 @@ static const Kernels table = {
     attend,
     statistics,
     noisy_best,
+    sum,
 };
 
 }  // namespace multiexit::cpu::ISA_NAMESPACE

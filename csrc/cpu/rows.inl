@@ -78,6 +78,17 @@ static void rms_norm(const float* x, const float* weight, float eps, float* out,
   });
 }
 
+static float sum(const float* x, int64_t count) {
+  Vec totals[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth)
+    for (int part = 0; part < 4; ++part) totals[part] += load(x + i + part * kWidth);
+  Vec total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
+  for (; i < count; i += kWidth)
+    total += i + kWidth <= count ? load(x + i) : load_first(x + i, count - i);
+  return sum_of(total);
+}
+
 static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
 static inline Vec activated(Vec x, Activation kind) {
