@@ -1,0 +1,149 @@
+// Runs every kernel of every instruction set on buffers of exactly the size that it may touch, so
+// that AddressSanitizer and UBSan see each step too far. Values are held against plain loops.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/block.h"
+#include "cpu/heads.h"
+
+using namespace multiexit::cpu;
+
+namespace {
+
+int failures = 0;
+
+void expect_near(double actual, double expected, const char* what) {
+  if (std::abs(actual - expected) <= 1e-4 * (1 + std::abs(expected))) return;
+  std::printf("%s, %s: %g, expected %g\n", kernels().name, what, actual, expected);
+  ++failures;
+}
+
+std::vector<float> numbers(int64_t count, float scale = 1.0f) {
+  static uint32_t state = 1;
+  std::vector<float> out(count);
+  for (float& x : out) {
+    state = state * 1664525u + 1013904223u;
+    x = scale * (static_cast<float>(state >> 8) / (1 << 23) - 1.0f);
+  }
+  return out;
+}
+
+void products() {
+  for (int64_t tokens : {1, 2, 5, 7, 13})
+    for (int64_t columns : {1, 7, 16, 33, 100})
+      for (int64_t rows : {1, 3, 9, 37}) {
+        const auto x = numbers(tokens * columns), weight = numbers(rows * columns);
+        const auto bias = numbers(rows);
+        std::vector<float> out(tokens * rows);
+        const Linear linear = {{weight.data(), DType::kFloat32, rows, columns}, bias.data()};
+        multiply(3, x.data(), tokens, linear, out.data(), [](int64_t, int64_t) {});
+        for (int64_t t = 0; t < tokens; ++t)
+          for (int64_t r = 0; r < rows; ++r) {
+            double sum = bias[r];
+            for (int64_t i = 0; i < columns; ++i)
+              sum += double(x[t * columns + i]) * weight[r * columns + i];
+            expect_near(out[t * rows + r], sum, "product");
+          }
+      }
+}
+
+void conversions() {
+  for (DType dtype : {DType::kBFloat16, DType::kFloat16})
+    for (int64_t count : {1, 8, 16, 17, 31}) {
+      const auto x = numbers(count, 100.0f);
+      std::vector<uint16_t> half(count);
+      std::vector<float> back(count);
+      kernels().from_float(x.data(), half.data(), dtype, count);
+      kernels().to_float(half.data(), dtype, back.data(), count);
+      for (int64_t i = 0; i < count; ++i)
+        if (std::abs(back[i] - x[i]) > std::abs(x[i]) / 128) expect_near(back[i], x[i], "half");
+    }
+}
+
+// A model of one block, run over two sequences token by token and at once.
+void blocks(bool is_gated, int64_t head_dim, int64_t window) {
+  const int64_t heads = 4, kv_heads = 2, hidden = 24, inner = 20, tokens = 5, block_size = 2;
+  const int64_t qkv = (heads + 2 * kv_heads) * head_dim, up = is_gated ? 2 * inner : inner;
+  const auto scale = numbers(hidden), shift = numbers(hidden), head_scale = numbers(head_dim);
+  const auto w_qkv = numbers(qkv * hidden), w_out = numbers(hidden * heads * head_dim);
+  const auto w_up = numbers(up * hidden), w_down = numbers(hidden * inner), b_up = numbers(up);
+  const auto cos = numbers(3 * (head_dim / 2)), sin = numbers(3 * (head_dim / 2));
+  const Norm norm = {scale.data(), is_gated ? nullptr : shift.data(), 1e-5f};
+  const Norm head_norm = {is_gated ? head_scale.data() : nullptr, nullptr, 1e-5f};
+  const bool turns = is_gated && head_dim % 2 == 0;
+  const Block block = {norm, norm, head_norm, head_norm,
+                       {{w_qkv.data(), DType::kFloat32, qkv, hidden}, nullptr},
+                       {{w_out.data(), DType::kFloat32, hidden, heads * head_dim}, nullptr},
+                       {{w_up.data(), DType::kFloat32, up, hidden}, b_up.data()},
+                       {{w_down.data(), DType::kFloat32, hidden, inner}, nullptr},
+                       is_gated, Activation::kSilu, heads, kv_heads, head_dim, window, 0.3f,
+                       turns ? cos.data() : nullptr, turns ? sin.data() : nullptr};
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> keys(3 * block_size * kv_heads * head_dim, nan), values = keys;
+  const Cache cache = {keys.data(), values.data(), DType::kFloat32, block_size, kv_heads, head_dim};
+  const Span span = {{block}, {cache}};
+  const auto input = numbers(tokens * hidden);
+  std::vector<float> whole(tokens * hidden), single(hidden);
+  const std::vector<int32_t> starts = {0, 3, 5}, contexts = {3, 2}, tables = {2, 0, 1, -1};
+  const std::vector<int64_t> positions = {0, 1, 2, 0, 1}, slots = {4, 5, 0, 2, 3};
+  const Layout layout = {tokens, 2, starts.data(), contexts.data(), tables.data(), 2, 3};
+  run_blocks(3, span, {layout, positions.data(), slots.data()}, input.data(), whole.data(),
+             DType::kFloat32);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const std::vector<int32_t> start = {0, 1}, context = {static_cast<int32_t>(positions[t] + 1)};
+    const Layout one = {1, 1, start.data(), context.data(), tables.data() + (t < 3 ? 0 : 2), 2,
+                        positions[t] + 1};
+    run_blocks(1, span, {one, &positions[t], &slots[t]}, input.data() + t * hidden, single.data(),
+               DType::kFloat32);
+    for (int64_t i = 0; i < hidden; ++i)
+      if (single[i] != whole[t * hidden + i])
+        expect_near(single[i], whole[t * hidden + i] + 1e9, "a token alone has other bits");
+  }
+}
+
+void heads(int64_t vocab) {
+  const int64_t rows = 3, columns = 9;
+  const auto hidden = numbers(rows * columns), weight = numbers(vocab * columns, 2.0f);
+  const Matrix matrix = {weight.data(), DType::kFloat32, vocab, columns};
+  const std::vector<float> alpha(rows, 0.1f), temperature = {0.0f, 1.0f, 0.5f};
+  const std::vector<int64_t> state = {1, -2, 3};
+  std::vector<int64_t> tokens(rows);
+  std::vector<float> log_probs(rows), logits(rows * vocab), contrasted(rows * vocab);
+  const Choice choice = {temperature.data(), state.data(), state.data(), tokens.data(),
+                         log_probs.data()};
+  const HeadPair pair = {hidden.data(), matrix, hidden.data(), matrix, alpha.data()};
+  head_logits(2, hidden.data(), rows, {matrix, nullptr}, logits.data());
+  head_tokens(2, hidden.data(), rows, {matrix, nullptr}, choice);
+  int64_t best = 0;
+  for (int64_t v = 1; v < vocab; ++v)
+    if (logits[v] > logits[best]) best = v;
+  expect_near(tokens[0], best, "greedy token");
+  contrast_tokens(2, pair, rows, choice);
+  contrast_heads(2, pair, rows, contrasted.data());
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0.0;
+    for (int64_t v = 0; v < vocab; ++v) sum += std::exp(double(contrasted[row * vocab + v]));
+    expect_near(sum, 1.0, "mass of a contrast");
+    expect_near(contrasted[row * vocab + tokens[row]], log_probs[row], "log-probability");
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+    if (!choose_isa(isa)) continue;
+    products();
+    conversions();
+    for (int64_t head_dim : {1, 6, 16, 70})
+      for (int64_t window : {0, 2})
+        for (bool is_gated : {false, true}) blocks(is_gated, head_dim, window);
+    for (int64_t vocab : {1, 7, 513, 1031}) heads(vocab);
+  }
+  std::printf("%d failures\n", failures);
+  return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+}
