@@ -45,7 +45,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "multiexit-engine")},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
