@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +24,11 @@ from multiexit_engine.config import (
 )
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.registry import build_model
-from multiexit_engine.ops import use_backend
 from multiexit_engine.outputs import (
     CompletionOutput,
     EngineStats,
     RequestOutput,
+    RequestPiece,
     ScoreOutput,
 )
 from multiexit_engine.params import DecodingMode, Original, SamplingParams
@@ -48,7 +47,9 @@ from multiexit_engine.runtime.scoring import (
     windows,
 )
 from multiexit_engine.runtime.settings import make_engine_config
-from multiexit_engine.runtime.streaming import stream_request
+from multiexit_engine.runtime.streaming import Feeds, stream_request
+
+_Reported = TypeVar("_Reported")
 
 
 class Engine:
@@ -83,6 +84,7 @@ class Engine:
         runner = ModelRunner(self._model, kv_cache, config)
         self._core = EngineCore(config, self._scheduler, runner, tokenizer)
         self._intake = Intake(config, model, self._model.heads, tokenizer, decoding)
+        self._feeds = Feeds(self._core)
         self._ids = itertools.count()
         self._random = random.Random(config.seed)
 
@@ -220,7 +222,7 @@ class Engine:
         request = self._checked(prompt, sampling or SamplingParams(), decoding, "")
         if request.is_beam_search:
             raise ValueError("num_beams: beam search cannot be streamed, use generate")
-        return stream_request(self._core, request, self._backend)
+        return stream_request(self._core, request)
 
     def score(
         self,
@@ -288,8 +290,7 @@ class Engine:
         if len(token_ids) > limit:
             raise ValueError(f"prompt has {len(token_ids)} tokens: the model reads {limit}")
         request = self._intake.scoring_request(self._new_id(), token_ids, 1, decoding)
-        with self._backend():
-            return self._core.prompt_scores(request)
+        return self._core.prompt_scores(request)
 
     def add_request(
         self,
@@ -298,21 +299,24 @@ class Engine:
         decoding: DecodingMode | None = None,
         *,
         request_id: str | None = None,
+        streamed: bool = True,
     ) -> str:
-        """Queue a request for ``step``; returns its id. Raises ValueError as ``generate``."""
+        """Queue a request for ``step`` or ``step_pieces``; returns its id.
+
+        With ``streamed`` False its text is made only at its end, or when ``step`` shows it, which
+        costs less. Raises ValueError as ``generate``.
+        """
         request = self._checked(prompt, sampling or SamplingParams(), decoding, "", request_id)
-        self._core.add(request, streamed=True)
+        self._core.add(request, streamed=streamed)
         return request.request_id
 
     def step(self) -> list[RequestOutput]:
         """Run one step; gives the requests that it changed. Finished ones are then forgotten."""
-        with self._backend():
-            changed = self._core.step()
-        outputs = [request_output(self._core, request) for request in changed]
-        for request in changed:
-            if request.is_finished:
-                self._core.forget(request.request_id)
-        return outputs
+        return self._step(lambda request: request_output(self._core, request))
+
+    def step_pieces(self) -> list[RequestPiece]:
+        """As ``step``, but gives only what is new of each request since the last call."""
+        return self._step(self._feeds.take)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request and free what it holds; None when there is no such request."""
@@ -320,7 +324,7 @@ class Engine:
         if request is None:
             return None
         output = request_output(self._core, request)
-        self._core.forget(request_id)
+        self._forget(request_id)
         return output
 
     def has_unfinished(self) -> bool:
@@ -341,6 +345,18 @@ class Engine:
             prefix_query_tokens=scheduler.prefix_query_tokens,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
         )
+
+    def _step(self, report: Callable[[Request], _Reported]) -> list[_Reported]:
+        changed = self._core.step()
+        reported = [report(request) for request in changed]
+        for request in changed:
+            if request.is_finished:
+                self._forget(request.request_id)
+        return reported
+
+    def _forget(self, request_id: str) -> None:
+        self._core.forget(request_id)
+        self._feeds.forget(request_id)
 
     def _checked(
         self,
@@ -366,18 +382,13 @@ class Engine:
         names = (f"request-{number}" for number in self._ids)
         return next(name for name in names if name not in self._core.requests)
 
-    def _backend(self) -> AbstractContextManager[None]:
-        name = self.config.backend
-        return nullcontext() if name == "auto" else use_backend(name)
-
     def _finish_all(self, requests: Sequence[Request], progress: bool | None) -> None:
         """Step until all of ``requests`` are finished; on an interrupt they leave no trace."""
         try:
             with Progress(len(requests), progress) as bar:
                 num_left = sum(not request.is_finished for request in requests)
                 while num_left:
-                    with self._backend():
-                        changed = self._core.step()
+                    changed = self._core.step()
                     if any(request.is_finished for request in changed):
                         num_left = sum(not request.is_finished for request in requests)
                         bar.show(len(requests) - num_left, self._core.num_generated_tokens)

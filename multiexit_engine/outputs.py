@@ -79,6 +79,34 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestPiece:
+    """What one step added to a request; the pieces of a request add up to its output.
+
+    Attributes:
+        request_id: the engine's or the caller's name of the request.
+        prompt_token_ids: tokens of the prompt; the engine's own list, not to be changed.
+        outputs: continuations that gained something; ``text``, ``token_ids``, ``logprobs`` and
+            ``exit_layers`` hold only what is new. The text of a request that is not streamed comes
+            with its last piece.
+        prompt_logprobs: as in ``RequestOutput``, with the first piece only.
+        finished: this is the last piece.
+        num_cached_tokens: prompt tokens whose keys and values came from the prefix cache.
+        admitted_at: when the request first ran, in seconds of ``time.perf_counter``; None for one
+            that ended while it waited.
+        error: what went wrong when the finish reason is ``error``.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    finished: bool = False
+    num_cached_tokens: int = 0
+    admitted_at: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreOutput:
     """Log-probabilities of a given text.
 

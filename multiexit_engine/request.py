@@ -100,6 +100,9 @@ class Request:
             for a generating one. A scoring request ends with its prefill.
         sequences: one until the prompt is computed, then one for each of ``n`` or of the beams.
         scored: prompt tokens scored so far, from ``first_position_with_logprobs`` on.
+        num_cached_tokens: prompt tokens that came from the prefix cache.
+        admitted_at: when it first ran, in seconds of ``time.perf_counter``.
+        error: why it failed, if it did.
     """
 
     request_id: str
@@ -115,6 +118,7 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
     num_cached_tokens: int = 0
+    admitted_at: float | None = None
     error: str | None = None
 
     @property

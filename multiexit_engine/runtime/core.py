@@ -5,6 +5,8 @@ Works on requests whose arguments were checked; knows nothing of texts' origin o
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from multiexit_engine.batch import BeamCandidates, StepOutput
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.beam import BeamSearch
 from multiexit_engine.decoding.plan import resolve_mode
+from multiexit_engine.ops import use_backend
 from multiexit_engine.outputs import FinishReason
 from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
 from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
@@ -67,7 +70,8 @@ class EngineCore:
         batch = self.scheduler.schedule()
         if batch is None:
             return []
-        output = self.runner.run(batch)
+        with self._backend():
+            output = self.runner.run(batch)
         self.scheduler.advance(batch)
         self.num_steps += 1
         for request_id, reason in output.failures.items():
@@ -84,7 +88,8 @@ class EngineCore:
         try:
             parts = []
             while (batch := self.scheduler.schedule()) is not None:
-                parts.append(self.runner.prompt_scores(batch))
+                with self._backend():
+                    parts.append(self.runner.prompt_scores(batch))
                 self.scheduler.advance(batch)
                 self._finish_scored({request.request_id: request})
             return torch.cat(parts)
@@ -107,6 +112,10 @@ class EngineCore:
         request = self.requests.pop(request_id, None)
         for sequence in request.sequences if request is not None else ():
             self._texts.pop(sequence, None)
+
+    def _backend(self) -> AbstractContextManager[None]:
+        name = self.config.backend
+        return nullcontext() if name == "auto" else use_backend(name)
 
     def _update(self, output: StepOutput) -> list[Request]:
         changed = {request_id: self.requests[request_id] for request_id in output.failures}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from multiexit_engine.outputs import CompletionOutput, Logprob, RequestOutput
+from multiexit_engine.outputs import CompletionOutput, Logprob, RequestOutput, RequestPiece
 from multiexit_engine.request import ChosenToken, Request, ScoredToken, Sequence
 from multiexit_engine.runtime.core import EngineCore
 
@@ -13,7 +13,7 @@ def request_output(core: EngineCore, request: Request) -> RequestOutput:
         request_id=request.request_id,
         prompt=request.prompt,
         prompt_token_ids=list(request.prompt_token_ids),
-        outputs=[_completion(core, sequence) for sequence in request.sequences],
+        outputs=[_completion(core, s, 0, _whole_text(core, s)) for s in request.sequences],
         prompt_logprobs=_prompt_logprobs(core, request),
         finished=request.is_finished,
         num_cached_tokens=request.num_cached_tokens,
@@ -21,7 +21,29 @@ def request_output(core: EngineCore, request: Request) -> RequestOutput:
     )
 
 
-def text_piece(core: EngineCore, sequence: Sequence) -> str:
+def request_piece(
+    core: EngineCore, request: Request, outputs: list[CompletionOutput], *, with_prompt: bool
+) -> RequestPiece:
+    """What a step added to a request, ``outputs`` being what it added to its completions."""
+    return RequestPiece(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=outputs,
+        prompt_logprobs=_prompt_logprobs(core, request) if with_prompt else None,
+        finished=request.is_finished,
+        num_cached_tokens=request.num_cached_tokens,
+        admitted_at=request.admitted_at,
+        error=request.error,
+    )
+
+
+def completion_piece(core: EngineCore, sequence: Sequence, start: int) -> CompletionOutput:
+    """A completion from its output token ``start`` on, with the text that became certain."""
+    is_shown = sequence.is_finished or sequence.request.request_id in core.streamed
+    return _completion(core, sequence, start, _text_piece(core, sequence) if is_shown else "")
+
+
+def _text_piece(core: EngineCore, sequence: Sequence) -> str:
     """The text that became certain since the last call; all of the rest once it is finished."""
     text = core.text(sequence)
     if text is None:
@@ -31,28 +53,34 @@ def text_piece(core: EngineCore, sequence: Sequence) -> str:
     return text.take()
 
 
-def _completion(core: EngineCore, sequence: Sequence) -> CompletionOutput:
+def _whole_text(core: EngineCore, sequence: Sequence) -> str:
     text = core.text(sequence)
-    if text is not None and sequence.is_finished:
+    if text is None:
+        return ""
+    if sequence.is_finished:
         text.finish()
+    return text.text
+
+
+def _completion(core: EngineCore, sequence: Sequence, start: int, text: str) -> CompletionOutput:
     request = sequence.request
     has_score = request.sampling.logprobs is not None or request.is_beam_search
     return CompletionOutput(
         index=sequence.index,
-        text="" if text is None else text.text,
-        token_ids=sequence.output_token_ids,
-        logprobs=_logprobs(core, sequence),
+        text=text,
+        token_ids=sequence.token_ids[len(request.prompt_token_ids) + start :],
+        logprobs=_logprobs(core, sequence, start),
         cumulative_logprob=sequence.cumulative_logprob if has_score else None,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
-        exit_layers=list(sequence.exit_layers),
+        exit_layers=sequence.exit_layers[start:],
     )
 
 
-def _logprobs(core: EngineCore, sequence: Sequence) -> list[dict[int, Logprob]] | None:
+def _logprobs(core: EngineCore, sequence: Sequence, start: int) -> list[dict[int, Logprob]] | None:
     if sequence.request.sampling.logprobs is None:
         return None
-    return [_alternatives(core, token) for token in sequence.chosen]
+    return [_alternatives(core, token) for token in sequence.chosen[start:]]
 
 
 def _prompt_logprobs(core: EngineCore, request: Request) -> list[dict[int, Logprob] | None] | None:

@@ -7,6 +7,7 @@ models, tensors, or of how a next token is chosen.
 from __future__ import annotations
 
 from itertools import count
+from time import perf_counter
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.cache.block_manager import BlockManager
@@ -265,7 +266,7 @@ class Scheduler:
         self._queues.admit_first()
         for sequence in unit.sequences:
             sequence.status = SequenceStatus.RUNNING
-        self._count_prefix_hits(unit)
+        self._note_admission(unit)
         self._compute(unit, step.num_tokens_left, step)
         return True
 
@@ -308,11 +309,12 @@ class Scheduler:
             stop = first + len(request.scored) - 1
         return self._blocks.prefix_keys(sequence.token_ids[:stop])
 
-    def _count_prefix_hits(self, unit: Unit) -> None:
+    def _note_admission(self, unit: Unit) -> None:
         if unit.was_admitted:
             return
         unit.was_admitted = True
         (sequence,) = unit.sequences
+        unit.request.admitted_at = perf_counter()
         unit.request.num_cached_tokens = sequence.num_computed_tokens
         self._prefix_query_tokens += sequence.num_tokens
         self._prefix_hit_tokens += sequence.num_computed_tokens
