@@ -23,3 +23,11 @@ class CheckpointError(EngineError, ValueError):
 
 class RequestFailed(EngineError):
     """One request failed while it ran; the others of its batch are unharmed."""
+
+
+class QueueFull(EngineError):
+    """As many requests live already as may; the same request can succeed a moment later."""
+
+
+class EngineClosed(EngineError):
+    """The engine takes no further requests: it is being shut down."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from typing import Any
 
 
 class FinishReason(StrEnum):
@@ -148,3 +150,33 @@ class EngineStats:
     num_free_kv_blocks: int
     prefix_query_tokens: int
     prefix_hit_tokens: int
+
+
+def join_completions(pieces: Sequence[CompletionOutput]) -> CompletionOutput:
+    """The completion that pieces of one index, in their order, add up to."""
+    last = pieces[-1]
+    lists: dict[str, Any] = {
+        f.name: [item for piece in pieces for item in getattr(piece, f.name)]
+        for f in fields(last)
+        if isinstance(getattr(last, f.name), list)
+    }
+    return replace(last, text="".join(piece.text for piece in pieces), **lists)
+
+
+def join_pieces(pieces: Sequence[RequestPiece], prompt: str | None = None) -> RequestOutput:
+    """The output that all pieces of a request add up to."""
+    parts: dict[int, list[CompletionOutput]] = {}
+    for piece in pieces:
+        for part in piece.outputs:
+            parts.setdefault(part.index, []).append(part)
+    last = pieces[-1]
+    return RequestOutput(
+        request_id=last.request_id,
+        prompt=prompt,
+        prompt_token_ids=list(last.prompt_token_ids),
+        outputs=[join_completions(parts[index]) for index in sorted(parts)],
+        prompt_logprobs=next((p.prompt_logprobs for p in pieces if p.prompt_logprobs), None),
+        finished=last.finished,
+        num_cached_tokens=last.num_cached_tokens,
+        error=last.error,
+    )

@@ -12,6 +12,7 @@ def test_every_public_name_exists_and_is_listed():
 
 def test_the_contracts_names_are_public():
     wanted = {
+        "AsyncEngine",
         "Engine",
         "SamplingParams",
         "RequestOutput",
