@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -102,10 +103,7 @@ class SequenceLayout:
     @cached_property
     def query_starts(self) -> tuple[int, ...]:
         """First flat row of each sequence and the end of the last one, on the host."""
-        starts = [0]
-        for length in self.query_lens:
-            starts.append(starts[-1] + length)
-        return tuple(starts)
+        return tuple(accumulate(self.query_lens, initial=0))
 
     @cached_property
     def scratch(self) -> dict[object, Any]:
@@ -164,12 +162,10 @@ class ForwardBatch:
         slots: list[int] = []
         for item in batch.scheduled:
             table = item.sequence.block_table
+            own = range(item.start, item.stop)
             tokens += item.sequence.token_ids[item.start : item.stop]
-            positions += range(item.start, item.stop)
-            slots += [
-                table[p // block_size] * block_size + p % block_size
-                for p in range(item.start, item.stop)
-            ]
+            positions += own
+            slots += [table[p // block_size] * block_size + p % block_size for p in own]
         query_lens = tuple(s.num_tokens for s in batch.scheduled)
         context_lens = tuple(s.stop for s in batch.scheduled)
         num_blocks = [-(-length // block_size) for length in context_lens]
@@ -178,9 +174,6 @@ class ForwardBatch:
             s.sequence.block_table[:count] + [-1] * (width - count)
             for s, count in zip(batch.scheduled, num_blocks, strict=True)
         ]
-        starts = [0]
-        for length in query_lens:
-            starts.append(starts[-1] + length)
 
         def on_device(values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
@@ -188,7 +181,7 @@ class ForwardBatch:
         layout = SequenceLayout(
             query_lens=query_lens,
             context_lens=context_lens,
-            cu_query_lens=on_device(starts, torch.int32),
+            cu_query_lens=on_device(list(accumulate(query_lens, initial=0)), torch.int32),
             context_lens_device=on_device(list(context_lens), torch.int32),
             block_tables=on_device(tables, torch.int32),
         )

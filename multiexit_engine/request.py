@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from multiexit_engine.outputs import FinishReason
 from multiexit_engine.params import DecodingMode, SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenToken:
+class ChosenToken(NamedTuple):
     """A new token; ``alternatives`` are (id, log-probability), best first, when asked for."""
 
     token_id: int
@@ -19,8 +19,7 @@ class ChosenToken:
     alternatives: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredToken:
+class ScoredToken(NamedTuple):
     """A given token's place in its mode's distribution."""
 
     token_id: int

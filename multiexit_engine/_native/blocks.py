@@ -88,7 +88,9 @@ _spans: WeakKeyDictionary[Any, dict[tuple[int, int], _Span]] = WeakKeyDictionary
 
 def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: Any) -> Tensor:
     """See ``multiexit_engine.ops.decoder_blocks``."""
-    spans = _spans.setdefault(kv_cache, {})
+    spans = _spans.get(kv_cache)
+    if spans is None:
+        spans = _spans[kv_cache] = {}
     # A span keeps its blocks, so their ids stay theirs.
     key = id(blocks[0]), len(blocks)
     span = spans.get(key)

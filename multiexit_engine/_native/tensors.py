@@ -22,4 +22,6 @@ def matrix(weight: Tensor) -> _C.Matrix:
 
 def vector(values: Tensor | None) -> Tensor | None:
     """The float32 form of a bias or scale: itself, or a copy that the caller must keep."""
-    return None if values is None else values.detach().float().contiguous()
+    if values is None or (values.dtype is torch.float32 and values.is_contiguous()):
+        return values
+    return values.detach().float().contiguous()

@@ -78,6 +78,8 @@ class BlockManager:
         num_new = max(num_needed - len(table), 0)
         written = range(start // self.block_size, min(num_needed, len(table)))
         shared = [i for i in written if self._num_owners[table[i]] > 1]
+        if not num_new and not shared:
+            return []
         if num_new + len(shared) > self.num_free_blocks:
             return None
         copies = []

@@ -16,6 +16,7 @@ from multiexit_engine.layers.exit_heads import Head
 from multiexit_engine.params import Contrast, DecodingMode, Exit, Layer, Original
 
 ContrastFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+KEPT_PLANS = 8
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,24 @@ def plan_exits(modes: Sequence[DecodingMode], config: ModelConfig) -> ExitPlan:
         rows_at={layer: tuple(rows) for layer, rows in sorted(rows_at.items())},
         num_rows=len(modes),
     )
+
+
+class ExitPlanner:
+    """``plan_exits`` of one model; keeps a few plans, since most steps run the same requests."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._kept: dict[tuple[int, ...], tuple[list[DecodingMode], ExitPlan]] = {}
+
+    def plan(self, modes: list[DecodingMode]) -> ExitPlan:
+        """See ``plan_exits``."""
+        # The modes are kept beside their plan, so that their ids stay theirs.
+        key = tuple(map(id, modes))
+        if key not in self._kept:
+            if len(self._kept) == KEPT_PLANS:
+                self._kept.clear()
+            self._kept[key] = modes, plan_exits(modes, self._config)
+        return self._kept[key][1]
 
 
 def _function(mode: DecodingMode) -> ContrastFunction | None:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,7 @@ from torch import Tensor
 from multiexit_engine.params import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRow:
+class TokenRow(NamedTuple):
     """What picking the next token of one score row needs to know.
 
     Attributes:
@@ -89,15 +89,21 @@ def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
 
 def is_processed(row: TokenRow) -> bool:
     """Whether ``process_scores`` changes this row."""
-    params = row.params
+    return asks_for_processing(row.params, len(row.output_token_ids), row.bad_words)
+
+
+def asks_for_processing(
+    params: SamplingParams, num_output_tokens: int, bad_words: tuple[tuple[int, ...], ...]
+) -> bool:
+    """``is_processed`` of a row that need not be made for it."""
     return bool(
         params.logit_bias
         or params.repetition_penalty != 1
         or params.presence_penalty
         or params.frequency_penalty
         or params.no_repeat_ngram_size
-        or len(row.output_token_ids) < params.min_new_tokens
-        or row.bad_words
+        or num_output_tokens < params.min_new_tokens
+        or bad_words
     )
 
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multiexit_engine.decoding.processors import TokenRow, is_processed, process_scores
+from multiexit_engine.decoding.processors import TokenRow, asks_for_processing, process_scores
 from multiexit_engine.decoding.warpers import is_warped, warp_scores
 from multiexit_engine.ops import sample_tokens
+from multiexit_engine.params import SamplingParams
 
 __all__ = ["LogprobTensors", "TokenRow", "choose_tokens", "needs_scores", "token_logprobs"]
 
@@ -34,11 +35,16 @@ class LogprobTensors(NamedTuple):
     ranks: Tensor
 
 
-def needs_scores(row: TokenRow) -> bool:
-    """Whether a row's token is not just the best, or a draw, of what its mode gave."""
-    params = row.params
+def needs_scores(
+    params: SamplingParams, num_output_tokens: int, bad_words: tuple[tuple[int, ...], ...] = ()
+) -> bool:
+    """Whether the next token is not just the best, or a draw, of what its mode gives."""
     warped = not params.is_greedy and is_warped(params)
-    return warped or params.logprobs is not None or is_processed(row)
+    return (
+        warped
+        or params.logprobs is not None
+        or asks_for_processing(params, num_output_tokens, bad_words)
+    )
 
 
 def choose_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:

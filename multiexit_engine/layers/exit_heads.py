@@ -67,6 +67,7 @@ class ExitHeads:
         self._weight = weight
         self._bias = bias
         self._loaded: dict[int, Tensor] = {}
+        self._ready: set[Head] = set()
 
     @property
     def original(self) -> Head:
@@ -85,10 +86,15 @@ class ExitHeads:
             ValueError: the model has no such head.
             CheckpointError: its weights are missing or misshapen.
         """
+        if head in self._ready:
+            return
         self._check(head)
         name = self._weight_name(head)
-        if name is None or head.layer in self._loaded:
-            return
+        if name is not None and head.layer not in self._loaded:
+            self._load(name, head)
+        self._ready.add(head)
+
+    def _load(self, name: str, head: Head) -> None:
         config = self._config
         is_cast = config.projection is VocabularyProjectionMode.SHARED_PROJECTION_CAST_OUTPUTS
         rows = config.hidden_size if is_cast else config.vocab_size

@@ -45,6 +45,7 @@ class EngineCore:
         self.streamed: set[str] = set()
         self.num_steps = 0
         self.num_generated_tokens = 0
+        self._exit_layers: dict[str, int] = {}
         self._beams: dict[str, BeamSearch] = {}
         self._texts: dict[Sequence, Detokenizer] = {}
 
@@ -109,6 +110,7 @@ class EngineCore:
         """End a request if it still runs, and keep nothing of it; unknown ids are fine."""
         self.abort(request_id)
         self.streamed.discard(request_id)
+        self._exit_layers.pop(request_id, None)
         request = self.requests.pop(request_id, None)
         for sequence in request.sequences if request is not None else ():
             self._texts.pop(sequence, None)
@@ -134,6 +136,9 @@ class EngineCore:
 
     def _append(self, sequence: Sequence, chosen: list[ChosenToken]) -> None:
         """Give a sequence its next token, or its first one to each of ``n`` siblings."""
+        if len(chosen) == 1:
+            self._append_one(sequence, chosen[0])
+            return
         siblings = [self.scheduler.fork(sequence, i) for i in range(1, len(chosen))]
         sequence.request.sequences = sequence.request.sequences + siblings
         for sibling, token in zip([sequence, *siblings], chosen, strict=True):
@@ -240,7 +245,11 @@ class EngineCore:
             )
 
     def _exit_layer(self, request: Request) -> int:
-        return resolve_mode(request.decoding, self.runner.model.config).upper.layer
+        layer = self._exit_layers.get(request.request_id)
+        if layer is None:
+            layer = resolve_mode(request.decoding, self.runner.model.config).upper.layer
+            self._exit_layers[request.request_id] = layer
+        return layer
 
     def _new_beam_search(self, request: Request) -> BeamSearch:
         prompt_len = len(request.prompt_token_ids)

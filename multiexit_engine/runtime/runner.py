@@ -25,7 +25,7 @@ from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.beam import beam_candidates
 from multiexit_engine.decoding.exits import Draws, gives_tokens, mode_scores, mode_tokens
-from multiexit_engine.decoding.plan import ExitPlan, plan_exits, plan_segments
+from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner, plan_segments
 from multiexit_engine.decoding.sampler import (
     TokenRow,
     choose_tokens,
@@ -65,7 +65,9 @@ class _LogitSlice:
 
     def keep(self, layer: int, hidden: Tensor) -> None:
         rows = [self.rows[r].flat_row for r in self.plan.rows_at.get(layer, ())]
-        if rows:
+        if len(rows) == hidden.shape[0]:
+            self.taps[layer] = hidden
+        elif rows:
             self.taps[layer] = hidden[torch.tensor(rows).to(hidden.device, non_blocking=True)]
 
     def note(self, failures: dict[int, str], output: StepOutput) -> None:
@@ -80,6 +82,7 @@ class ModelRunner:
         self.model = model
         self.kv_cache = kv_cache
         self.config = config
+        self._planner = ExitPlanner(model.config)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepOutput:
@@ -111,7 +114,8 @@ class ModelRunner:
         return torch.cat([scores for scores, _ in results])
 
     def _logit_slices(self, batch: ScheduledBatch) -> tuple[list[_LogitSlice], list[_LogitSlice]]:
-        choices: list[_LogitRow] = []
+        direct: list[_LogitRow] = []
+        scored: list[_LogitRow] = []
         targets: list[_LogitRow] = []
         first_row = 0
         for item in batch.scheduled:
@@ -119,28 +123,24 @@ class ModelRunner:
             targets += _target_rows(item, first_row)
             first_row += item.num_tokens
             if item.reaches_end and request.score_from is None:
+                choices = direct if self._is_direct(item.sequence) else scored
                 choices.append(_LogitRow(first_row - 1, item))
-        return (
-            [
-                self._slice(rows, is_direct)
-                for is_direct in (True, False)
-                if (rows := [row for row in choices if self._is_direct(row) is is_direct])
-            ],
-            [self._slice(targets[i : i + MAX_LOGIT_ROWS]) for i in _steps(targets)],
-        )
+        slices = [self._slice(direct, is_direct=True)] if direct else []
+        if scored:
+            slices.append(self._slice(scored))
+        return slices, [self._slice(targets[i : i + MAX_LOGIT_ROWS]) for i in _steps(targets)]
 
     def _slice(self, rows: list[_LogitRow], is_direct: bool = False) -> _LogitSlice:
         modes: list[DecodingMode] = [row.item.sequence.request.decoding for row in rows]
-        return _LogitSlice(rows, plan_exits(modes, self.model.config), is_direct)
+        return _LogitSlice(rows, self._planner.plan(modes), is_direct)
 
-    def _is_direct(self, row: _LogitRow) -> bool:
-        sequence = row.item.sequence
+    def _is_direct(self, sequence: TokenSequence) -> bool:
         request = sequence.request
         return (
             not request.is_beam_search
             and _num_choices(sequence) == 1
             and gives_tokens(request.decoding, self.model.heads)
-            and not needs_scores(self._token_row(sequence, sequence.index))
+            and not needs_scores(request.sampling, sequence.num_output_tokens, request.bad_words)
         )
 
     def _run_layers(self, batch: ScheduledBatch, slices: list[_LogitSlice]) -> None:
@@ -161,8 +161,7 @@ class ModelRunner:
 
     def _choose_directly(self, part: _LogitSlice, output: StepOutput) -> None:
         sequences = [row.item.sequence for row in part.rows]
-        rows = [self._token_row(sequence, sequence.index) for sequence in sequences]
-        draws = _draws(rows, self.config.device)
+        draws = _draws(sequences, self.config.device)
         chosen = mode_tokens(part.plan, part.taps, self.model.heads, draws)
         for sequence, token, logprob in zip(sequences, *_to_host(list(chosen)), strict=True):
             if math.isnan(logprob):
@@ -298,11 +297,17 @@ def _chosen(
     return ChosenToken(tokens[row], own[row], ranks[row], best)
 
 
-def _draws(rows: list[TokenRow], device: torch.device) -> Draws:
-    temperature = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32)
-    state = torch.tensor([[row.seed, len(row.output_token_ids)] for row in rows])
-    seeds, positions = state.to(device, non_blocking=True).unbind(1)
-    return Draws(temperature.to(device, non_blocking=True), seeds, positions)
+def _draws(sequences: list[TokenSequence], device: torch.device) -> Draws:
+    heats = [s.request.sampling.temperature for s in sequences]
+    state = torch.tensor(
+        [
+            [sequence_seed(s.request.seed, s.index) for s in sequences],
+            [s.num_output_tokens for s in sequences],
+        ]
+    )
+    seeds, positions = state.to(device, non_blocking=True)
+    temperature = torch.tensor(heats, dtype=torch.float32).to(device, non_blocking=True)
+    return Draws(temperature, seeds, positions)
 
 
 def _num_choices(sequence: TokenSequence) -> int:

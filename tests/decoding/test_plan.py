@@ -1,7 +1,13 @@
 import pytest
 
 from multiexit_engine.config import ModelConfig, VocabularyProjectionMode
-from multiexit_engine.decoding.plan import Segment, plan_exits, plan_segments, resolve_mode
+from multiexit_engine.decoding.plan import (
+    ExitPlanner,
+    Segment,
+    plan_exits,
+    plan_segments,
+    resolve_mode,
+)
 from multiexit_engine.layers.exit_heads import Head
 from multiexit_engine.params import Contrast, Exit, Original
 
@@ -127,3 +133,12 @@ def test_no_rows_need_no_heads():
 )
 def test_segments_end_at_taps_and_depths(depths, taps, expected):
     assert plan_segments(depths, taps) == tuple(Segment(*segment) for segment in expected)
+
+
+def test_planner_plans_as_plan_exits_and_reuses_the_plan_of_the_same_modes():
+    planner = ExitPlanner(config())
+    batches = [[Original(), Contrast(6, 2)], [Exit(4)], [Contrast(6, 2, alpha=0.5)]] * 5
+    for modes in batches:
+        plan = planner.plan(modes)
+        assert plan == plan_exits(modes, config())
+        assert planner.plan(list(modes)) is plan
