@@ -79,11 +79,68 @@ class Contrast:
             raise reject("Contrast.function", self.function, "callable or None")
 
 
-DecodingMode: TypeAlias = Original | Exit | Contrast
-MODES: dict[str, type[Original] | type[Exit] | type[Contrast]] = {
+@dataclass(frozen=True, slots=True)
+class DoLa:
+    """Decoding by contrasting layers: the mature head against the layer that differs most from it.
+
+    For every token the premature layer is the candidate whose distribution q is farthest, in
+    Jensen-Shannon divergence, from the mature one p. Tokens with ``p >= relative_top * max p``
+    score ``log p - log q``; all others are ruled out. Each row chooses alone, where the published
+    code averages the divergences over the batch. Exact up to rounding, in float32 log space.
+
+    Attributes:
+        candidates: layers from 0 (the embeddings) to below the mature one; a single one is always
+            taken. "low" and "high" are every other layer of the lower and upper half, as
+            transformers picks them.
+        relative_top: plausibility threshold relative to the most likely token, in [0, 1]; 0 keeps
+            all tokens.
+        jsd: how layers are compared: "exact" by the Jensen-Shannon divergence; "reference" by the
+            mean over the vocabulary of M log(M/P) and M log(M/Q), as transformers 4.55 does.
+        mature: 1-based exit layer, or "original" for the model's own head.
+        heads: what reads the candidates: "raw", the model's own head on hidden states without the
+            final norm, as published; "exits", the checkpoint's exits.
+
+    Source: Chuang et al. 2023, arXiv:2309.03883; ``_dola_select_contrast`` of transformers 4.55.
+    """
+
+    candidates: tuple[int, ...] | Literal["low", "high"]
+    relative_top: float = 0.1
+    jsd: Literal["exact", "reference"] = "exact"
+    mature: Layer = "original"
+    heads: Literal["raw", "exits"] = "raw"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.candidates, str):
+            given: Any = self.candidates
+            layers = given if isinstance(given, list | tuple) else (given,)
+            object.__setattr__(self, "candidates", tuple(layers))
+        self._check_candidates()
+        if not is_finite(self.relative_top) or not 0 <= self.relative_top <= 1:
+            raise reject("DoLa.relative_top", self.relative_top, "in [0, 1]")
+        if self.jsd not in ("exact", "reference"):
+            raise reject("DoLa.jsd", self.jsd, "'exact' or 'reference'")
+        if self.mature != "original" and (not is_int(self.mature) or self.mature < 1):
+            raise reject("DoLa.mature", self.mature, "a layer number, 1 or more, or 'original'")
+        if self.heads not in ("raw", "exits"):
+            raise reject("DoLa.heads", self.heads, "'raw' or 'exits'")
+
+    def _check_candidates(self) -> None:
+        if self.candidates in ("low", "high"):
+            return
+        layers = () if isinstance(self.candidates, str) else self.candidates
+        numbers = all(is_int(layer) and layer >= 0 for layer in layers)
+        if not layers or not numbers or len(set(layers)) < len(layers):
+            raise reject(
+                "DoLa.candidates", self.candidates, "different layers, 0 or more, 'low' or 'high'"
+            )
+
+
+DecodingMode: TypeAlias = Original | Exit | Contrast | DoLa
+MODES: dict[str, type[Original] | type[Exit] | type[Contrast] | type[DoLa]] = {
     "original": Original,
     "exit": Exit,
     "contrast": Contrast,
+    "dola": DoLa,
 }
 
 
@@ -97,7 +154,9 @@ def decoding_to_json(mode: DecodingMode) -> dict[str, Any]:
     values = {f.name: getattr(mode, f.name) for f in fields(mode)}
     if values.pop("function", None) is not None:
         raise ValueError("Contrast.function: a Python function has no JSON form")
-    return {"mode": name, **values}
+    return {"mode": name} | {
+        key: list(item) if isinstance(item, tuple) else item for key, item in values.items()
+    }
 
 
 def decoding_from_json(value: Mapping[str, Any]) -> DecodingMode:
@@ -119,9 +178,10 @@ def decoding_from_json(value: Mapping[str, Any]) -> DecodingMode:
 
 
 def parse_decoding(text: str) -> DecodingMode:
-    """The mode of a command-line form such as ``contrast:24,12,alpha=0.1`` or ``exit:6``.
+    """The mode of a command-line form such as ``contrast:24,12,alpha=0.1`` or ``dola:2;4;6``.
 
-    Values without a name fill the fields in order. Raises ValueError as ``decoding_from_json``.
+    Values without a name fill the fields in order; semicolons make a list. Raises ValueError as
+    ``decoding_from_json``.
     """
     name, _, rest = text.strip().partition(":")
     if name not in MODES:
@@ -136,7 +196,8 @@ def parse_decoding(text: str) -> DecodingMode:
             key, number = names[place], part
         if (key := key.strip()) in value:
             raise ValueError(f"decoding={text!r}: {key!r} is given twice")
-        value[key] = _number_or_word(number.strip())
+        items = [_number_or_word(item.strip()) for item in number.split(";")]
+        value[key] = items[0] if len(items) == 1 else items
     return decoding_from_json(value)
 
 

@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import fields
 
@@ -10,6 +11,7 @@ from multiexit_engine.batch import ForwardBatch, ScheduledBatch, ScheduledSequen
 from multiexit_engine.config import VocabularyProjectionMode
 from multiexit_engine.params import (
     Contrast,
+    DoLa,
     Exit,
     Original,
     SamplingParams,
@@ -145,17 +147,31 @@ MODES = st.one_of(
         st.floats(allow_nan=False, allow_infinity=False),
         st.integers(0, 1000),
     ),
+    st.builds(
+        DoLa,
+        st.one_of(
+            st.sampled_from(["low", "high"]),
+            st.lists(st.integers(0, 200), min_size=1, max_size=9, unique=True),
+        ),
+        st.floats(0, 1),
+        st.sampled_from(["exact", "reference"]),
+        st.one_of(LAYERS, st.just("original")),
+        st.sampled_from(["raw", "exits"]),
+    ),
 )
 
 
 @given(MODES)
 def test_every_mode_survives_its_json_form(mode):
-    assert decoding_from_json(decoding_to_json(mode)) == mode
+    assert decoding_from_json(json.loads(json.dumps(decoding_to_json(mode)))) == mode
 
 
 @given(MODES)
 def test_every_mode_survives_its_command_line_form(mode):
-    name, *values = decoding_to_json(mode).items()
+    name, *values = (
+        (key, ";".join(map(str, value)) if isinstance(value, list) else value)
+        for key, value in decoding_to_json(mode).items()
+    )
     assert parse_decoding(f"{name[1]}:" + ",".join(str(v) for _, v in values)) == mode
     assert parse_decoding(f"{name[1]}:" + ", ".join(f"{k} = {v}" for k, v in values)) == mode
 
@@ -170,6 +186,10 @@ def test_every_mode_survives_its_command_line_form(mode):
         ("contrast:24,12,alpha=0.1", Contrast(24, 12, 0.1)),
         ("contrast:original,12", Contrast("original", 12)),
         ("contrast:lower=12,upper=24,min_candidates=0", Contrast(24, 12, min_candidates=0)),
+        ("dola:high", DoLa("high")),
+        ("dola:4", DoLa((4,))),
+        ("dola:0;2; 4,0.2,jsd=reference", DoLa((0, 2, 4), 0.2, "reference")),
+        ("dola:candidates=2;4,mature=6,heads=exits", DoLa((2, 4), mature=6, heads="exits")),
     ],
 )
 def test_command_line_forms(text, mode):
@@ -198,6 +218,15 @@ def test_command_line_forms(text, mode):
         ("contrast:24,12,alpha=1e999", "Contrast.alpha"),
         ("contrast:24,12,function=print", "no field 'function'"),
         ("contrast:24,original", "Contrast.lower='original'"),
+        ("dola", "'candidates'"),
+        ("dola:middle", "DoLa.candidates='middle'"),
+        ("dola:2;2", r"DoLa.candidates=\(2, 2\): must be different layers"),
+        ("dola:-1", r"DoLa.candidates=\(-1,\)"),
+        ("dola:2;", r"DoLa.candidates=\(2, ''\)"),
+        ("dola:2,1.5", "DoLa.relative_top=1.5"),
+        ("dola:2,jsd=true", "DoLa.jsd=True"),
+        ("dola:2,mature=0", "DoLa.mature=0"),
+        ("dola:2,heads=own", "DoLa.heads='own'"),
     ],
 )
 def test_a_wrong_command_line_form_says_what_is_wrong(text, message):
@@ -216,6 +245,9 @@ def test_a_wrong_command_line_form_says_what_is_wrong(text, message):
         ({"mode": "exit", "layer": 6, "depth": 1}, "no field 'depth'"),
         ({"mode": "contrast", "upper": "all", "lower": 2}, "Contrast.upper='all'"),
         ({"mode": "contrast", "upper": 4, "lower": 2, "min_candidates": -1}, "min_candidates=-1"),
+        ({"mode": "dola", "candidates": []}, r"DoLa.candidates=\(\)"),
+        ({"mode": "dola", "candidates": [2, 4.0]}, r"DoLa.candidates=\(2, 4.0\)"),
+        ({"mode": "dola", "candidates": None}, r"DoLa.candidates=\(None,\)"),
     ],
 )
 def test_a_wrong_json_form_says_what_is_wrong(value, message):

@@ -21,6 +21,7 @@ def test_the_contracts_names_are_public():
         "Original",
         "Exit",
         "Contrast",
+        "DoLa",
         "MultiExitConfiguration",
         "VocabularyProjectionMode",
         "AutoMultiExitModel",

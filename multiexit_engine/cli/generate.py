@@ -21,7 +21,9 @@ from multiexit_engine.params import DecodingMode, SamplingParams, parse_decoding
 Model = Annotated[str, typer.Option(help="A local folder, a hub id, or 'demo'.")]
 Decoding = Annotated[
     str,
-    typer.Option(help="original, exit:LAYER or contrast:UPPER,LOWER[,alpha=0.1]; see `info`."),
+    typer.Option(
+        help="original, exit:LAYER, contrast:UPPER,LOWER[,alpha=0.1] or dola:LAYERS; see `info`."
+    ),
 ]
 
 

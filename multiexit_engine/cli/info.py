@@ -70,7 +70,7 @@ def _facts(model: str, checkpoint: Checkpoint) -> Table:
 
 def _examples(model: str, config: ModelConfig) -> list[str]:
     command = f'multiexit generate "Once upon a time" --model {model} --decoding '
-    lines = [command + "original"]
+    lines = [command + "original", command + "dola:high"]
     if not config.exit_layers:
         middle = max(1, config.num_layers // 2)
         extra = " --vocab-projection-mode shared_projection_direct"

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from multiexit_engine.decoding.dola import dola_scores
 from multiexit_engine.decoding.plan import ContrastFunction, ExitPlan, HeadGroup
 from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.ops import (
@@ -20,7 +21,7 @@ from multiexit_engine.ops import (
     head_logits,
     head_tokens,
 )
-from multiexit_engine.params import Contrast, DecodingMode
+from multiexit_engine.params import Contrast, DecodingMode, DoLa
 
 
 class Draws(NamedTuple):
@@ -52,8 +53,9 @@ def mode_scores(
 
     Returns:
         [rows, vocab] float32: logits of a single head, normalised log-probabilities of a contrast,
-        or what a custom function gives; and for each row whose custom function failed the message.
-        The scores of such a row are zeros.
+        under DoLa differences of log-probabilities (-inf for tokens that it rules out), or what a
+        custom function gives; and for each row whose custom function failed the message. The
+        scores of such a row are zeros.
 
     Source: ``MultiExitMixin.forward`` of IBM's autocontrastive-gen, at every position.
     """
@@ -69,6 +71,8 @@ def mode_scores(
 
 def gives_tokens(mode: DecodingMode, heads: ExitHeads) -> bool:
     """Whether ``mode_tokens`` knows this mode."""
+    if isinstance(mode, DoLa):
+        return False
     if not isinstance(mode, Contrast):
         return True
     return mode.function is None and mode.min_candidates == 1 and not heads.has_bias
@@ -128,6 +132,12 @@ def _group_scores(
     failures: dict[int, str],
 ) -> Tensor:
     upper = heads.operands(group.upper, _hidden(group, group.upper.layer, plan, taps))
+    if group.candidates:
+        candidates = [
+            heads.operands(head, _hidden(group, head.layer, plan, taps))
+            for head in group.candidates
+        ]
+        return dola_scores(upper, candidates, group.alphas, group.jsd)
     if group.lower is None:
         return head_logits(*upper)
     lower = heads.operands(group.lower, _hidden(group, group.lower.layer, plan, taps))

@@ -6,14 +6,14 @@ Host data only. Knows the modes and the shape of the model; nothing of tensors o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch import Tensor
 
 from multiexit_engine.config import ModelConfig
 from multiexit_engine.layers.exit_heads import Head
-from multiexit_engine.params import Contrast, DecodingMode, Exit, Layer, Original
+from multiexit_engine.params import Contrast, DecodingMode, DoLa, Exit, Layer, Original
 
 ContrastFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 KEPT_PLANS = 8
@@ -27,11 +27,18 @@ class ResolvedMode:
         upper: the head that gives the distribution.
         lower: the head it is contrasted with, None for a single head.
         depth: number of layers that must run.
+        candidates: the heads of which DoLa contrasts it with one, chosen for each token.
     """
 
     upper: Head
     lower: Head | None
     depth: int
+    candidates: tuple[Head, ...] = ()
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """All of them."""
+        return (self.upper, *((self.lower,) if self.lower else ()), *self.candidates)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class HeadGroup:
         rows: the logit rows, ascending.
         alphas: plausibility threshold of each row; empty without the formula.
         min_candidates: least size of each row's plausible set; empty without the formula.
+        candidates: the heads that DoLa chooses from for each row, if it does.
+        jsd: how it compares them.
     """
 
     upper: Head
@@ -53,6 +62,8 @@ class HeadGroup:
     rows: tuple[int, ...]
     alphas: tuple[float, ...] = ()
     min_candidates: tuple[int, ...] = ()
+    candidates: tuple[Head, ...] = ()
+    jsd: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class ExitPlan:
     Attributes:
         groups: every logit row stands in exactly one of them.
         rows_at: for each tapped 1-based layer the logit rows, ascending, whose hidden state after
-            that layer is needed.
+            that layer is needed; 0 stands for the embeddings.
         num_rows: logit rows of the step.
     """
 
@@ -95,7 +106,46 @@ def resolve_mode(mode: DecodingMode, config: ModelConfig) -> ResolvedMode:
         case Contrast(upper=above, lower=below):
             upper = _head("Contrast.upper", above, config)
             lower = _head("Contrast.lower", below, config)
+        case DoLa():
+            return _resolve_dola(mode, config)
     return ResolvedMode(upper, lower, max(head.layer for head in (upper, lower) if head))
+
+
+def _resolve_dola(mode: DoLa, config: ModelConfig) -> ResolvedMode:
+    mature = _head("DoLa.mature", mode.mature, config)
+    layers = mode.candidates
+    if isinstance(layers, str):
+        layers = dola_layers(layers, mature.layer, config.tie_word_embeddings)
+    if not layers or max(layers) >= mature.layer:
+        raise ValueError(
+            f"DoLa.candidates={mode.candidates!r}: the mature head reads layer {mature.layer}; "
+            f"name layers from 0 to {mature.layer - 1}"
+        )
+    if mode.heads == "exits":
+        candidates = tuple(_head("DoLa.candidates", layer, config) for layer in layers)
+    else:
+        candidates = tuple(Head(layer, is_raw=True) for layer in layers)
+    return ResolvedMode(mature, None, mature.layer, candidates)
+
+
+def dola_layers(preset: str, num_layers: int, is_tied: bool) -> tuple[int, ...]:
+    """The layers of DoLa's "low" or "high"; none where a tied model of three layers has no low.
+
+    Args:
+        preset: "low" or "high".
+        num_layers: below which the layers lie.
+        is_tied: the head is the token embedding; "low" then starts at layer 2, as the embeddings
+            would only give back the token they came from.
+
+    Source: ``_dola_decoding`` of transformers 4.55.
+    """
+    is_deep = num_layers > 40
+    if preset == "high":
+        return tuple(range(num_layers - 20 if is_deep else num_layers // 2, num_layers, 2))
+    start = min(2, num_layers - 1) if is_tied else 0
+    if start == num_layers // 2:
+        return (start,)
+    return tuple(range(start, 20 if is_deep else num_layers // 2, 2))
 
 
 def _head(field: str, layer: Layer, config: ModelConfig) -> Head:
@@ -125,17 +175,16 @@ def plan_exits(modes: Sequence[DecodingMode], config: ModelConfig) -> ExitPlan:
     """
     # By identity: a custom function need not be hashable.
     resolved = {id(mode): resolve_mode(mode, config) for mode in modes}
-    members: dict[tuple[Head, Head | None, int], list[int]] = {}
+    members: dict[tuple[ResolvedMode, int, str], list[int]] = {}
     rows_at: dict[int, list[int]] = {}
     for row, mode in enumerate(modes):
         heads = resolved[id(mode)]
-        members.setdefault((heads.upper, heads.lower, id(_function(mode))), []).append(row)
-        for layer in {head.layer for head in (heads.upper, heads.lower) if head}:
+        jsd = mode.jsd if isinstance(mode, DoLa) else ""
+        members.setdefault((heads, id(_function(mode)), jsd), []).append(row)
+        for layer in {head.layer for head in heads.heads}:
             rows_at.setdefault(layer, []).append(row)
     return ExitPlan(
-        groups=tuple(
-            _group(upper, lower, rows, modes) for (upper, lower, _), rows in members.items()
-        ),
+        groups=tuple(_group(heads, rows, modes) for (heads, *_), rows in members.items()),
         rows_at={layer: tuple(rows) for layer, rows in sorted(rows_at.items())},
         num_rows=len(modes),
     )
@@ -163,20 +212,18 @@ def _function(mode: DecodingMode) -> ContrastFunction | None:
     return mode.function if isinstance(mode, Contrast) else None
 
 
-def _group(
-    upper: Head, lower: Head | None, rows: list[int], modes: Sequence[DecodingMode]
-) -> HeadGroup:
+def _group(heads: ResolvedMode, rows: list[int], modes: Sequence[DecodingMode]) -> HeadGroup:
     function = _function(modes[rows[0]])
-    contrasts = [mode for row in rows if isinstance(mode := modes[row], Contrast)]
-    if function is not None:
-        contrasts = []
-    return HeadGroup(
-        upper,
-        lower,
-        function,
-        tuple(rows),
-        tuple(float(mode.alpha) for mode in contrasts),
-        tuple(mode.min_candidates for mode in contrasts),
+    group = HeadGroup(heads.upper, heads.lower, function, tuple(rows))
+    own = [modes[row] for row in rows]
+    if dolas := [mode for mode in own if isinstance(mode, DoLa)]:
+        tops = tuple(float(mode.relative_top) for mode in dolas)
+        return replace(group, alphas=tops, candidates=heads.candidates, jsd=dolas[0].jsd)
+    contrasts = [mode for mode in own if isinstance(mode, Contrast) and function is None]
+    return replace(
+        group,
+        alphas=tuple(float(mode.alpha) for mode in contrasts),
+        min_candidates=tuple(mode.min_candidates for mode in contrasts),
     )
 
 
@@ -185,7 +232,8 @@ def plan_segments(depths: Sequence[int], tap_layers: Collection[int]) -> tuple[S
 
     Args:
         depths: number of layers of each sequence, never rising.
-        tap_layers: 1-based layers after which hidden states are kept, none beyond the depths.
+        tap_layers: 1-based layers after which hidden states are kept, none beyond the depths; 0
+            makes an empty segment, after which the embeddings are kept.
 
     Returns:
         Segments from layer 0 to the greatest depth, without gaps; each for the sequences that run

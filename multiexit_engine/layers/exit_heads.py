@@ -22,17 +22,20 @@ class Head(NamedTuple):
     Attributes:
         layer: 1-based layer whose output it reads; the last one for the original head.
         is_original: the model's own head, not an exit's.
+        is_raw: the model's own matrix on a hidden state before any norm, as DoLa reads layers from
+            0, the embeddings, to the last but one.
     """
 
     layer: int
     is_original: bool = False
+    is_raw: bool = False
 
 
 class HeadOperands(NamedTuple):
     """The logits of a head are ``hidden @ weight.T + bias``.
 
     Attributes:
-        hidden: [rows, hidden], normalised and, under CAST, converted.
+        hidden: [rows, hidden], normalised (unless raw) and, under CAST, converted.
         weight: [vocab, hidden].
         bias: [vocab] or None.
     """
@@ -105,12 +108,15 @@ class ExitHeads:
 
         Args:
             head: loaded first if it was not yet required.
-            tap: [rows, hidden], output of block ``head.layer`` before the final norm.
+            tap: [rows, hidden], output of block ``head.layer`` before the final norm; the
+                embeddings for layer 0.
 
         Raises:
             ValueError: the model has no such head.
         """
         self.require(head)
+        if head.is_raw:
+            return HeadOperands(tap, self._weight, self._bias)
         hidden = self._final_norm(tap)
         own = None if head.is_original else self._loaded.get(head.layer)
         if own is None:
@@ -120,12 +126,16 @@ class ExitHeads:
         return HeadOperands(linear(hidden, own, None), self._weight, self._bias)
 
     def _weight_name(self, head: Head) -> str | None:
-        if head.is_original or self._config.projection is None:
+        if head.is_original or head.is_raw or self._config.projection is None:
             return None
         return exit_weight_name(self._config.projection, head.layer, self._config.num_layers)
 
     def _check(self, head: Head) -> None:
         last, exits = self._config.num_layers, self._config.exit_layers
+        if head.is_raw:
+            if not 0 <= head.layer < last:
+                raise ValueError(f"{head}: hidden states are raw at layers 0 to {last - 1}")
+            return
         if head.is_original and head.layer != last:
             raise ValueError(f"{head}: the original head reads layer {last}")
         if not head.is_original and head.layer not in exits:

@@ -4,6 +4,7 @@ from multiexit_engine.ops.activation import activation, gated_activation
 from multiexit_engine.ops.attention import paged_attention
 from multiexit_engine.ops.blocks import decoder_blocks
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
+from multiexit_engine.ops.dola import js_divergences, relative_top_logits
 from multiexit_engine.ops.heads import head_logits
 from multiexit_engine.ops.kv import write_kv
 from multiexit_engine.ops.linear import linear
@@ -26,10 +27,12 @@ __all__ = [
     "gumbel_noise",
     "head_logits",
     "head_tokens",
+    "js_divergences",
     "layer_norm",
     "linear",
     "paged_attention",
     "register_op",
+    "relative_top_logits",
     "rms_norm",
     "rotary",
     "sample_tokens",

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from multiexit_engine.config import EngineConfig, ModelConfig
 from multiexit_engine.decoding.plan import resolve_mode
 from multiexit_engine.layers.exit_heads import ExitHeads
-from multiexit_engine.params import Contrast, DecodingMode, Exit, Original, SamplingParams
+from multiexit_engine.params import Contrast, DecodingMode, DoLa, Exit, Original, SamplingParams
 from multiexit_engine.request import Request
 
 Prompt: TypeAlias = str | Sequence[int]
@@ -85,14 +85,14 @@ class Intake:
 
     def depth_of(self, mode: DecodingMode) -> int:
         """Layers that a mode runs; loads its heads, raises ValueError if the model lacks them."""
-        if not isinstance(mode, Original | Exit | Contrast):
+        if not isinstance(mode, Original | Exit | Contrast | DoLa):
             raise ValueError(
-                f"decoding={mode!r}: must be Original(), Exit(layer) or Contrast(upper, lower)"
+                f"decoding={mode!r}: must be Original(), Exit(layer), Contrast(upper, lower) or "
+                "DoLa(candidates)"
             )
         resolved = resolve_mode(mode, self._model_config)
-        self._heads.require(resolved.upper)
-        if resolved.lower is not None:
-            self._heads.require(resolved.lower)
+        for head in resolved.heads:
+            self._heads.require(head)
         return resolved.depth
 
     def token_ids(self, prompt: Prompt, name: str = "prompt") -> list[int]:

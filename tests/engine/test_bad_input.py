@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from multiexit_engine import Contrast, Engine, Exit, FinishReason, SamplingParams
+from multiexit_engine import Contrast, DoLa, Engine, Exit, FinishReason, SamplingParams
 from multiexit_engine.errors import BackendUnavailable, RequestFailed
 from tests.tiny import save_gpt2
 
@@ -34,6 +34,8 @@ def test_the_place_of_a_bad_prompt_is_named(engine):
         (Exit(3), "Exit.layer=3: this model has exits at layers 2, 4, 6"),
         (Contrast(6, 5), "Contrast.lower=5"),
         (Contrast(7, 2), "Contrast.upper=7"),
+        (DoLa((2, 6)), r"DoLa.candidates=\(2, 6\): .* layers from 0 to 5"),
+        (DoLa((0, 2), heads="exits"), "DoLa.candidates=0: this model has exits at layers 2, 4, 6"),
         ("contrast", "must be Original"),
     ],
 )

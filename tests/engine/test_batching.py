@@ -4,9 +4,19 @@ import random
 
 import pytest
 
-from multiexit_engine import Contrast, Engine, Exit, FinishReason, Original, SamplingParams
+from multiexit_engine import Contrast, DoLa, Engine, Exit, FinishReason, Original, SamplingParams
 
-MODES = [Original(), Exit(2), Exit(4), Exit(6), Contrast(6, 2), Contrast("original", 4)]
+MODES = [
+    Original(),
+    Exit(2),
+    Exit(4),
+    Exit(6),
+    Contrast(6, 2),
+    Contrast("original", 4),
+    DoLa((0, 1, 3)),
+    DoLa("high", mature=6, heads="raw"),
+    DoLa((2, 4), relative_top=0.01, jsd="reference", mature=6, heads="exits"),
+]
 
 
 def mixed_requests(count, longest):

@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from multiexit_engine import Contrast, Engine, Exit, Original, SamplingParams
+from multiexit_engine import Contrast, DoLa, Engine, Exit, Original, SamplingParams
 from tests.tiny import save_gpt2
 
-PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12, 6, 3], [9] * 40, [77]]
-MODES = [Original(), Contrast(6, 2), Exit(4), Contrast("original", 4, alpha=0.01)]
+PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12, 6, 3], [9] * 40, [77], [5, 6], [8] * 9]
+MODES = [
+    Original(),
+    Contrast(6, 2),
+    Exit(4),
+    Contrast("original", 4, alpha=0.01),
+    DoLa((0, 2, 4)),
+    DoLa((2, 4), relative_top=0.01, jsd="reference", heads="exits"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,78 @@
+"""DoLa for a group of rows: the mature head against the candidate that differs most from it.
+
+Knows what the heads multiply; nothing of layers, modes or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.layers.exit_heads import HeadOperands
+from multiexit_engine.ops import head_logits, js_divergences, relative_top_logits
+
+MAX_LOGIT_ROWS = 256  # rows of float32 logits held at once, over all heads
+
+
+def dola_scores(
+    mature: HeadOperands,
+    candidates: Sequence[HeadOperands],
+    relative_tops: Sequence[float],
+    jsd: str,
+) -> Tensor:
+    """Scores of every row against its own premature layer.
+
+    Of candidates that differ equally much the first is taken. A row depends on itself alone.
+
+    Args:
+        mature: of the head that gives the distribution; its hidden states are [rows, hidden].
+        candidates: of the premature heads, for the same rows; a single one is not compared.
+        relative_tops: plausibility threshold of each row.
+        jsd: "exact" or "reference", see ``js_divergences``.
+
+    Returns:
+        [rows, vocab] float32, see ``relative_top_logits``.
+
+    Source: Chuang et al. 2023, arXiv:2309.03883, eqs. 2-4; ``_dola_select_contrast`` of
+        transformers 4.55 at batch 1.
+    """
+    tops = torch.tensor(relative_tops, dtype=torch.float32).to(
+        mature.hidden.device, non_blocking=True
+    )
+    at_once = max(1, MAX_LOGIT_ROWS // (1 + len(candidates)))
+    parts = []
+    for start in range(0, len(relative_tops), at_once):
+        rows = slice(start, start + at_once)
+        own, *others = _logits([_rows(head, rows) for head in (mature, *candidates)])
+        base = _most_different(own, others, jsd)
+        parts.append(relative_top_logits(own, base, tops[rows]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _rows(head: HeadOperands, rows: slice) -> HeadOperands:
+    return HeadOperands(head.hidden[rows], head.weight, head.bias)
+
+
+def _logits(heads: Sequence[HeadOperands]) -> list[Tensor]:
+    """The logits of each head; a matrix that several heads share is read once."""
+    sharing: dict[int, list[int]] = {}
+    for place, head in enumerate(heads):
+        sharing.setdefault(id(head.weight), []).append(place)
+    found: dict[int, Tensor] = {}
+    for places in sharing.values():
+        first = heads[places[0]]
+        hidden = torch.cat([heads[place].hidden for place in places])
+        logits = head_logits(hidden, first.weight, first.bias)
+        found.update(zip(places, logits.chunk(len(places)), strict=True))
+    return [found[place] for place in range(len(heads))]
+
+
+def _most_different(mature: Tensor, candidates: list[Tensor], jsd: str) -> Tensor:
+    """[rows, vocab] logits of each row's premature layer."""
+    if len(candidates) == 1:
+        return candidates[0]
+    stacked = torch.stack(candidates)
+    chosen = js_divergences(mature, stacked, jsd).argmax(0)
+    return stacked[chosen, torch.arange(mature.shape[0], device=mature.device)]
