@@ -66,11 +66,12 @@ class Runner {
     float* up = block.is_gated ? scratch_.room(Scratch::kUp, tokens_ * inner) : nullptr;
     const Kernels& k = kernels();
     const Matrix& weight = block.up.weight;
-    in_chunks(threads_, inner, rows_of_chunk(weight), [&](int64_t first, int64_t count, int) {
-      k.product(normed, tokens_, weight, first, count, block.up.bias, wide + first, inner);
+    const void* input = input_of(threads_, normed, tokens_, weight);
+    in_chunks(threads_, inner, rows_of_chunk(weight, tokens_), [&](int64_t first, int64_t count, int) {
+      k.product(input, tokens_, weight, first, count, block.up.bias, wide + first, inner);
       // The bias of row inner + first stands at that place of the same vector.
       if (up)
-        k.product(normed, tokens_, weight, inner + first, count, block.up.bias, up + first, inner);
+        k.product(input, tokens_, weight, inner + first, count, block.up.bias, up + first, inner);
       for (int64_t t = 0; t < tokens_; ++t)
         k.activate(wide + t * inner + first, up ? up + t * inner + first : nullptr,
                    block.activation, count);

@@ -14,10 +14,12 @@ struct Linear {
   const float* bias;  // [rows] or null
 };
 
-// Weight rows that a thread takes at once: about 64 KB, which its L2 cache holds for all tokens.
-inline int64_t rows_of_chunk(const Matrix& weight) {
-  const int64_t row_bytes = weight.columns * size_of(weight.dtype);
-  return std::max<int64_t>(8, (64 << 10) / std::max<int64_t>(1, row_bytes) / 8 * 8);
+// Weight rows that a thread takes at once: about 64 KB, but enough to keep a pass over many tokens
+// worth its start.
+inline int64_t rows_of_chunk(const Matrix& weight, int64_t tokens) {
+  const int64_t row_bytes = std::max<int64_t>(1, weight.columns * size_of(weight.dtype));
+  const int64_t bytes = tokens > 8 ? 256 << 10 : 128 << 10;
+  return std::max<int64_t>(12, bytes / row_bytes / 12 * 12);
 }
 
 // Calls body(first, count) for chunks of `total` things, `size` at a time.
@@ -28,14 +30,29 @@ void in_chunks(int threads, int64_t total, int64_t size, Body&& body) {
   });
 }
 
+// x [tokens, columns] as products with this weight read it: x itself, or rounded in scratch.
+inline const void* input_of(int threads, const float* x, int64_t tokens, const Matrix& weight,
+                            Scratch::Slot slot = Scratch::kRounded) {
+  const Kernels& k = kernels();
+  const DType dtype = k.input_dtype(weight.dtype);
+  if (dtype == DType::kFloat32) return x;
+  auto* rounded = Scratch::of_this_thread().room<char>(slot, tokens * weight.columns * size_of(dtype));
+  in_chunks(threads, tokens, 16, [&](int64_t first, int64_t count, int) {
+    const int64_t start = first * weight.columns;
+    k.from_float(x + start, rounded + start * size_of(dtype), dtype, count * weight.columns);
+  });
+  return rounded;
+}
+
 // out[t, :] = x[t] @ weight.T + bias; then(first, count) runs for each finished span of columns.
 template <class Then>
 void multiply(int threads, const float* x, int64_t tokens, const Linear& linear, float* out,
               Then&& then) {
   const Kernels& k = kernels();
   const int64_t rows = linear.weight.rows;
-  in_chunks(threads, rows, rows_of_chunk(linear.weight), [&](int64_t first, int64_t count, int) {
-    k.product(x, tokens, linear.weight, first, count, linear.bias, out + first, rows);
+  const void* input = input_of(threads, x, tokens, linear.weight);
+  in_chunks(threads, rows, rows_of_chunk(linear.weight, tokens), [&](int64_t first, int64_t count, int) {
+    k.product(input, tokens, linear.weight, first, count, linear.bias, out + first, rows);
     then(first, count);
   });
 }

@@ -22,15 +22,6 @@ struct Row {
 
 int64_t chunks_of(int64_t vocab) { return (vocab + kChunk - 1) / kChunk; }
 
-// Logits of a chunk, few enough weights at a time to stay in the cache for all rows.
-void chunk_logits(const float* hidden, int64_t rows, const Linear& head, int64_t first,
-                  int64_t count, float* logits) {
-  const int64_t step = rows_of_chunk(head.weight);
-  for (int64_t start = first; start < first + count; start += step)
-    kernels().product(hidden, rows, head.weight, start, std::min(step, first + count - start),
-                      head.bias, logits + start, head.weight.rows);
-}
-
 // +inf counts as the largest finite number in a contrast.
 RowStatistics finite_statistics(float* x, int64_t count) {
   const RowStatistics found = kernels().statistics(x, count);
@@ -44,8 +35,9 @@ RowStatistics* stream_head(int threads, const float* hidden, int64_t rows, const
                            bool is_clamped, float* logits) {
   const int64_t vocab = head.weight.rows, chunks = chunks_of(vocab);
   auto* found = Scratch::of_this_thread().room<RowStatistics>(Scratch::kSummaries, rows * chunks);
+  const void* input = input_of(threads, hidden, rows, head.weight);
   in_chunks(threads, vocab, kChunk, [&](int64_t first, int64_t count, int) {
-    chunk_logits(hidden, rows, head, first, count, logits);
+    kernels().product(input, rows, head.weight, first, count, head.bias, logits + first, vocab);
     for (int64_t row = 0; row < rows; ++row) {
       float* own = logits + row * vocab + first;
       RowStatistics& place = found[row * chunks + first / kChunk];
@@ -173,18 +165,20 @@ void contrast(int threads, const HeadPair& heads, int64_t rows, float* logits, F
     lower = all;
   }
   const Kernels& k = kernels();
+  const auto* hidden = static_cast<const char*>(
+      input_of(threads, heads.lower_hidden, rows, heads.lower, Scratch::kLowerRounded));
+  const int64_t hidden_bytes = heads.lower.columns * size_of(k.input_dtype(heads.lower.dtype));
   for (int64_t row = 0; row < rows; ++row) {
     const RowStatistics* own = statistics + row * chunks;
     const Row found = summary(own, chunks);
     candidates.collect(logits + row * vocab, vocab, own, threshold_of(found, heads.alpha[row]));
     if (candidates.count > 1)
       in_chunks(threads, candidates.count, kFetched, [&](int64_t first, int64_t count, int) {
-        const float* hidden = heads.lower_hidden + row * heads.lower.columns;
         for (int64_t i = first; i < first + count; ++i)
           if (lower)
             candidates.shared[i] = lower[row * vocab + candidates.tokens[i]];
           else
-            k.product(hidden, 1, heads.lower, candidates.tokens[i], 1, nullptr,
+            k.product(hidden + row * hidden_bytes, 1, heads.lower, candidates.tokens[i], 1, nullptr,
                       candidates.shared + i, 1);
       });
     candidates.share(found);
@@ -201,9 +195,7 @@ void write_log_probs(const Row& row, const Candidates& candidates, float* logits
 }  // namespace
 
 void head_logits(int threads, const float* hidden, int64_t rows, const Linear& head, float* out) {
-  in_chunks(threads, head.weight.rows, kChunk, [&](int64_t first, int64_t count, int) {
-    chunk_logits(hidden, rows, head, first, count, out);
-  });
+  multiply(threads, hidden, rows, head, out, [](int64_t, int64_t) {});
 }
 
 void head_tokens(int threads, const float* hidden, int64_t rows, const Linear& head,

@@ -6,11 +6,18 @@
 
 namespace multiexit::cpu {
 
+#if defined(__x86_64__)
+static bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 static bool can_run(const Kernels& kernels) {
 #if defined(__x86_64__)
-  if (!std::strcmp(kernels.name, "avx512"))
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!std::strcmp(kernels.name, "avx512bf16"))
+    return has_avx512() && __builtin_cpu_supports("avx512bf16");
+  if (!std::strcmp(kernels.name, "avx512")) return has_avx512();
   if (!std::strcmp(kernels.name, "avx2"))
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c");
@@ -21,7 +28,7 @@ static bool can_run(const Kernels& kernels) {
 static const Kernels* find(const char* name) {
   const Kernels* const best_first[] = {
 #if defined(__x86_64__)
-      &avx512_kernels(), &avx2_kernels(),
+      &avx512bf16_kernels(), &avx512_kernels(), &avx2_kernels(),
 #endif
       &scalar_kernels()};
   for (const Kernels* each : best_first)

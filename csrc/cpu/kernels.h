@@ -1,4 +1,4 @@
-// The kernels, one table for each instruction set. All compute in float32; `dtype` is only how
+// The kernels, one table for each instruction set. All sum in float32; `dtype` is only how
 // weights and caches are stored. A result never depends on what is computed beside it.
 #pragma once
 #include <cstdint>
@@ -32,9 +32,13 @@ struct NoisyBest {
 struct Kernels {
   const char* name;
 
-  // out[t * out_stride + r] = x[t] . weight[first + r] + bias[first + r] for r < count; the sum
-  // over columns has one fixed order for any number of tokens and rows.
-  void (*product)(const float* x, int64_t tokens, const Matrix& weight, int64_t first,
+  // What product reads of x beside weights of that type: float32, or the weights' own type where
+  // the CPU multiplies it.
+  DType (*input_dtype)(DType weight);
+
+  // out[t * out_stride + r] = x[t] . weight[first + r] + bias[first + r] for r < count, summed in
+  // float32; the sum over columns has one fixed order for any number of tokens and rows.
+  void (*product)(const void* x, int64_t tokens, const Matrix& weight, int64_t first,
                   int64_t count, const float* bias, float* out, int64_t out_stride);
 
   void (*to_float)(const void* x, DType dtype, float* out, int64_t count);
@@ -70,6 +74,7 @@ const Kernels& scalar_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512bf16_kernels();
 #endif
 
 // Those of the best instruction set of this machine, or of the one that MULTIEXIT_CPU_ISA names.

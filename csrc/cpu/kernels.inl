@@ -14,6 +14,7 @@ namespace multiexit::cpu::ISA_NAMESPACE {
 
 static const Kernels table = {
     MULTIEXIT_NAME(ISA_NAMESPACE),
+    input_dtype,
     product,
     to_float,
     from_float,

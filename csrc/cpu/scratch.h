@@ -10,8 +10,8 @@ namespace multiexit::cpu {
 class Scratch {
  public:
   enum Slot {
-    kInput, kResidual, kNormed, kWide, kUp, kMixed, kScores,  // blocks
-    kLogits, kLower, kLowerInput, kSummaries, kCandidates, kUpper, kShared, kNoisy,  // heads
+    kInput, kResidual, kNormed, kWide, kUp, kMixed, kScores, kRounded,  // blocks
+    kLogits, kLower, kLowerInput, kLowerRounded, kSummaries, kCandidates, kUpper, kShared, kNoisy,  // heads
     kSlots
   };
 

@@ -135,7 +135,7 @@ void heads(int64_t vocab) {
 }  // namespace
 
 int main() {
-  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "avx512bf16"}) {
     if (!choose_isa(isa)) continue;
     products();
     conversions();

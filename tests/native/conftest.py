@@ -4,7 +4,7 @@ import torch
 _C = pytest.importorskip("multiexit_engine._C", reason="the C++ extension is not built")
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512bf16"])
 def isa(request):
     """Runs a test once for each instruction set of this machine."""
     chosen = _C.isa()
