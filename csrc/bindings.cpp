@@ -99,6 +99,13 @@ void choose_contrast(int threads, Address upper_hidden, const Matrix& upper, Add
                   choice);
 }
 
+void sample(int threads, Address scores, int64_t rows, int64_t vocab, Address seeds,
+            Address positions, Address tokens) {
+  Release nogil;
+  sample_tokens(threads, at(scores), rows, vocab, at<int64_t>(seeds), at<int64_t>(positions),
+                at<int64_t>(tokens));
+}
+
 // Reads the numbers once with all threads, for benchmarks.
 float plain_read(int threads, Address numbers, int64_t count) {
   Release nogil;
@@ -171,6 +178,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("head_tokens", &choose);
   m.def("contrast_heads", &contrast);
   m.def("contrast_tokens", &choose_contrast);
+  m.def("sample_tokens", &sample);
   m.def("linear", &linear);
   m.def("norm", &norm);
   m.def("paged_attention", &attention);

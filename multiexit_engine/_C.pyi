@@ -84,6 +84,9 @@ def contrast_tokens(
     rows: int,
     choice: Choice,
 ) -> None: ...
+def sample_tokens(
+    threads: int, scores: int, rows: int, vocab: int, seeds: int, positions: int, tokens: int
+) -> None: ...
 def linear(
     threads: int, x: int, tokens: int, weight: Matrix, bias: int, out: int, dtype: int
 ) -> None: ...

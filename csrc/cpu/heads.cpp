@@ -59,17 +59,23 @@ Row summary(const RowStatistics* chunks, int64_t count) {
   return row;
 }
 
-int64_t sample(int threads, const float* scores, int64_t vocab, int64_t row, const Choice& choice) {
+int64_t sample(int threads, const float* scores, int64_t vocab, float heat, int64_t seed,
+               int64_t position) {
   auto* found = Scratch::of_this_thread().room<NoisyBest>(Scratch::kNoisy, chunks_of(vocab));
   in_chunks(threads, vocab, kChunk, [&](int64_t first, int64_t count, int) {
-    found[first / kChunk] = kernels().noisy_best(
-        scores + first, first, count, choice.temperature[row],
-        static_cast<uint64_t>(choice.seeds[row]), static_cast<uint32_t>(choice.positions[row]));
+    found[first / kChunk] =
+        kernels().noisy_best(scores + first, first, count, heat, static_cast<uint64_t>(seed),
+                             static_cast<uint32_t>(position));
   });
   NoisyBest best = found[0];
   for (int64_t i = 1; i < chunks_of(vocab); ++i)
-    if (found[i].value > best.value) best = found[i];
+    if (found[i].value > best.value || found[i].value != found[i].value) best = found[i];
   return best.token;
+}
+
+int64_t sample(int threads, const float* scores, int64_t vocab, int64_t row, const Choice& choice) {
+  return sample(threads, scores, vocab, choice.temperature[row], choice.seeds[row],
+                choice.positions[row]);
 }
 
 // The plausible tokens of one row, with their upper logits and contrasted log-probabilities.
@@ -230,6 +236,12 @@ void contrast_tokens(int threads, const HeadPair& heads, int64_t rows, const Cho
              choice.tokens[row] = token;
              choice.log_probs[row] = own[token];
            });
+}
+
+void sample_tokens(int threads, const float* scores, int64_t rows, int64_t vocab,
+                   const int64_t* seeds, const int64_t* positions, int64_t* tokens) {
+  for (int64_t row = 0; row < rows; ++row)
+    tokens[row] = sample(threads, scores + row * vocab, vocab, 1.0f, seeds[row], positions[row]);
 }
 
 void contrast_heads(int threads, const HeadPair& heads, int64_t rows, float* out) {

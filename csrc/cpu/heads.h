@@ -30,6 +30,10 @@ void head_tokens(int threads, const float* hidden, int64_t rows, const Linear& h
 
 void contrast_tokens(int threads, const HeadPair& heads, int64_t rows, const Choice& choice);
 
+// scores: [rows, vocab]; tokens: [rows], each the argmax of its scores and noise.
+void sample_tokens(int threads, const float* scores, int64_t rows, int64_t vocab,
+                   const int64_t* seeds, const int64_t* positions, int64_t* tokens);
+
 // out: [rows, vocab] log-probabilities.
 void contrast_heads(int threads, const HeadPair& heads, int64_t rows, float* out);
 

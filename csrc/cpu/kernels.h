@@ -62,7 +62,8 @@ struct Kernels {
   // Of count > 0 numbers; NaN among them makes the sum NaN; of equals the first is the argmax.
   RowStatistics (*statistics)(const float* x, int64_t count);
 
-  // Of scores / heat + Gumbel noise of the tokens first, first + 1, ...; of equals the first.
+  // Of scores / heat + Gumbel noise of the tokens first, first + 1, ...; of equals the first, but
+  // NaN before all.
   NoisyBest (*noisy_best)(const float* scores, int64_t first, int64_t count, float heat,
                           uint64_t seed, uint32_t position);
 

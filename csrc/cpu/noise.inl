@@ -31,12 +31,34 @@ static inline float gumbel(uint32_t word) {
   return -__builtin_logf(-__builtin_log1pf(-v));
 }
 
+constexpr float kMostNoise = 22.9f;
+
+// NaN if one is among them.
+static inline float largest_or_nan(const float* x, int64_t count) {
+  Vec top = load_some(x, count < kWidth ? count : kWidth);
+  each_vector(count, [&](int64_t i, int64_t n) {
+    // zeros behind a part of a vector can only make the bound looser
+    const Vec v = load_some(x + i, n);
+    top = (v > top) | (v != v) ? v : top;
+  });
+  float best = top[0];
+  for (int64_t i = 1; i < kWidth; ++i) best = top[i] > best || top[i] != top[i] ? top[i] : best;
+  return best;
+}
+
 static NoisyBest noisy_best(const float* scores, int64_t first, int64_t count, float heat,
                             uint64_t seed, uint32_t position) {
   NoisyBest best = {-__builtin_inff(), first};
   uint32_t words[kNoiseBlock];
   for (int64_t start = 0; start < count; start += kNoiseBlock) {
     const int64_t stop = start + kNoiseBlock < count ? start + kNoiseBlock : count;
+    const float bound = largest_or_nan(scores + start, stop - start) / heat + kMostNoise;
+    if (bound != bound) {
+      int64_t place = start;
+      while (scores[place] == scores[place]) ++place;
+      return {bound, first + place};
+    }
+    if (bound <= best.value) continue;
     philox(seed, position, static_cast<uint32_t>(first + start), words);
     for (int64_t i = start; i < stop; ++i) {
       const float score = scores[i] / heat;

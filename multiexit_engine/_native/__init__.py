@@ -12,6 +12,7 @@ from multiexit_engine._native.heads import (
     contrast_tokens,
     head_logits,
     head_tokens,
+    sample_tokens,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "linear",
     "paged_attention",
     "rms_norm",
+    "sample_tokens",
 ]

@@ -98,6 +98,22 @@ def contrast_tokens(
     return rows.tokens, rows.log_probs
 
 
+def sample_tokens(scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """See ``multiexit_engine.ops.sample_tokens``."""
+    seeds, positions = seeds.contiguous(), positions.contiguous()
+    tokens = torch.empty_like(seeds)
+    _C.sample_tokens(
+        torch.get_num_threads(),
+        scores.data_ptr(),
+        scores.shape[0],
+        scores.shape[1],
+        seeds.data_ptr(),
+        positions.data_ptr(),
+        tokens.data_ptr(),
+    )
+    return tokens
+
+
 class _Rows:
     """How each row chooses, room for what it chooses, and the extension's view of both."""
 

@@ -62,8 +62,10 @@ def _keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
     best = scores.topk(largest, -1).values
     last = torch.tensor([min(k, largest) - 1 if k else 0 for k in top_k])[:, None]
     threshold = best.gather(1, last.to(scores.device, non_blocking=True))
-    is_off = torch.tensor([k == 0 or k >= vocab for k in top_k])[:, None]
-    threshold = threshold.masked_fill(is_off.to(scores.device, non_blocking=True), -math.inf)
+    is_off = [k == 0 or k >= vocab for k in top_k]
+    if any(is_off):
+        column = torch.tensor(is_off)[:, None].to(scores.device, non_blocking=True)
+        threshold = threshold.masked_fill(column, -math.inf)
     return scores.masked_fill(scores < threshold, -math.inf)
 
 

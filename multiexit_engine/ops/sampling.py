@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from multiexit_engine.ops.operands import is_streamable
 from multiexit_engine.ops.registry import register_op
 
 # Below this share of finite scores the CPU draws noise for those alone.
@@ -102,3 +103,11 @@ def sample_tokens(scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
             noisy[rows, tokens] += noise
             return noisy.argmax(-1)
     return (scores + gumbel_noise(seeds, positions, scores.shape[1])).argmax(-1)
+
+
+sample_tokens.backend(
+    "cpu",
+    "multiexit_engine._native:sample_tokens",
+    device="cpu",
+    supports=lambda scores, *_: scores.dtype is torch.float32 and is_streamable(scores),
+)

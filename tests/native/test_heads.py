@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from multiexit_engine import ops
-from multiexit_engine._native import contrast_heads, contrast_tokens, head_logits, head_tokens
+from multiexit_engine._native import (
+    contrast_heads,
+    contrast_tokens,
+    head_logits,
+    head_tokens,
+    sample_tokens,
+)
 from tests.native.test_dense import poisoned
 
 SHAPES = pytest.mark.parametrize(
@@ -132,3 +138,20 @@ def test_bias_is_added(isa):
     )
     tokens, _ = head_tokens(hidden, weight, bias, *choices(2, 0.0))
     assert torch.equal(tokens, expected.argmax(-1))
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 64, 1031, 5000])
+@pytest.mark.parametrize("kept", [1.0, 0.02])
+def test_samples_are_the_argmax_of_scores_and_noise(isa, vocab, kept):
+    generator = torch.Generator().manual_seed(vocab)
+    scores = 5 * torch.randn(20, vocab, generator=generator)
+    scores[torch.rand(20, vocab, generator=generator) > kept] = -torch.inf
+    state = torch.arange(20) * 2**33 - 7, torch.arange(20) * 11
+    assert torch.equal(sample_tokens(scores, *state), ops.sample_tokens.reference(scores, *state))
+
+
+def test_a_sample_among_nan_is_nan(isa):
+    scores = torch.randn(3, 700, generator=torch.Generator().manual_seed(0))
+    scores[0, 650], scores[1, 3] = torch.nan, torch.nan
+    tokens = sample_tokens(scores, torch.arange(3), torch.arange(3))
+    assert tokens[:2].tolist() == [650, 3]
