@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from multiexit_engine.params import SamplingParams
+from multiexit_engine.params import DoLa, SamplingParams
 
 _DEFAULTS: dict[str, Any] = {
     "max_length": None,
@@ -34,6 +34,7 @@ _DEFAULTS: dict[str, Any] = {
     "num_return_sequences": 1,
     "length_penalty": 1.0,
     "early_stopping": False,
+    "dola_layers": None,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -108,6 +109,12 @@ class GenerationOptions:
     @property
     def num_return_sequences(self) -> int:
         return int(self.values["num_return_sequences"] or 1)
+
+    @property
+    def dola(self) -> DoLa | None:
+        """The mode that ``dola_layers`` asks for: transformers 4.55's, each row on its own."""
+        layers = self.values["dola_layers"]
+        return None if layers is None else DoLa(layers, jsd="reference")
 
     def sampling(self, padded_len: int, longest: int, seed: int) -> SamplingParams:
         """SamplingParams of a row of a batch that is ``padded_len`` tokens wide.

@@ -33,7 +33,7 @@ from multiexit_engine.config import VocabularyProjectionMode
 from multiexit_engine.engine import Engine
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.outputs import CompletionOutput
-from multiexit_engine.params import Original
+from multiexit_engine.params import DecodingMode, Original
 
 __all__ = [
     "AutoMultiExitModel",
@@ -121,7 +121,8 @@ class MultiExitForCausalLM:
         ``torch.manual_seed``. Prompts keep their left padding, finished rows are filled with
         pad_token_id. Padding is not text: unlike in transformers penalties do not see it, so the
         tokens of a row never depend on its neighbours. With return_dict_in_generate=True the result
-        has ``.sequences`` and, under beam search, ``.sequences_scores``.
+        has ``.sequences`` and, under beam search, ``.sequences_scores``. ``dola_layers`` contrasts
+        layers as transformers 4.55 does at batch 1, whatever the batch.
 
         Raises:
             ValueError: an option or its value is not supported, or a prompt does not fit.
@@ -143,7 +144,7 @@ class MultiExitForCausalLM:
             wanted.sampling(input_ids.shape[1], self.engine.config.max_model_len, seed + place)
             for place in range(len(rows))
         ]
-        outputs = self.engine.generate(rows, sampling, self._decoding)
+        outputs = self.engine.generate(rows, sampling, self._mode(wanted))
         for output in outputs:
             if output.error is not None:
                 raise RequestFailed(output.error)
@@ -155,6 +156,16 @@ class MultiExitForCausalLM:
             return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
         scores = torch.tensor([completion.cumulative_logprob for completion in completions])
         return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)  # type: ignore[arg-type]
+
+    def _mode(self, wanted: GenerationOptions) -> DecodingMode:
+        if wanted.dola is None:
+            return self._decoding
+        if self._decoding != Original():
+            raise ValueError(
+                f"dola_layers={wanted.values['dola_layers']!r}: needs the model's own head; "
+                "load it with MultiExitConfiguration(use_original_head=True)"
+            )
+        return wanted.dola
 
 
 class AutoMultiExitModel:

@@ -6,6 +6,7 @@ Knows what the heads multiply; nothing of layers, modes or requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -45,9 +46,9 @@ def dola_scores(
     parts = []
     for start in range(0, len(relative_tops), at_once):
         rows = slice(start, start + at_once)
-        own, *others = _logits([_rows(head, rows) for head in (mature, *candidates)])
-        base = _most_different(own, others, jsd)
-        parts.append(relative_top_logits(own, base, tops[rows]))
+        logits = _logits([_rows(head, rows) for head in (mature, *candidates)])
+        base = _most_different(logits[0], logits[1:], jsd)
+        parts.append(relative_top_logits(logits[0], base, tops[rows]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -55,24 +56,20 @@ def _rows(head: HeadOperands, rows: slice) -> HeadOperands:
     return HeadOperands(head.hidden[rows], head.weight, head.bias)
 
 
-def _logits(heads: Sequence[HeadOperands]) -> list[Tensor]:
-    """The logits of each head; a matrix that several heads share is read once."""
-    sharing: dict[int, list[int]] = {}
-    for place, head in enumerate(heads):
-        sharing.setdefault(id(head.weight), []).append(place)
-    found: dict[int, Tensor] = {}
-    for places in sharing.values():
-        first = heads[places[0]]
-        hidden = torch.cat([heads[place].hidden for place in places])
-        logits = head_logits(hidden, first.weight, first.bias)
-        found.update(zip(places, logits.chunk(len(places)), strict=True))
-    return [found[place] for place in range(len(heads))]
+def _logits(heads: Sequence[HeadOperands]) -> Tensor:
+    """[heads, rows, vocab] logits; a matrix that heads in a row share is read once for all."""
+    parts = []
+    for _, sharing in groupby(heads, key=lambda head: id(head.weight)):
+        own = list(sharing)
+        hidden = torch.cat([head.hidden for head in own])
+        logits = head_logits(hidden, own[0].weight, own[0].bias)
+        parts.append(logits.view(len(own), -1, logits.shape[1]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _most_different(mature: Tensor, candidates: list[Tensor], jsd: str) -> Tensor:
-    """[rows, vocab] logits of each row's premature layer."""
-    if len(candidates) == 1:
+def _most_different(mature: Tensor, candidates: Tensor, jsd: str) -> Tensor:
+    """[rows, vocab] logits of each row's premature layer, of [candidates, rows, vocab]."""
+    if candidates.shape[0] == 1:
         return candidates[0]
-    stacked = torch.stack(candidates)
-    chosen = js_divergences(mature, stacked, jsd).argmax(0)
-    return stacked[chosen, torch.arange(mature.shape[0], device=mature.device)]
+    chosen = js_divergences(mature, candidates, jsd).argmax(0)
+    return candidates[chosen, torch.arange(mature.shape[0], device=mature.device)]

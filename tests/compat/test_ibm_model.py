@@ -56,6 +56,12 @@ IDS = torch.tensor([[0, 0, 21, 38, 122], [310, 322, 475, 290, 37]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 
+def test_dola_layers_need_the_models_own_head():
+    model = load(use_original_head=False, output_layer_index=3)
+    with pytest.raises(ValueError, match="dola_layers='high': needs the model's own head"):
+        model.generate(IDS, dola_layers="high")
+
+
 @pytest.mark.parametrize("exits", ["contrast_layer_indices=(6, 3)", "output_layer_index=3"])
 def test_ibms_readme_runs_with_other_import_lines(exits, tmp_path):
     folder = checkpoint_with_tokenizer("gpt2_layer", tmp_path)

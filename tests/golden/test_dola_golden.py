@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from multiexit_engine import DoLa, Engine, SamplingParams
+from multiexit_engine import (
+    AutoMultiExitModel,
+    DoLa,
+    Engine,
+    MultiExitConfiguration,
+    SamplingParams,
+)
 from multiexit_engine.decoding.plan import resolve_mode
 from tests.golden.dola_recipe import CONFIGS, save_checkpoint
 
@@ -49,6 +55,18 @@ def test_greedy_ids(folders, checkpoint, backend):
         [case["prompt"] for case in cases], list(map(params_of, cases)), list(map(mode_of, cases))
     )
     assert [o.outputs[0].token_ids for o in together] == [case["token_ids"] for case in cases]
+
+
+@pytest.mark.parametrize("checkpoint", CONFIGS)
+def test_greedy_ids_by_transformers_own_option(folders, checkpoint):
+    model = AutoMultiExitModel.from_pretrained(
+        str(folders[checkpoint]), MultiExitConfiguration(), device_map="cpu"
+    )
+    for case in cases_of(checkpoint):
+        prompt = torch.tensor([case["prompt"]])
+        names = ("dola_layers", "repetition_penalty")
+        ids = model.generate(prompt, max_new_tokens=24, **{name: case[name] for name in names})
+        assert ids[0, prompt.shape[1] :].tolist() == case["token_ids"]
 
 
 @pytest.mark.parametrize("checkpoint", CONFIGS)
