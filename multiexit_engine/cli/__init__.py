@@ -6,11 +6,12 @@ from multiexit_engine.cli.demo import demo
 from multiexit_engine.cli.generate import generate
 from multiexit_engine.cli.info import info
 from multiexit_engine.cli.score import score
+from multiexit_engine.cli.serve import serve
 from multiexit_engine.cli.train import train
 
 __all__ = ["app"]
 
-for command in (generate, score, info, demo):
+for command in (generate, score, serve, info, demo):
     app.command()(command)
 app.add_typer(bench)
 app.add_typer(train)

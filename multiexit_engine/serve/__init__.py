@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server on ``AsyncEngine``; needs the packages of group ``serve``."""
