@@ -78,18 +78,20 @@ void choose(int threads, Address hidden, int64_t rows, const Matrix& weight, Add
 }
 
 HeadPair pair_of(Address upper_hidden, const Matrix& upper, Address lower_hidden,
-                 const Matrix& lower, Address alpha, int64_t rows) {
+                 const Matrix& lower, Address alpha, int64_t rows, Address least = 0) {
   return {as_float(at<void>(upper_hidden), upper.dtype, rows * upper.columns, Scratch::kInput),
           upper,
-          as_float(at<void>(lower_hidden), lower.dtype, rows * lower.columns, Scratch::kLowerInput),
-          lower, at(alpha)};
+          {nullptr, rows,
+           as_float(at<void>(lower_hidden), lower.dtype, rows * lower.columns,
+                    Scratch::kLowerInput),
+           lower, at(alpha), at<int64_t>(least)}};
 }
 
 void contrast(int threads, Address upper_hidden, const Matrix& upper, Address lower_hidden,
-              const Matrix& lower, Address alpha, int64_t rows, Address out) {
+              const Matrix& lower, Address alpha, Address least, int64_t rows, Address out) {
   Release nogil;
-  contrast_heads(threads, pair_of(upper_hidden, upper, lower_hidden, lower, alpha, rows), rows,
-                 at(out));
+  contrast_heads(threads, pair_of(upper_hidden, upper, lower_hidden, lower, alpha, rows, least),
+                 rows, at(out));
 }
 
 void choose_contrast(int threads, Address upper_hidden, const Matrix& upper, Address lower_hidden,
@@ -97,6 +99,12 @@ void choose_contrast(int threads, Address upper_hidden, const Matrix& upper, Add
   Release nogil;
   contrast_tokens(threads, pair_of(upper_hidden, upper, lower_hidden, lower, alpha, rows), rows,
                   choice);
+}
+
+void choose_shared(int threads, Address hidden, int64_t rows, const Matrix& head,
+                   const std::vector<LowerHead>& lowers, const Choice& choice) {
+  Release nogil;
+  shared_head_tokens(threads, at(hidden), rows, head, lowers, choice);
 }
 
 void sample(int threads, Address scores, int64_t rows, int64_t vocab, Address seeds,
@@ -174,10 +182,17 @@ PYBIND11_MODULE(_C, m) {
                       at<int64_t>(tokens), at(log_probs)};
       }));
 
+  py::class_<LowerHead>(m, "LowerHead")
+      .def(py::init([](Address rows, int64_t count, Address hidden, const Matrix& head,
+                       Address alpha) {
+        return LowerHead{at<int64_t>(rows), count, at(hidden), head, at(alpha), nullptr};
+      }));
+
   m.def("head_logits", &project);
   m.def("head_tokens", &choose);
   m.def("contrast_heads", &contrast);
   m.def("contrast_tokens", &choose_contrast);
+  m.def("shared_head_tokens", &choose_shared);
   m.def("sample_tokens", &sample);
   m.def("linear", &linear);
   m.def("norm", &norm);

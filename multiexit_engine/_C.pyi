@@ -53,6 +53,9 @@ class Block:
 class Span:
     def __init__(self, blocks: list[Block], caches: list[Cache]) -> None: ...
 
+class LowerHead:
+    def __init__(self, rows: int, count: int, hidden: int, head: Matrix, alpha: int) -> None: ...
+
 class Choice:
     def __init__(
         self, temperature: int, seeds: int, positions: int, tokens: int, log_probs: int
@@ -71,6 +74,7 @@ def contrast_heads(
     lower_hidden: int,
     lower: Matrix,
     alpha: int,
+    least: int,
     rows: int,
     out: int,
 ) -> None: ...
@@ -83,6 +87,9 @@ def contrast_tokens(
     alpha: int,
     rows: int,
     choice: Choice,
+) -> None: ...
+def shared_head_tokens(
+    threads: int, hidden: int, rows: int, head: Matrix, lowers: list[LowerHead], choice: Choice
 ) -> None: ...
 def sample_tokens(
     threads: int, scores: int, rows: int, vocab: int, seeds: int, positions: int, tokens: int

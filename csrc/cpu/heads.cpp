@@ -1,7 +1,9 @@
 #include "heads.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <functional>
 
 namespace multiexit::cpu {
 
@@ -30,9 +32,22 @@ RowStatistics finite_statistics(float* x, int64_t count) {
   return kernels().statistics(x, count);
 }
 
-// Fills logits [rows, vocab] and gives the statistics of each row's chunks [rows, chunks].
-RowStatistics* stream_head(int threads, const float* hidden, int64_t rows, const Linear& head,
-                           bool is_clamped, float* logits) {
+// Logits of a head, with what was found about each row's chunks on the way.
+struct Streamed {
+  int64_t vocab;
+  float* logits;                    // [rows, vocab]
+  const RowStatistics* statistics;  // [rows, chunks]
+
+  float* row(int64_t index) const { return logits + index * vocab; }
+  const RowStatistics* chunks_of_row(int64_t index) const {
+    return statistics + index * chunks_of(vocab);
+  }
+};
+
+// `is_contrasted(row)`: +inf is clamped there.
+template <class IsContrasted>
+Streamed stream_head(int threads, const float* hidden, int64_t rows, const Linear& head,
+                     IsContrasted&& is_contrasted, float* logits) {
   const int64_t vocab = head.weight.rows, chunks = chunks_of(vocab);
   auto* found = Scratch::of_this_thread().room<RowStatistics>(Scratch::kSummaries, rows * chunks);
   const void* input = input_of(threads, hidden, rows, head.weight);
@@ -41,11 +56,11 @@ RowStatistics* stream_head(int threads, const float* hidden, int64_t rows, const
     for (int64_t row = 0; row < rows; ++row) {
       float* own = logits + row * vocab + first;
       RowStatistics& place = found[row * chunks + first / kChunk];
-      place = is_clamped ? finite_statistics(own, count) : kernels().statistics(own, count);
+      place = is_contrasted(row) ? finite_statistics(own, count) : kernels().statistics(own, count);
       place.argmax += first;
     }
   });
-  return found;
+  return {vocab, logits, found};
 }
 
 Row summary(const RowStatistics* chunks, int64_t count) {
@@ -144,51 +159,65 @@ class Candidates {
   }
 };
 
-float threshold_of(const Row& row, float alpha) {
+// Least logit of a plausible token; `room` holds vocab numbers.
+float threshold_of(const Row& row, float alpha, int64_t least, const float* logits, int64_t vocab,
+                   float* room) {
   const float clamped = std::min(std::max(alpha, 0.0f), 1.0f);
-  return std::max(row.max + std::log(clamped), -FLT_MAX);
+  float threshold = row.max + std::log(clamped);
+  if (least <= 0 || least > vocab) return -FLT_MAX;
+  if (least > 1 && row.log_sum == row.log_sum) {
+    std::copy_n(logits, vocab, room);
+    std::nth_element(room, room + least - 1, room + vocab, std::greater<float>());
+    threshold = std::min(threshold, room[least - 1]);
+  }
+  return std::max(threshold, -FLT_MAX);
 }
 
-// Calls finish(row, summary, candidates, logits of the row) for each row, one after the other.
+// Calls finish(row, summary, candidates, logits of the row) for each row of a lower head, one
+// after the other.
 template <class Finish>
-void contrast(int threads, const HeadPair& heads, int64_t rows, float* logits, Finish&& finish) {
-  const int64_t vocab = heads.upper.rows, chunks = chunks_of(vocab);
-  Scratch& scratch = Scratch::of_this_thread();
-  const RowStatistics* statistics =
-      stream_head(threads, heads.upper_hidden, rows, {heads.upper, nullptr}, true, logits);
+void contrast(int threads, const Streamed& upper, const LowerHead& lower, Finish&& finish) {
+  const int64_t vocab = upper.vocab;
   Candidates candidates(vocab);
+  const auto collect = [&](int64_t place) {
+    const int64_t row = lower.row(place);
+    const RowStatistics* chunks = upper.chunks_of_row(row);
+    const Row found = summary(chunks, chunks_of(vocab));
+    const float threshold =
+        threshold_of(found, lower.alpha[place], lower.least ? lower.least[place] : 1,
+                     upper.row(row), vocab, candidates.shared);
+    candidates.collect(upper.row(row), vocab, chunks, threshold);
+    return found;
+  };
   int64_t pairs = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    const RowStatistics* own = statistics + row * chunks;
-    candidates.collect(logits + row * vocab, vocab, own,
-                       threshold_of(summary(own, chunks), heads.alpha[row]));
+  for (int64_t place = 0; place < lower.count; ++place) {
+    collect(place);
     pairs += candidates.count > 1 ? candidates.count : 0;
   }
-  const float* lower = nullptr;
-  if (pairs > kSparseShare * vocab * std::min<int64_t>(rows, 4)) {
-    float* all = scratch.room(Scratch::kLower, rows * vocab);
-    head_logits(threads, heads.lower_hidden, rows, {heads.lower, nullptr}, all);
-    lower = all;
+  const float* logits = nullptr;
+  if (pairs > kSparseShare * vocab * std::min<int64_t>(lower.count, 4)) {
+    float* all = Scratch::of_this_thread().room(Scratch::kLower, lower.count * vocab);
+    head_logits(threads, lower.hidden, lower.count, {lower.head, nullptr}, all);
+    logits = all;
   }
   const Kernels& k = kernels();
   const auto* hidden = static_cast<const char*>(
-      input_of(threads, heads.lower_hidden, rows, heads.lower, Scratch::kLowerRounded));
-  const int64_t hidden_bytes = heads.lower.columns * size_of(k.input_dtype(heads.lower.dtype));
-  for (int64_t row = 0; row < rows; ++row) {
-    const RowStatistics* own = statistics + row * chunks;
-    const Row found = summary(own, chunks);
-    candidates.collect(logits + row * vocab, vocab, own, threshold_of(found, heads.alpha[row]));
+      input_of(threads, lower.hidden, lower.count, lower.head, Scratch::kLowerRounded));
+  const int64_t hidden_bytes = lower.head.columns * size_of(k.input_dtype(lower.head.dtype));
+  for (int64_t place = 0; place < lower.count; ++place) {
+    const Row found = collect(place);
     if (candidates.count > 1)
       in_chunks(threads, candidates.count, kFetched, [&](int64_t first, int64_t count, int) {
         for (int64_t i = first; i < first + count; ++i)
-          if (lower)
-            candidates.shared[i] = lower[row * vocab + candidates.tokens[i]];
+          if (logits)
+            candidates.shared[i] = logits[place * vocab + candidates.tokens[i]];
           else
-            k.product(hidden + row * hidden_bytes, 1, heads.lower, candidates.tokens[i], 1, nullptr,
-                      candidates.shared + i, 1);
+            k.product(hidden + place * hidden_bytes, 1, lower.head, candidates.tokens[i], 1,
+                      nullptr, candidates.shared + i, 1);
       });
     candidates.share(found);
-    finish(row, found, candidates, logits + row * vocab);
+    const int64_t row = lower.row(place);
+    finish(row, found, candidates, upper.row(row));
   }
 }
 
@@ -198,31 +227,20 @@ void write_log_probs(const Row& row, const Candidates& candidates, float* logits
     logits[candidates.tokens[i]] = candidates.shared[i];
 }
 
-}  // namespace
-
-void head_logits(int threads, const float* hidden, int64_t rows, const Linear& head, float* out) {
-  multiply(threads, hidden, rows, head, out, [](int64_t, int64_t) {});
+void choose(int threads, const Streamed& head, int64_t row, const Choice& choice) {
+  const Row found = summary(head.chunks_of_row(row), chunks_of(head.vocab));
+  const float* own = head.row(row);
+  const int64_t token = choice.temperature[row] > 0
+                            ? sample(threads, own, head.vocab, row, choice)
+                            : found.argmax;
+  choice.tokens[row] = token;
+  choice.log_probs[row] = own[token] - found.log_sum;
 }
 
-void head_tokens(int threads, const float* hidden, int64_t rows, const Linear& head,
-                 const Choice& choice) {
-  const int64_t vocab = head.weight.rows, chunks = chunks_of(vocab);
-  float* logits = Scratch::of_this_thread().room(Scratch::kLogits, rows * vocab);
-  const RowStatistics* statistics = stream_head(threads, hidden, rows, head, false, logits);
-  for (int64_t row = 0; row < rows; ++row) {
-    const Row found = summary(statistics + row * chunks, chunks);
-    const float* own = logits + row * vocab;
-    const int64_t token =
-        choice.temperature[row] > 0 ? sample(threads, own, vocab, row, choice) : found.argmax;
-    choice.tokens[row] = token;
-    choice.log_probs[row] = own[token] - found.log_sum;
-  }
-}
-
-void contrast_tokens(int threads, const HeadPair& heads, int64_t rows, const Choice& choice) {
-  const int64_t vocab = heads.upper.rows;
-  float* logits = Scratch::of_this_thread().room(Scratch::kLogits, rows * vocab);
-  contrast(threads, heads, rows, logits,
+void choose_contrasted(int threads, const Streamed& upper, const LowerHead& lower,
+                       const Choice& choice) {
+  const int64_t vocab = upper.vocab;
+  contrast(threads, upper, lower,
            [&](int64_t row, const Row& found, const Candidates& candidates, float* own) {
              // A candidate is always the best: the largest share is at least alpha * max p.
              if (!(choice.temperature[row] > 0) && candidates.count > 0) {
@@ -238,6 +256,40 @@ void contrast_tokens(int threads, const HeadPair& heads, int64_t rows, const Cho
            });
 }
 
+}  // namespace
+
+void head_logits(int threads, const float* hidden, int64_t rows, const Linear& head, float* out) {
+  multiply(threads, hidden, rows, head, out, [](int64_t, int64_t) {});
+}
+
+void head_tokens(int threads, const float* hidden, int64_t rows, const Linear& head,
+                 const Choice& choice) {
+  float* logits = Scratch::of_this_thread().room(Scratch::kLogits, rows * head.weight.rows);
+  const Streamed streamed =
+      stream_head(threads, hidden, rows, head, [](int64_t) { return false; }, logits);
+  for (int64_t row = 0; row < rows; ++row) choose(threads, streamed, row, choice);
+}
+
+void contrast_tokens(int threads, const HeadPair& heads, int64_t rows, const Choice& choice) {
+  shared_head_tokens(threads, heads.upper_hidden, rows, heads.upper, {heads.lower}, choice);
+}
+
+void shared_head_tokens(int threads, const float* hidden, int64_t rows, const Matrix& head,
+                        const std::vector<LowerHead>& lowers, const Choice& choice) {
+  Scratch& scratch = Scratch::of_this_thread();
+  float* logits = scratch.room(Scratch::kLogits, rows * head.rows);
+  auto* is_contrasted = scratch.room<char>(Scratch::kContrasted, rows);
+  std::fill_n(is_contrasted, rows, 0);
+  for (const LowerHead& lower : lowers)
+    for (int64_t place = 0; place < lower.count; ++place) is_contrasted[lower.row(place)] = 1;
+  const Streamed streamed =
+      stream_head(threads, hidden, rows, {head, nullptr},
+                  [&](int64_t row) { return is_contrasted[row] != 0; }, logits);
+  for (int64_t row = 0; row < rows; ++row)
+    if (!is_contrasted[row]) choose(threads, streamed, row, choice);
+  for (const LowerHead& lower : lowers) choose_contrasted(threads, streamed, lower, choice);
+}
+
 void sample_tokens(int threads, const float* scores, int64_t rows, int64_t vocab,
                    const int64_t* seeds, const int64_t* positions, int64_t* tokens) {
   for (int64_t row = 0; row < rows; ++row)
@@ -245,10 +297,11 @@ void sample_tokens(int threads, const float* scores, int64_t rows, int64_t vocab
 }
 
 void contrast_heads(int threads, const HeadPair& heads, int64_t rows, float* out) {
-  const int64_t vocab = heads.upper.rows;
-  contrast(threads, heads, rows, out,
+  const Streamed upper = stream_head(threads, heads.upper_hidden, rows, {heads.upper, nullptr},
+                                     [](int64_t) { return true; }, out);
+  contrast(threads, upper, heads.lower,
            [&](int64_t, const Row& found, const Candidates& candidates, float* own) {
-             write_log_probs(found, candidates, own, vocab);
+             write_log_probs(found, candidates, own, upper.vocab);
            });
 }
 

@@ -2,6 +2,7 @@
 // tokens.py for the contracts.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "dense.h"
 
@@ -16,19 +17,33 @@ struct Choice {
   float* log_probs;  // out
 };
 
+// Rows of an upper head that are contrasted with one lower head.
+struct LowerHead {
+  const int64_t* rows;  // [count] rows of the upper head, or null for all of them
+  int64_t count;
+  const float* hidden;  // [count, columns]
+  Matrix head;
+  const float* alpha;    // [count]
+  const int64_t* least;  // [count] sizes of the plausible sets, or null for 1
+
+  int64_t row(int64_t place) const { return rows ? rows[place] : place; }
+};
+
 // Two heads for the same rows; hidden: [rows, columns] float32.
 struct HeadPair {
   const float* upper_hidden;
   Matrix upper;
-  const float* lower_hidden;
-  Matrix lower;
-  const float* alpha;  // [rows]
+  LowerHead lower;
 };
 
 void head_tokens(int threads, const float* hidden, int64_t rows, const Linear& head,
                  const Choice& choice);
 
 void contrast_tokens(int threads, const HeadPair& heads, int64_t rows, const Choice& choice);
+
+// Tokens of rows that share an upper head, each in the contrast of one of `lowers` or in none.
+void shared_head_tokens(int threads, const float* hidden, int64_t rows, const Matrix& head,
+                        const std::vector<LowerHead>& lowers, const Choice& choice);
 
 // scores: [rows, vocab]; tokens: [rows], each the argmax of its scores and noise.
 void sample_tokens(int threads, const float* scores, int64_t rows, int64_t vocab,

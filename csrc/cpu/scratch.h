@@ -11,7 +11,7 @@ class Scratch {
  public:
   enum Slot {
     kInput, kResidual, kNormed, kWide, kUp, kMixed, kScores, kRounded,  // blocks
-    kLogits, kLower, kLowerInput, kLowerRounded, kSummaries, kCandidates, kUpper, kShared, kNoisy,  // heads
+    kLogits, kLower, kLowerInput, kLowerRounded, kSummaries, kCandidates, kUpper, kShared, kNoisy, kContrasted,  // heads
     kSlots
   };
 

@@ -115,7 +115,8 @@ void heads(int64_t vocab) {
   std::vector<float> log_probs(rows), logits(rows * vocab), contrasted(rows * vocab);
   const Choice choice = {temperature.data(), state.data(), state.data(), tokens.data(),
                          log_probs.data()};
-  const HeadPair pair = {hidden.data(), matrix, hidden.data(), matrix, alpha.data()};
+  const HeadPair pair = {
+      hidden.data(), matrix, {nullptr, rows, hidden.data(), matrix, alpha.data(), nullptr}};
   head_logits(2, hidden.data(), rows, {matrix, nullptr}, logits.data());
   head_tokens(2, hidden.data(), rows, {matrix, nullptr}, choice);
   int64_t best = 0;

@@ -13,6 +13,7 @@ from multiexit_engine._native.heads import (
     head_logits,
     head_tokens,
     sample_tokens,
+    shared_head_tokens,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "sample_tokens",
+    "shared_head_tokens",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,9 +35,10 @@ def contrast_heads(
     alpha: Tensor,
     min_candidates: Tensor | None = None,
 ) -> Tensor:
-    """See ``multiexit_engine.ops.contrast_heads``; without ``min_candidates``."""
+    """See ``multiexit_engine.ops.contrast_heads``."""
     upper_hidden, lower_hidden = upper_hidden.contiguous(), lower_hidden.contiguous()
     alpha = alpha.float().contiguous()
+    least = None if min_candidates is None else min_candidates.contiguous()
     out = torch.empty(upper_hidden.shape[0], upper_weight.shape[0])
     _C.contrast_heads(
         torch.get_num_threads(),
@@ -43,6 +47,7 @@ def contrast_heads(
         lower_hidden.data_ptr(),
         matrix(lower_weight),
         alpha.data_ptr(),
+        address(least),
         out.shape[0],
         out.data_ptr(),
     )
@@ -93,6 +98,43 @@ def contrast_tokens(
         matrix(lower_weight),
         alpha.data_ptr(),
         upper_hidden.shape[0],
+        rows.choice,
+    )
+    return rows.tokens, rows.log_probs
+
+
+def shared_head_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    groups: Sequence[Any],
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See ``multiexit_engine.ops.shared_head_tokens``."""
+    hidden = hidden.float().contiguous()
+    rows = _Rows(temperature, seeds, positions)
+    contrasted = [group for group in groups if group.lower_weight is not None]
+    kept = [
+        (group.rows.contiguous(), group.lower_hidden.float().contiguous(), group.alpha.float())
+        for group in contrasted
+    ]
+    lowers = [
+        _C.LowerHead(
+            own.data_ptr(),
+            own.shape[0],
+            lower.data_ptr(),
+            matrix(group.lower_weight),
+            alpha.data_ptr(),
+        )
+        for group, (own, lower, alpha) in zip(contrasted, kept, strict=True)
+    ]
+    _C.shared_head_tokens(
+        torch.get_num_threads(),
+        hidden.data_ptr(),
+        hidden.shape[0],
+        matrix(weight),
+        lowers,
         rows.choice,
     )
     return rows.tokens, rows.log_probs

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from multiexit_engine.decoding.dola import dola_scores
 from multiexit_engine.decoding.plan import ContrastFunction, ExitPlan, HeadGroup
-from multiexit_engine.layers.exit_heads import ExitHeads
+from multiexit_engine.layers.exit_heads import ExitHeads, Head
 from multiexit_engine.ops import (
     contrast_heads,
     contrast_logits,
     contrast_tokens,
     head_logits,
     head_tokens,
+    shared_head_tokens,
 )
+from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.params import Contrast, DecodingMode, DoLa
 
 
@@ -94,13 +96,24 @@ def mode_tokens(
 
     Source: as ``mode_scores``, then the ops ``head_tokens`` and ``contrast_tokens``.
     """
-    parts = [_group_tokens(group, plan, taps, heads, draws) for group in plan.groups]
-    if len(parts) == 1:
-        return parts[0]
-    tokens, logprobs = (part.new_empty(plan.num_rows) for part in parts[0])
-    for group, (own_tokens, own_logprobs) in zip(plan.groups, parts, strict=True):
-        index = _index(group.rows, tokens.device)
-        tokens[index], logprobs[index] = own_tokens, own_logprobs
+    if len(plan.groups) == 1:
+        return _group_tokens(plan.groups[0], plan, taps, heads, draws)
+    by_upper: dict[Head, list[HeadGroup]] = {}
+    for group in plan.groups:
+        by_upper.setdefault(group.upper, []).append(group)
+    parts: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+    for groups in by_upper.values():
+        rows = tuple(sorted(row for group in groups for row in group.rows))
+        index = _index(rows, draws.seeds.device)
+        own = Draws(*(column[index] for column in draws))
+        if len(groups) == 1:
+            found = _group_tokens(groups[0], plan, taps, heads, own)
+        else:
+            found = _shared_tokens(groups, rows, plan, taps, heads, own)
+        parts.append((index, found))
+    tokens, logprobs = (part.new_empty(plan.num_rows) for part in parts[0][1])
+    for index, found in parts:
+        tokens[index], logprobs[index] = found
     return tokens, logprobs
 
 
@@ -111,17 +124,40 @@ def _group_tokens(
     heads: ExitHeads,
     draws: Draws,
 ) -> tuple[Tensor, Tensor]:
-    if len(group.rows) < plan.num_rows:
-        index = _index(group.rows, draws.seeds.device)
-        draws = Draws(*(column[index] for column in draws))
-    upper = heads.operands(group.upper, _hidden(group, group.upper.layer, plan, taps))
+    upper = heads.operands(group.upper, _hidden(group.rows, group.upper.layer, plan, taps))
     if group.lower is None:
         return head_tokens(*upper, *draws)
-    lower = heads.operands(group.lower, _hidden(group, group.lower.layer, plan, taps))
-    alpha = torch.tensor(group.alphas, dtype=torch.float32).to(
-        upper.hidden.device, non_blocking=True
-    )
+    lower = heads.operands(group.lower, _hidden(group.rows, group.lower.layer, plan, taps))
+    alpha = _alphas(group, upper.hidden.device)
     return contrast_tokens(upper.hidden, upper.weight, lower.hidden, lower.weight, alpha, *draws)
+
+
+def _shared_tokens(
+    groups: list[HeadGroup],
+    rows: tuple[int, ...],
+    plan: ExitPlan,
+    taps: Mapping[int, Tensor],
+    heads: ExitHeads,
+    draws: Draws,
+) -> tuple[Tensor, Tensor]:
+    """Tokens of groups with one upper head, which ``rows`` lists together."""
+    head = groups[0].upper
+    upper = heads.operands(head, _hidden(rows, head.layer, plan, taps))
+    assert upper.bias is None, "with a bias contrasts are not chosen directly"
+    device = upper.hidden.device
+    parts = []
+    for group in groups:
+        own = _index(_places(group.rows, rows), device)
+        if group.lower is None:
+            parts.append(RowGroup(own))
+            continue
+        lower = heads.operands(group.lower, _hidden(group.rows, group.lower.layer, plan, taps))
+        parts.append(RowGroup(own, lower.hidden, lower.weight, _alphas(group, device)))
+    return shared_head_tokens(upper.hidden, upper.weight, parts, *draws)
+
+
+def _alphas(group: HeadGroup, device: torch.device) -> Tensor:
+    return torch.tensor(group.alphas, dtype=torch.float32).to(device, non_blocking=True)
 
 
 def _group_scores(
@@ -131,20 +167,20 @@ def _group_scores(
     heads: ExitHeads,
     failures: dict[int, str],
 ) -> Tensor:
-    upper = heads.operands(group.upper, _hidden(group, group.upper.layer, plan, taps))
+    upper = heads.operands(group.upper, _hidden(group.rows, group.upper.layer, plan, taps))
     if group.candidates:
         candidates = [
-            heads.operands(head, _hidden(group, head.layer, plan, taps))
+            heads.operands(head, _hidden(group.rows, head.layer, plan, taps))
             for head in group.candidates
         ]
         return dola_scores(upper, candidates, group.alphas, group.jsd)
     if group.lower is None:
         return head_logits(*upper)
-    lower = heads.operands(group.lower, _hidden(group, group.lower.layer, plan, taps))
+    lower = heads.operands(group.lower, _hidden(group.rows, group.lower.layer, plan, taps))
     if group.function is not None:
         return _custom_scores(group, head_logits(*upper), head_logits(*lower), failures)
     device = upper.hidden.device
-    alpha = torch.tensor(group.alphas, dtype=torch.float32).to(device, non_blocking=True)
+    alpha = _alphas(group, device)
     least = None
     if any(count != 1 for count in group.min_candidates):
         least = torch.tensor(group.min_candidates).to(device, non_blocking=True)
@@ -153,13 +189,19 @@ def _group_scores(
     return contrast_logits(head_logits(*upper), head_logits(*lower), alpha, least)
 
 
-def _hidden(group: HeadGroup, layer: int, plan: ExitPlan, taps: Mapping[int, Tensor]) -> Tensor:
+def _hidden(
+    rows: tuple[int, ...], layer: int, plan: ExitPlan, taps: Mapping[int, Tensor]
+) -> Tensor:
     kept = plan.rows_at[layer]
-    if kept == group.rows:
+    if kept == rows:
         return taps[layer]
+    return taps[layer][_index(_places(rows, kept), taps[layer].device)]
+
+
+def _places(rows: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
+    """Where ``rows`` stand among ``kept``."""
     places = {row: place for place, row in enumerate(kept)}
-    chosen = tuple(places[row] for row in group.rows)
-    return taps[layer][_index(chosen, taps[layer].device)]
+    return tuple(places[row] for row in rows)
 
 
 def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from multiexit_engine.ops.norm import layer_norm, rms_norm
 from multiexit_engine.ops.registry import NATIVE, REFERENCE, Op, register_op, use_backend
 from multiexit_engine.ops.rotary import rotary
 from multiexit_engine.ops.sampling import gumbel_noise, sample_tokens
-from multiexit_engine.ops.tokens import contrast_tokens, head_tokens
+from multiexit_engine.ops.tokens import contrast_tokens, head_tokens, shared_head_tokens
 
 __all__ = [
     "NATIVE",
@@ -36,6 +36,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "sample_tokens",
+    "shared_head_tokens",
     "use_backend",
     "write_kv",
 ]

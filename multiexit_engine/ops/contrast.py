@@ -175,10 +175,8 @@ def _kernel_reads(
     alpha: Tensor,
     min_candidates: Tensor | None = None,
 ) -> bool:
-    return (
-        min_candidates is None
-        and is_plain(upper_hidden, lower_hidden, upper_weight)
-        and is_streamable(upper_weight, lower_weight)
+    return is_plain(upper_hidden, lower_hidden, upper_weight) and is_streamable(
+        upper_weight, lower_weight
     )
 
 

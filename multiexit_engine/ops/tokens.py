@@ -6,6 +6,9 @@ a backend need not bring logits to memory. Knows nothing of layers or requests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -84,6 +87,63 @@ def contrast_tokens(
     return _choose(log_probs, temperature, seeds, positions)
 
 
+class RowGroup(NamedTuple):
+    """Rows of a shared head that are contrasted with one lower head, or with none.
+
+    Attributes:
+        rows: [group] int64.
+        lower_hidden: [group, hidden_size] of the earlier exit, or None.
+        lower_weight: [vocab, hidden_size] of its head, or None.
+        alpha: [group] float32, see ``contrast_logits``, or None.
+    """
+
+    rows: Tensor
+    lower_hidden: Tensor | None = None
+    lower_weight: Tensor | None = None
+    alpha: Tensor | None = None
+
+
+@register_op
+def shared_head_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    groups: Sequence[RowGroup],
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Choose a token for each row where rows share a head but not what it is contrasted with.
+
+    Equal to ``head_tokens`` and ``contrast_tokens`` of each group; a backend reads the shared head
+    once for all of them.
+
+    Args:
+        hidden: [rows, hidden_size] normalised hidden states of the shared head's exit.
+        weight: [vocab, hidden_size] of the shared head, same dtype and device.
+        groups: every row stands in exactly one of them.
+        temperature: [rows] float32; 0 is greedy.
+        seeds: [rows] int64, see ``gumbel_noise``; not looked at in greedy rows.
+        positions: [rows] int64, see ``gumbel_noise``.
+
+    Returns:
+        [rows] int64 tokens and [rows] float32 their log-probabilities, as those ops give them
+        (float64 for float64 inputs).
+
+    Source: as ``head_tokens`` and ``contrast_tokens``.
+    """
+    tokens = torch.empty_like(seeds)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    log_probs = torch.empty(seeds.shape, dtype=dtype, device=hidden.device)
+    for rows, lower_hidden, lower_weight, alpha in groups:
+        draws = temperature[rows], seeds[rows], positions[rows]
+        if lower_hidden is None or lower_weight is None or alpha is None:
+            found = head_tokens(hidden[rows], weight, None, *draws)
+        else:
+            found = contrast_tokens(hidden[rows], weight, lower_hidden, lower_weight, alpha, *draws)
+        tokens[rows], log_probs[rows] = found
+    return tokens, log_probs
+
+
 def _choose(
     log_probs: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -143,5 +203,16 @@ contrast_tokens.backend(
     supports=lambda upper_hidden, upper_weight, lower_hidden, lower_weight, *_, **__: (
         is_plain(upper_hidden, lower_hidden, upper_weight)
         and is_streamable(upper_weight, lower_weight)
+    ),
+)
+shared_head_tokens.backend(
+    "cpu",
+    "multiexit_engine._native:shared_head_tokens",
+    device="cpu",
+    supports=lambda hidden, weight, groups, *_, **__: (
+        is_plain(hidden, weight)
+        and is_streamable(
+            weight, *(group.lower_weight for group in groups if group.lower_weight is not None)
+        )
     ),
 )

@@ -12,7 +12,9 @@ from multiexit_engine._native import (
     head_logits,
     head_tokens,
     sample_tokens,
+    shared_head_tokens,
 )
+from multiexit_engine.ops.tokens import RowGroup
 from tests.native.test_dense import poisoned
 
 SHAPES = pytest.mark.parametrize(
@@ -155,3 +157,40 @@ def test_a_sample_among_nan_is_nan(isa):
     scores[0, 650], scores[1, 3] = torch.nan, torch.nan
     tokens = sample_tokens(scores, torch.arange(3), torch.arange(3))
     assert tokens[:2].tolist() == [650, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@DTYPES
+def test_rows_that_share_a_head_choose_as_they_do_alone(isa, threads, dtype, temperature):
+    hidden, weight, lower, lower_weight = operands(5, 1100, 40, dtype)
+    other, alphas = weight.flip(0), torch.tensor([0.1, 1e-3, 0.5])
+    groups = [
+        RowGroup(torch.tensor([4, 1])),
+        RowGroup(torch.tensor([0, 3]), lower[:2], lower_weight, alphas[:2]),
+        RowGroup(torch.tensor([2]), lower[2:3], other, alphas[2:]),
+    ]
+    how = choices(5, temperature)
+    tokens, log_probs = shared_head_tokens(hidden, weight, groups, *how)
+    for rows, *below in groups:
+        own = hidden[rows], weight
+        draws = [x[rows] for x in how]
+        alone = (
+            head_tokens(*own, None, *draws)
+            if below[0] is None
+            else contrast_tokens(*own, *below, *draws)
+        )
+        assert torch.equal(tokens[rows], alone[0])
+        assert torch.equal(log_probs[rows], alone[1])
+
+
+def test_the_plausible_set_is_as_large_as_asked(isa):
+    args, alphas = operands(6, 3001, 33), torch.full((6,), 0.1)
+    least = torch.tensor([1, 0, 5, 200, 3001, 4000])
+    upper, upper_weight, lower, lower_weight = (x.double() for x in args)
+    expected = ops.contrast_logits.reference(
+        upper @ upper_weight.T, lower @ lower_weight.T, alphas, least
+    )
+    actual = contrast_heads(*args, alphas, least)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
+    args[0][2:4, 0] = torch.nan
+    assert contrast_heads(*args, alphas, least).isnan().any(1).tolist() == [0, 0, 1, 1, 0, 0]
