@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from report import alternate, median, show, write_json
+from report import alternate, median, show, timed, write_json
 from torch.nn import functional
 
 from multiexit_engine import _C
@@ -110,7 +110,7 @@ def main(
         ways = plain_read(threads) | products(kind, [1, 2, 4, 8, 16, 32])
         ways |= heads(kind) | attention(kind, 1024)
         with torch.inference_mode(), use_backend("native"):
-            seconds = alternate({way: run for way, (_, run) in ways.items()}, rounds)
+            seconds = alternate({way: timed(run) for way, (_, run) in ways.items()}, rounds)
         read = max(ways["plain read"][0] / t for t in seconds["plain read"])
         for way, (size, _) in ways.items():
             rate = size / median(seconds[way])

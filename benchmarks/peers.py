@@ -1,7 +1,7 @@
 """What the engine is measured against: transformers itself, and IBM's way of using it.
 
-IBM's way, written plainly: every exit head and the model's own head are computed at every step,
-whatever the mode needs, and the contrast sorts the whole vocabulary in probability space.
+IBM's way, written plainly: every loaded exit head and the model's own head are computed at every
+step, whatever the mode needs, and the contrast sorts the whole vocabulary in probability space.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ def load_transformers(shape: Shape, folder: Path, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def load_ibm_way(shape: Shape, folder: Path, dtype: torch.dtype) -> Any:
-    """Transformers' model whose ``generate`` contrasts two exits as IBM's library does."""
+def load_ibm_way(shape: Shape, folder: Path, dtype: torch.dtype, heads: tuple[int, ...]) -> Any:
+    """Transformers' model whose ``generate`` contrasts two exits as IBM's library does.
+
+    ``heads`` are the exits whose heads are loaded, and so computed: all of the checkpoint's, or
+    the two contrasted ones, which is the best that its user can do.
+    """
 
     class AllHeads(shape.model_class):  # type: ignore[name-defined,misc]
         exit_heads: dict[int, Tensor]
@@ -42,7 +46,7 @@ def load_ibm_way(shape: Shape, folder: Path, dtype: torch.dtype) -> Any:
     model = AllHeads.from_pretrained(folder, dtype=dtype).eval()
     model.exit_heads = {}
     with safe_open(folder / "model.safetensors", "pt") as file:
-        for layer in shape.exits:
+        for layer in heads:
             name = f"name_to_lm_exit_head.lm_head_{layer}.weight"
             model.exit_heads[layer] = file.get_tensor(name).to(dtype)
     return model

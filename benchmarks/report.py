@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,19 +18,29 @@ from rich.console import Console
 from rich.table import Table
 
 
-def alternate(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run: one unmeasured round, then ``rounds`` rounds in turn.
+def alternate(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds that each turn gives: one unmeasured round, then ``rounds`` rounds in turn.
 
     In turn, so that a disturbance of the machine meets all of them and ratios stay honest.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for measured in [False] + [True] * rounds:
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
+        for name, turn in turns.items():
+            spent = turn()
             if measured:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(spent)
     return seconds
+
+
+def timed(run: Callable[[], object]) -> Callable[[], float]:
+    """A turn that gives the seconds of ``run``."""
+
+    def turn() -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    return turn
 
 
 def median(values: list[float]) -> float:
@@ -59,15 +69,20 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if place == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)
+    console.print(table)
 
 
-def write_json(path: Path | None, command: str, results: list[dict[str, Any]]) -> None:
-    """Write the results with the machine beside them."""
+def write_json(
+    path: Path | None, command: str, results: list[dict[str, Any]], **more: object
+) -> None:
+    """Write the results with the machine beside them, and what else belongs to the run."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"command": command, "machine": machine(), "results": results}
+    record = {"command": command, "machine": machine(), "results": results} | more
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,72 +1,122 @@
-"""Tokens per second of many requests: together, one after another, and by transformers.
+"""Tokens per second of many requests at once, beside peers that batch, all in turn.
 
-python benchmarks/throughput.py --shape gpt-neo-125m --json results/throughput.json
+python benchmarks/throughput.py --peers all --peer-python vllm=vllm/bin/python --json out.json
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from agreement import describe
+from bars import BAR_COLUMNS, Bar, throughput_bars
 from checkpoints import KEPT_CHECKPOINTS, SHAPES, Shape, make_checkpoint
-from peers import generate, load_ibm_way, load_transformers
-from report import alternate, median, show, write_json
+from report import show, write_json
+from roster import chosen_peers, peer_pythons
+from ways import Way, engine_way, load_engine, measure, peer_way, start_peers
 
-from multiexit_engine import Contrast, DecodingMode, Engine, Exit, Original, SamplingParams
+from multiexit_engine import Contrast, DecodingMode, Engine, Exit, Original
 
 
-def measure(
-    shape: Shape,
-    folder: Path,
-    dtype: torch.dtype,
-    requests: int,
-    prompt_len: int,
-    new_tokens: int,
-    rounds: int,
-    backend: str,
-) -> list[dict[str, object]]:
-    """One row for each way of running ``requests`` greedy requests: median tokens/s."""
-    path = make_checkpoint(shape, folder, dtype)
-    engine = Engine.from_pretrained(
-        path, dtype=dtype, backend=backend, prefix_caching=False, max_batch_size=requests
-    )
-    plain = load_transformers(shape, path, dtype)
-    ibm = load_ibm_way(shape, path, dtype)
-    prompts = torch.randint(0, shape.config.vocab_size, (requests, prompt_len)).tolist()
-    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+@dataclass(frozen=True)
+class Job:
+    """What the requests are, and how often all of them run."""
+
+    shape: Shape
+    prompts: list[list[int]]
+    new_tokens: int
+    rounds: int
+
+
+def engine_ways(job: Job, weights: str, engine: Engine) -> list[Way]:
+    """All requests in one mode, all in four modes, eight, and one alone."""
+    shape, prompts = job.shape, job.prompts
     contrast = Contrast(shape.upper, shape.lower)
     mixed: list[DecodingMode] = [Original(), contrast, Exit(shape.upper), Exit(shape.lower)]
-    modes = [mixed[i % len(mixed)] for i in range(requests)]
-    runs = {
-        "engine Original, together": lambda: engine.generate(prompts, params, Original()),
-        "engine Original, one by one": lambda: [engine.generate(p, params) for p in prompts],
-        "engine Contrast, together": lambda: engine.generate(prompts, params, contrast),
-        "engine four modes mixed": lambda: engine.generate(prompts, params, modes),
-        "transformers, one batch": lambda: generate(plain, prompts, new_tokens),
-        "IBM's way, one batch": lambda: generate(ibm, prompts, new_tokens),
-    }
-    seconds = alternate(runs, rounds)
+    modes = [mixed[i % len(mixed)] for i in range(len(prompts))]
+    count = len(prompts)
+
+    def way(name: str, mode: DecodingMode | list[DecodingMode], asked: list[list[int]]) -> Way:
+        return engine_way(engine, name, weights, mode, asked, job.new_tokens)
+
     return [
+        way(f"Original, {count} together", Original(), prompts),
+        way(f"Contrast, {count} together", contrast, prompts),
+        way(f"four modes, {count} together", modes, prompts),
+        way("Original, 8 together", Original(), prompts[:8]),
+        way("Original, one", Original(), prompts[:1]),
+    ]
+
+
+def run_shape(
+    job: Job, weights: list[str], backend: str, peers: str, pythons: dict[str, str], folder: Path
+) -> tuple[list[dict[str, Any]], list[Bar]]:
+    """Measure one model size; prints its tables."""
+    shape, count = job.shape, len(job.prompts)
+    checkpoint = make_checkpoint(shape, folder, torch.float32)
+    chosen = [peer for peer in chosen_peers(peers) if peer.batches]
+    with ExitStack() as running:
+        started = start_peers(chosen, pythons, shape, checkpoint, weights, count)
+        for _, _, process in started:
+            running.enter_context(process)
+        ways = []
+        for kind in weights:
+            engine = load_engine(checkpoint, shape, kind, backend, count)
+            ways += engine_ways(job, kind, engine)
+        ways += [
+            peer_way(peer, process, kind, job.prompts, job.new_tokens)
+            for peer, kind, process in started
+        ]
+        measure(ways, job.rounds)
+    ours = {(way.mode, way.weights): way for way in reversed(ways) if _is_reference(way, count)}
+    rows = [
         {
             "shape": shape.name,
-            "backend": backend,
-            "dtype": str(dtype).removeprefix("torch."),
-            "requests": requests,
-            "way": name,
-            "tokens_per_s": requests * new_tokens / median(values),
-            "seconds": values,
+            "way": way.name,
+            "weights": way.weights,
+            "tokens_per_s": way.rate,
+            "seconds": way.seconds,
+            "tokens_agree": ""
+            if way.name.startswith("engine") or (way.mode, way.weights) not in ours
+            else describe(ours[way.mode, way.weights], way, {}),
         }
-        for name, values in seconds.items()
+        for way in ways
     ]
+    bars = throughput_bars({(way.name, way.weights): way.rate for way in ways}, count)
+    length = f"{len(job.prompts[0])} + {job.new_tokens} tokens"
+    title = (
+        f"{shape.name}, {count} requests, {length}, {torch.get_num_threads()} threads, {backend}"
+    )
+    cells = [
+        [way.name, way.weights, f"{way.rate:.1f}", str(row["tokens_agree"])]
+        for way, row in zip(ways, rows, strict=True)
+    ]
+    show(title, ["way", "weights", "tokens/s", "tokens"], cells)
+    show(f"{shape.name}, bars", BAR_COLUMNS, [bar.cells() for bar in bars])
+    return rows, bars
+
+
+def _is_reference(way: Way, count: int) -> bool:
+    return way.name in (f"engine Original, {count} together", f"engine Contrast, {count} together")
 
 
 def main(
     shape: Annotated[list[str] | None, typer.Option(help="of " + ", ".join(SHAPES))] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    weights: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16, int8, int4; the first two if none")
+    ] = None,
+    peers: Annotated[
+        str, typer.Option(help="names with commas, all, or none")
+    ] = "transformers,ibm",
+    peer_python: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH: the Python that has that peer")
+    ] = None,
     requests: int = 16,
     prompt_len: int = 32,
     new_tokens: int = 32,
@@ -79,33 +129,18 @@ def main(
     """Measure the throughput of concurrent requests on random-weight models."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    results = []
+    results, bars = [], []
     for name in shape or ["gpt2-medium", "gpt-neo-125m"]:
-        found = measure(
-            SHAPES[name],
-            folder,
-            getattr(torch, dtype),
-            requests,
-            prompt_len,
-            new_tokens,
-            rounds,
-            backend,
-        )
-        base = found[1]["tokens_per_s"]
-        rows = [
-            [
-                str(row["way"]),
-                f"{row['tokens_per_s']:.1f}",
-                f"{row['tokens_per_s'] / base:.2f}",  # type: ignore[operator]
-            ]
-            for row in found
-        ]
-        title = (
-            f"{name}, {dtype}, {requests} requests, {prompt_len} + {new_tokens} tokens, {backend}"
-        )
-        show(title, ["way", "tokens/s", "of one by one"], rows)
-        results += found
-    write_json(json, shlex.join(["python", *sys.argv]), results)
+        vocab = SHAPES[name].config.vocab_size
+        prompts = torch.randint(0, vocab, (requests, prompt_len)).tolist()
+        job = Job(SHAPES[name], prompts, new_tokens, rounds)
+        kinds = weights or ["float32", "bfloat16"]
+        pythons = peer_pythons(peer_python or [])
+        rows, met = run_shape(job, kinds, backend, peers, pythons, folder)
+        results += rows
+        bars += [{"shape": name} | bar.as_row() for bar in met]
+        command = shlex.join(["python", *sys.argv])
+        write_json(json, command, results, bars=bars, backend=backend)
 
 
 if __name__ == "__main__":
