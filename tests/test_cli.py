@@ -7,7 +7,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from multiexit_engine import Contrast, Engine, SamplingParams
+from multiexit_engine import Contrast, Engine, Exit, SamplingParams
 from multiexit_engine.cli import app
 from multiexit_engine.cli.options import SAMPLING, options_of_dataclass
 from tests.golden.acd_checkpoints import CHECKPOINTS, checkpoint_with_tokenizer
@@ -245,3 +245,25 @@ def test_options_are_converted_to_the_fields_type():
     assert options["layers"].convert("3,4;5") == (3, 4, 5)
     assert options["layers"].help == "some layers. Written 5,6."
     assert options["flag"].annotation is bool
+
+
+def test_show_exits_prints_the_text_and_a_legend(model, engine):
+    wanted = engine.generate("once", SamplingParams(max_new_tokens=9), Exit(3))[0].outputs[0].text
+    text = printed(
+        "generate", "once", "--model", model, "--decoding", "exit:3", "--show-exits",
+        "--max-new-tokens", 9,
+    )  # fmt: skip
+    assert text.startswith("once" + wanted)
+    assert "3  100 %" in text and "mean 3.0 of 6" in text
+
+
+def test_exits_html_writes_a_page_beside_the_text(model, tmp_path):
+    page = tmp_path / "exits.html"
+    options = ("--model", model, "--max-new-tokens", 5)
+    plain = printed("generate", "once", *options)
+    assert printed("generate", "once", *options, "--exits-html", page) == plain
+    assert "layer 6 of 6" in page.read_text("utf-8")
+
+
+def test_json_and_colours_exclude_each_other(model):
+    assert "give one of them" in refused("generate", "once", "--json", "--show-exits")

@@ -10,12 +10,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.text import Text
 
 from multiexit_engine.cli.app import USER_ERROR, console, show_error
+from multiexit_engine.cli.exit_page import Section, exit_page
+from multiexit_engine.cli.exit_view import Piece, coloured_legend, coloured_text, text_pieces
 from multiexit_engine.cli.options import ENGINE, SAMPLING, with_options
 from multiexit_engine.engine import Engine
 from multiexit_engine.errors import RequestFailed
-from multiexit_engine.outputs import RequestOutput
+from multiexit_engine.outputs import CompletionOutput, RequestOutput
 from multiexit_engine.params import DecodingMode, SamplingParams, parse_decoding
 
 Model = Annotated[str, typer.Option(help="A local folder, a hub id, or 'demo'.")]
@@ -38,20 +41,33 @@ def generate(
     model: Model = "demo",
     decoding: Decoding = "original",
     json: Annotated[bool, typer.Option("--json", help="One JSON object for each prompt.")] = False,
+    show_exits: Annotated[
+        bool, typer.Option("--show-exits", help="Colour the text by the layer that chose it.")
+    ] = False,
+    exits_html: Annotated[
+        Path | None, typer.Option(help="Write the text, coloured by exit layer, to this page.")
+    ] = None,
 ) -> None:
     """Continue PROMPT, or every line of a file or of standard input."""
+    if json and show_exits:
+        raise ValueError("--json and --show-exits: give one of them")
     params, mode = SamplingParams(**sampling), parse_decoding(decoding)
     prompts = read_prompts(prompt, input)
     loaded = Engine.from_pretrained(model, **engine)
-    if not json and len(prompts) == 1 and params.n == params.num_beams == 1:
+    coloured = show_exits or exits_html is not None
+    if not json and not coloured and len(prompts) == 1 and params.n == params.num_beams == 1:
         _stream(loaded, prompts[0], params, mode)
         return
     outputs = loaded.generate(prompts, params, mode)
     for output in outputs:
         if json:
             typer.echo(_json(output))
+        elif show_exits:
+            _show_exits(loaded, output)
         else:
             _show(output, with_heading=len(outputs) > 1)
+    if exits_html is not None:
+        exits_html.write_text(_exits_page(loaded, outputs, f"{model}, {decoding}"), "utf-8")
     if any(output.error for output in outputs):
         raise typer.Exit(USER_ERROR)
 
@@ -90,6 +106,37 @@ def _show(output: RequestOutput, *, with_heading: bool) -> None:
     for completion in output.outputs:
         label = f"[{completion.index}] " if len(output.outputs) > 1 else ""
         typer.echo(label + completion.text)
+
+
+def _show_exits(engine: Engine, output: RequestOutput) -> None:
+    if output.error is not None:
+        show_error(RequestFailed(output.error))
+        return
+    num_layers = engine.model_config.num_layers
+    for completion in output.outputs:
+        pieces = _pieces(engine, output, completion)
+        console.print(Text(output.prompt or "", "dim"), end="", soft_wrap=True)
+        console.print(coloured_text(pieces, num_layers), soft_wrap=True)
+        console.print(coloured_legend(pieces, num_layers), soft_wrap=True)
+
+
+def _exits_page(engine: Engine, outputs: list[RequestOutput], title: str) -> str:
+    sections = [
+        Section(output.prompt or "", _pieces(engine, output, completion))
+        for output in outputs
+        for completion in output.outputs
+    ]
+    return exit_page(sections, engine.model_config.num_layers, title)
+
+
+def _pieces(engine: Engine, output: RequestOutput, completion: CompletionOutput) -> list[Piece]:
+    return text_pieces(
+        engine.tokenizer,
+        output.prompt_token_ids,
+        completion.token_ids,
+        completion.exit_layers,
+        text=completion.text,
+    )
 
 
 def _json(output: RequestOutput) -> str:
