@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
 
 from multiexit_engine.modes import MODES
 from multiexit_engine.serve.errors import ApiError
@@ -26,6 +28,12 @@ async def health(request: Request) -> dict[str, str]:
 async def version(request: Request) -> dict[str, str]:
     """Version of the package."""
     return {"version": str(request.app.version)}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    return Response(state_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/models")

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from multiexit_engine.async_engine import AsyncEngine
 from multiexit_engine.serve import about, completions
 from multiexit_engine.serve.errors import ErrorResponse, install_handlers
+from multiexit_engine.serve.metrics import Metrics
 from multiexit_engine.serve.middleware import ApiKeys, BodyLimit, RequestLog
 from multiexit_engine.serve.server_state import ServerState
 from multiexit_engine.serve.settings import ServerSettings, read_api_keys
@@ -60,9 +61,9 @@ def create_app(
         middleware=_middleware(settings),
         responses=ERRORS,
     )
-    app.state.server = ServerState(
-        engine, texts, settings, settings.served_model_name or model_name
-    )
+    name = settings.served_model_name or model_name
+    metrics = engine.observer = Metrics(engine.stats, engine.model_config, name)
+    app.state.server = ServerState(engine, texts, metrics, settings, name)
     install_handlers(app)
     app.include_router(about.router)
     app.include_router(completions.router)

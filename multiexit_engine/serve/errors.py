@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as AnyHTTPException
 
 from multiexit_engine.errors import EngineClosed, QueueFull, RequestFailed
 from multiexit_engine.serve.protocol import BODIES, UNSUPPORTED, Body
@@ -38,8 +38,8 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-class ApiError(Exception):
-    """An answer with an error status.
+class ApiError(HTTPException):
+    """An answer with an error status; FastAPI lets it through wherever it is raised.
 
     Args:
         status: HTTP status.
@@ -51,7 +51,7 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(status, message)
         self.status = status
         self.message = _printable(message)
         self.param = None if param is None else _printable(param)
@@ -108,8 +108,8 @@ def install_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         return error_response(_of_validation(error, BODIES.get(request.url.path)))
 
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
+    @app.exception_handler(AnyHTTPException)
+    async def http(request: Request, error: AnyHTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         response = error_response(ApiError(error.status_code, message))
         response.headers.update(error.headers or {})

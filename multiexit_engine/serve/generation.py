@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from multiexit_engine.errors import RequestFailed
+from multiexit_engine.errors import EngineError, RequestFailed
 from multiexit_engine.modes import DecodingMode
 from multiexit_engine.outputs import CompletionOutput, RequestOutput
 from multiexit_engine.params import SamplingParams
@@ -77,7 +77,7 @@ async def answer(
         submission = await state.engine.submit(
             job.prompts, job.sampling, job.mode, streamed=is_streamed
         )
-    except Exception as error:
+    except (ValueError, EngineError) as error:
         raise as_api_error(error) from error
     if state.settings.log_prompts:
         texts = [await state.texts.decode(prompt) for prompt in job.prompts]

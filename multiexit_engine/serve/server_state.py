@@ -9,6 +9,7 @@ from fastapi import Request
 
 from multiexit_engine.async_engine import AsyncEngine
 from multiexit_engine.serve.errors import ApiError
+from multiexit_engine.serve.metrics import Metrics
 from multiexit_engine.serve.settings import ServerSettings
 from multiexit_engine.serve.texts import Texts
 
@@ -20,6 +21,7 @@ class ServerState:
     Attributes:
         engine: runs the requests.
         texts: its tokenizer, for the server.
+        metrics: watches the engine.
         settings: as the server was started.
         model_name: what clients call the model.
         created: when it was loaded, in seconds since 1970.
@@ -27,6 +29,7 @@ class ServerState:
 
     engine: AsyncEngine
     texts: Texts
+    metrics: Metrics
     settings: ServerSettings
     model_name: str
     created: int = field(default_factory=lambda: int(time.time()))
