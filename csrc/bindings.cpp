@@ -61,44 +61,47 @@ void decoder_blocks(int threads, const Span& span, const Rows& rows, Address hid
   run_blocks(threads, span, rows, at<void>(hidden), at<void>(out), static_cast<DType>(dtype));
 }
 
-void project(int threads, Address hidden, int64_t rows, const Matrix& weight, Address bias,
-             Address out) {
+void project(int threads, Address hidden, int dtype, int64_t rows, const Matrix& weight,
+             Address bias, Address out) {
   Release nogil;
-  const float* input =
-      as_float(at<void>(hidden), weight.dtype, rows * weight.columns, Scratch::kInput);
+  const float* input = as_float(at<void>(hidden), static_cast<DType>(dtype),
+                                rows * weight.columns, Scratch::kInput);
   head_logits(threads, input, rows, {weight, at(bias)}, at(out));
 }
 
-void choose(int threads, Address hidden, int64_t rows, const Matrix& weight, Address bias,
-            const Choice& choice) {
+void choose(int threads, Address hidden, int dtype, int64_t rows, const Matrix& weight,
+            Address bias, const Choice& choice) {
   Release nogil;
-  const float* input =
-      as_float(at<void>(hidden), weight.dtype, rows * weight.columns, Scratch::kInput);
+  const float* input = as_float(at<void>(hidden), static_cast<DType>(dtype),
+                                rows * weight.columns, Scratch::kInput);
   head_tokens(threads, input, rows, {weight, at(bias)}, choice);
 }
 
-HeadPair pair_of(Address upper_hidden, const Matrix& upper, Address lower_hidden,
+HeadPair pair_of(int dtype, Address upper_hidden, const Matrix& upper, Address lower_hidden,
                  const Matrix& lower, Address alpha, int64_t rows, Address least = 0) {
-  return {as_float(at<void>(upper_hidden), upper.dtype, rows * upper.columns, Scratch::kInput),
+  const DType kind = static_cast<DType>(dtype);
+  return {as_float(at<void>(upper_hidden), kind, rows * upper.columns, Scratch::kInput),
           upper,
           {nullptr, rows,
-           as_float(at<void>(lower_hidden), lower.dtype, rows * lower.columns,
-                    Scratch::kLowerInput),
+           as_float(at<void>(lower_hidden), kind, rows * lower.columns, Scratch::kLowerInput),
            lower, at(alpha), at<int64_t>(least)}};
 }
 
-void contrast(int threads, Address upper_hidden, const Matrix& upper, Address lower_hidden,
-              const Matrix& lower, Address alpha, Address least, int64_t rows, Address out) {
+void contrast(int threads, int dtype, Address upper_hidden, const Matrix& upper,
+              Address lower_hidden, const Matrix& lower, Address alpha, Address least, int64_t rows,
+              Address out) {
   Release nogil;
-  contrast_heads(threads, pair_of(upper_hidden, upper, lower_hidden, lower, alpha, rows, least),
+  contrast_heads(threads, pair_of(dtype, upper_hidden, upper, lower_hidden, lower, alpha, rows, least),
                  rows, at(out));
 }
 
-void choose_contrast(int threads, Address upper_hidden, const Matrix& upper, Address lower_hidden,
-                     const Matrix& lower, Address alpha, int64_t rows, const Choice& choice) {
+void choose_contrast(int threads, int dtype, Address upper_hidden, const Matrix& upper,
+                     Address lower_hidden, const Matrix& lower, Address alpha, int64_t rows,
+                     const Choice& choice) {
   Release nogil;
-  contrast_tokens(threads, pair_of(upper_hidden, upper, lower_hidden, lower, alpha, rows), rows,
-                  choice);
+  contrast_tokens(threads,
+                  pair_of(dtype, upper_hidden, upper, lower_hidden, lower, alpha, rows),
+                  rows, choice);
 }
 
 void choose_shared(int threads, Address hidden, int64_t rows, const Matrix& head,
@@ -131,6 +134,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Matrix>(m, "Matrix")
       .def(py::init([](Address data, int dtype, int64_t rows, int64_t columns) {
         return Matrix{at<void>(data), static_cast<DType>(dtype), rows, columns};
+      }))
+      .def(py::init([](Address codes, int64_t rows, int64_t columns, int bits, Address scales,
+                       int64_t group_size) {
+        return Matrix{at<void>(codes), DType::kFloat32, rows, columns, bits, at<BFloat16>(scales),
+                      group_size};
       }));
   py::class_<Linear>(m, "Linear").def(py::init([](const Matrix& weight, Address bias) {
     return Linear{weight, at(bias)};

@@ -1,5 +1,12 @@
+from typing import overload
+
 class Matrix:
+    @overload
     def __init__(self, data: int, dtype: int, rows: int, columns: int) -> None: ...
+    @overload
+    def __init__(
+        self, codes: int, rows: int, columns: int, bits: int, scales: int, group_size: int
+    ) -> None: ...
 
 class Linear:
     def __init__(self, weight: Matrix, bias: int) -> None: ...
@@ -62,13 +69,14 @@ class Choice:
     ) -> None: ...
 
 def head_logits(
-    threads: int, hidden: int, rows: int, weight: Matrix, bias: int, out: int
+    threads: int, hidden: int, dtype: int, rows: int, weight: Matrix, bias: int, out: int
 ) -> None: ...
 def head_tokens(
-    threads: int, hidden: int, rows: int, weight: Matrix, bias: int, choice: Choice
+    threads: int, hidden: int, dtype: int, rows: int, weight: Matrix, bias: int, choice: Choice
 ) -> None: ...
 def contrast_heads(
     threads: int,
+    dtype: int,
     upper_hidden: int,
     upper: Matrix,
     lower_hidden: int,
@@ -80,6 +88,7 @@ def contrast_heads(
 ) -> None: ...
 def contrast_tokens(
     threads: int,
+    dtype: int,
     upper_hidden: int,
     upper: Matrix,
     lower_hidden: int,

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from multiexit_engine.quantization import Quantization
+
 BackendName = Literal["auto", "reference", "native"]
 
 
@@ -118,6 +120,7 @@ class EngineConfig:
         num_kv_blocks: blocks of the pool.
         prefix_caching: reuse the KV blocks of equal beginnings.
         seed: of requests that bring none.
+        quantization: of the weight matrices; None for ``dtype``.
     """
 
     device: torch.device
@@ -130,3 +133,4 @@ class EngineConfig:
     num_kv_blocks: int
     prefix_caching: bool
     seed: int
+    quantization: Quantization | None = None

@@ -69,7 +69,7 @@ class Engine:
         self.checkpoint = checkpoint
         tokenizer: Any = checkpoint.load_tokenizer()
         self.tokenizer = tokenizer
-        self._model = build_model(checkpoint, config.device, config.dtype)
+        self._model = build_model(checkpoint, config.device, config.dtype, config.quantization)
         model = self._model.config
         kv_cache = PagedKVCache(
             model.num_layers,
@@ -106,7 +106,7 @@ class Engine:
         kv_cache_memory: int | None = None,
         block_size: int = 16,
         prefix_caching: bool = True,
-        quantization: None = None,
+        quantization: str | None = None,
         revision: str | None = None,
         seed: int = 0,
     ) -> Engine:
@@ -131,7 +131,9 @@ class Engine:
             kv_cache_memory: bytes of the KV pool; by default a share of the free memory.
             block_size: tokens of a KV block.
             prefix_caching: keep the KV blocks of prompts for later prompts that begin alike.
-            quantization: None; this version stores weights only as they are.
+            quantization: "int8" or "int4" stores weight matrices as small integers with a scale for
+                each 32 columns ("int8-g64", "int4-g64": 64), for the CPU; sums stay in float32.
+                docs/quantization.md says what it costs. None keeps them in dtype.
             revision: of a hub id.
             seed: of requests that bring none.
 
@@ -139,8 +141,6 @@ class Engine:
             CheckpointError: the checkpoint is damaged, incomplete, or of an unknown kind.
             ValueError: an argument has no meaning for this model.
         """
-        if quantization is not None:
-            raise ValueError(f"quantization={quantization!r}: this version has none, give None")
         opened = open_checkpoint(
             model,
             revision=revision,
@@ -160,6 +160,7 @@ class Engine:
             block_size=block_size,
             prefix_caching=prefix_caching,
             seed=seed,
+            quantization=quantization,
         )
         return cls(opened, config, Original() if decoding is None else decoding)
 

@@ -5,11 +5,18 @@ import json
 import re
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from multiexit_engine import Contrast, Engine, Exit, SamplingParams
+from multiexit_engine.checkpoint import open_checkpoint
 from multiexit_engine.cli import app
+from multiexit_engine.cli.info import weight_bytes
 from multiexit_engine.cli.options import SAMPLING, options_of_dataclass
+from multiexit_engine.layers.exit_heads import Head
+from multiexit_engine.layers.linear import Linear
+from multiexit_engine.models import build_model
+from multiexit_engine.quantization import Quantization
 from tests.golden.acd_checkpoints import CHECKPOINTS, checkpoint_with_tokenizer
 
 COMMANDS = ("generate", "score", "info", "demo", "bench", "train")
@@ -158,6 +165,26 @@ def test_info_gives_modes_that_run(model):
 def test_info_of_a_single_exit_model_shows_how_to_make_exits():
     text = printed("info", CHECKPOINTS / "gpt2_plain")
     assert "--vocab-projection-mode shared_projection_direct" in text
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-g64"])
+def test_info_foretells_the_bytes_of_quantized_weights(name):
+    how = Quantization.parse(name)
+    checkpoint = open_checkpoint("demo")
+    built = build_model(checkpoint, torch.device("cpu"), checkpoint.dtype, how)
+    for layer in checkpoint.config.exit_layers:
+        built.heads.require(Head(layer))
+    held = [built.heads._weight, *built.heads._loaded.values(), *built.parameters()]
+    held += built.heads._final_norm.parameters()
+    held += [module.weight for module in built.modules() if isinstance(module, Linear)]
+    assert weight_bytes(checkpoint, how) == sum(weight.nbytes for weight in held)
+    assert f"MiB in {how}" in printed("info", "demo", "--quantization", name)
+    assert "'int5': must be None, int4" in refused("info", "demo", "--quantization", "int5")
+
+
+def test_generate_takes_quantized_weights(model):
+    text = printed("generate", "once", "--model", model, "--quantization", "int8", "--json")
+    assert json.loads(text)
 
 
 def test_demo_shows_three_modes(model):

@@ -17,7 +17,7 @@ struct Linear {
 // Weight rows that a thread takes at once: about 64 KB, but enough to keep a pass over many tokens
 // worth its start.
 inline int64_t rows_of_chunk(const Matrix& weight, int64_t tokens) {
-  const int64_t row_bytes = std::max<int64_t>(1, weight.columns * size_of(weight.dtype));
+  const int64_t row_bytes = std::max<int64_t>(1, weight.row_bytes());
   const int64_t bytes = tokens > 8 ? 256 << 10 : 128 << 10;
   return std::max<int64_t>(12, bytes / row_bytes / 12 * 12);
 }

@@ -3,6 +3,7 @@
 #include "vec.h"
 
 #include "product.inl"
+#include "quantized.inl"
 #include "rows.inl"
 #include "attention.inl"
 #include "noise.inl"

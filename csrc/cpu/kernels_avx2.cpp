@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "scratch.h"
+
 #pragma GCC target("avx2,fma,f16c")
 #define MULTIEXIT_AVX2
 #define ISA_NAMESPACE avx2

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "scratch.h"
+
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #define MULTIEXIT_AVX512
 #define MULTIEXIT_AVX512BF16

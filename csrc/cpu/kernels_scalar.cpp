@@ -1,5 +1,7 @@
 #include <cstdint>
 
+#include "scratch.h"
+
 #define ISA_NAMESPACE scalar
 #include "kernels.inl"
 

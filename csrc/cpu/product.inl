@@ -178,8 +178,13 @@ static void product_of(const void* input, int64_t tokens, const Matrix& matrix, 
   }
 }
 
+static void quantized_product(const void* x, int64_t tokens, const Matrix& weight, int64_t first,
+                              int64_t count, const float* bias, float* out, int64_t out_stride);
+
 static void product(const void* x, int64_t tokens, const Matrix& weight, int64_t first,
                     int64_t count, const float* bias, float* out, int64_t out_stride) {
+  if (weight.bits)
+    return quantized_product(x, tokens, weight, first, count, bias, out, out_stride);
   switch (weight.dtype) {
     case DType::kFloat32:
       return product_of<float>(x, tokens, weight, first, count, bias, out, out_stride);

@@ -12,6 +12,7 @@ class Scratch {
   enum Slot {
     kInput, kResidual, kNormed, kWide, kUp, kMixed, kScores, kRounded,  // blocks
     kLogits, kLower, kLowerInput, kLowerRounded, kSummaries, kCandidates, kUpper, kShared, kNoisy, kContrasted,  // heads
+    kDequantized,  // weights
     kSlots
   };
 

@@ -21,10 +21,22 @@ struct Matrix {
   const void* data;
   DType dtype;
   int64_t rows, columns;
+  // Of a quantized matrix, whose numbers are codes of 8 or 4 bits: quantized.inl has the layout.
+  int bits = 0;
+  const BFloat16* scales = nullptr;  // [rows, groups]
+  int64_t group_size = 0;
 
-  const void* row(int64_t index) const {
-    return static_cast<const char*>(data) + index * columns * size_of(dtype);
+  int64_t row_bytes() const {
+    if (bits) return (columns + kBlock - 1) / kBlock * kBlock * bits / 8;
+    return columns * size_of(dtype);
   }
+  const void* row(int64_t index) const {
+    return static_cast<const char*>(data) + index * row_bytes();
+  }
+  int64_t groups() const { return (columns + group_size - 1) / group_size; }
+
+  // Columns whose codes lie together; a row is padded to whole blocks.
+  static constexpr int64_t kBlock = 32;
 };
 
 enum class Activation { kGelu = 0, kGeluTanh = 1, kQuickGelu = 2, kRelu = 3, kSilu = 4 };

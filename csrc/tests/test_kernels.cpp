@@ -51,6 +51,42 @@ void products() {
       }
 }
 
+// Codes of 1 and -3 in turn, with a scale of 1, 2, 3, ... for the groups of a row.
+void quantized_products(int bits, int64_t group_size) {
+  for (int64_t tokens : {1, 2, 3, 4, 9})
+    for (int64_t columns : {1, 33, 64, 100, 550})
+      for (int64_t rows : {1, 5, 19}) {
+        Matrix matrix = {nullptr, DType::kFloat32, rows, columns, bits, nullptr, group_size};
+        std::vector<uint8_t> codes(rows * matrix.row_bytes(), bits == 8 ? 0 : 0x88);
+        std::vector<BFloat16> scales(rows * matrix.groups());
+        for (int64_t i = 0; i < rows * matrix.groups(); ++i) {
+          const float scale = i % matrix.groups() + 1;
+          kernels().from_float(&scale, &scales[i], DType::kBFloat16, 1);
+        }
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < columns; ++c) {
+            uint8_t* row = codes.data() + r * matrix.row_bytes();
+            const int code = (r + c) % 2 ? 1 : -3;
+            if (bits == 8)
+              row[c] = static_cast<uint8_t>(code);
+            else
+              row[c / 32 * 16 + c % 16] += code * (c % 32 < 16 ? 1 : 16);
+          }
+        matrix.data = codes.data();
+        matrix.scales = scales.data();
+        const auto x = numbers(tokens * columns);
+        std::vector<float> out(tokens * rows);
+        multiply(3, x.data(), tokens, {matrix, nullptr}, out.data(), [](int64_t, int64_t) {});
+        for (int64_t t = 0; t < tokens; ++t)
+          for (int64_t r = 0; r < rows; ++r) {
+            double sum = 0.0;
+            for (int64_t c = 0; c < columns; ++c)
+              sum += x[t * columns + c] * ((r + c) % 2 ? 1.0 : -3.0) * (c / group_size + 1);
+            expect_near(out[t * rows + r], sum, "quantized product");
+          }
+      }
+}
+
 void conversions() {
   for (DType dtype : {DType::kBFloat16, DType::kFloat16})
     for (int64_t count : {1, 8, 16, 17, 31}) {
@@ -139,6 +175,8 @@ int main() {
   for (const char* isa : {"scalar", "avx2", "avx512", "avx512bf16"}) {
     if (!choose_isa(isa)) continue;
     products();
+    for (int bits : {8, 4})
+      for (int64_t group_size : {32, 64}) quantized_products(bits, group_size);
     conversions();
     for (int64_t head_dim : {1, 6, 16, 70})
       for (int64_t window : {0, 2})

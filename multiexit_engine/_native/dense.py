@@ -7,9 +7,10 @@ from torch import Tensor
 
 from multiexit_engine import _C
 from multiexit_engine._native.tensors import DTYPES, address, matrix, vector
+from multiexit_engine.quantization import Weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See ``multiexit_engine.ops.linear``."""
     x, shift = x.contiguous(), vector(bias)
     out = x.new_empty(x.shape[0], weight.shape[0])

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from multiexit_engine import _C
-from multiexit_engine._native.tensors import address, matrix, vector
+from multiexit_engine._native.tensors import DTYPES, address, matrix, vector
+from multiexit_engine.quantization import Weight
 
 
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def head_logits(hidden: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """See ``multiexit_engine.ops.head_logits``."""
     hidden, shift = hidden.contiguous(), vector(bias)
     out = torch.empty(hidden.shape[0], weight.shape[0])
     _C.head_logits(
         torch.get_num_threads(),
         hidden.data_ptr(),
+        DTYPES[hidden.dtype],
         hidden.shape[0],
         matrix(weight),
         address(shift),
@@ -29,9 +31,9 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def contrast_heads(
     upper_hidden: Tensor,
-    upper_weight: Tensor,
+    upper_weight: Weight,
     lower_hidden: Tensor,
-    lower_weight: Tensor,
+    lower_weight: Weight,
     alpha: Tensor,
     min_candidates: Tensor | None = None,
 ) -> Tensor:
@@ -42,6 +44,7 @@ def contrast_heads(
     out = torch.empty(upper_hidden.shape[0], upper_weight.shape[0])
     _C.contrast_heads(
         torch.get_num_threads(),
+        DTYPES[upper_hidden.dtype],
         upper_hidden.data_ptr(),
         matrix(upper_weight),
         lower_hidden.data_ptr(),
@@ -56,7 +59,7 @@ def contrast_heads(
 
 def head_tokens(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     temperature: Tensor,
     seeds: Tensor,
@@ -68,6 +71,7 @@ def head_tokens(
     _C.head_tokens(
         torch.get_num_threads(),
         hidden.data_ptr(),
+        DTYPES[hidden.dtype],
         hidden.shape[0],
         matrix(weight),
         address(shift),
@@ -78,9 +82,9 @@ def head_tokens(
 
 def contrast_tokens(
     upper_hidden: Tensor,
-    upper_weight: Tensor,
+    upper_weight: Weight,
     lower_hidden: Tensor,
-    lower_weight: Tensor,
+    lower_weight: Weight,
     alpha: Tensor,
     temperature: Tensor,
     seeds: Tensor,
@@ -92,6 +96,7 @@ def contrast_tokens(
     rows = _Rows(temperature, seeds, positions)
     _C.contrast_tokens(
         torch.get_num_threads(),
+        DTYPES[upper_hidden.dtype],
         upper_hidden.data_ptr(),
         matrix(upper_weight),
         lower_hidden.data_ptr(),
@@ -105,7 +110,7 @@ def contrast_tokens(
 
 def shared_head_tokens(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     groups: Sequence[Any],
     temperature: Tensor,
     seeds: Tensor,

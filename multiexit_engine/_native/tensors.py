@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine import _C
+from multiexit_engine.quantization import QuantizedWeight, Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -15,8 +16,18 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def matrix(weight: Tensor) -> _C.Matrix:
-    """A view of a contiguous [rows, columns] tensor, which must outlive it."""
+def matrix(weight: Weight) -> _C.Matrix:
+    """A view of a contiguous [rows, columns] tensor or quantized weight, which must outlive it."""
+    if isinstance(weight, QuantizedWeight):
+        how, (rows, columns) = weight.quantization, weight.shape
+        return _C.Matrix(
+            weight.codes.data_ptr(),
+            rows,
+            columns,
+            how.bits,
+            weight.scales.data_ptr(),
+            how.group_size,
+        )
     return _C.Matrix(weight.data_ptr(), DTYPES[weight.dtype], *weight.shape)
 
 

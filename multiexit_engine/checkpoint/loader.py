@@ -1,4 +1,7 @@
-"""Puts stored tensors where a model wants them: shape checked, on its device, in its dtype."""
+"""Puts stored tensors where a model wants them: shape checked, on its device, in its dtype.
+
+Weight matrices become quantized here, one at a time, from the numbers as they are stored.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from multiexit_engine.checkpoint.weights import Weights
 from multiexit_engine.errors import CheckpointError
+from multiexit_engine.quantization import Quantization, Weight, quantize
 
 
 @dataclass(frozen=True)
@@ -18,21 +22,40 @@ class TensorLoader:
     weights: Weights
     device: torch.device
     dtype: torch.dtype
+    quantization: Quantization | None = None
 
     def load(self, name: str, *shape: int) -> Tensor:
         """The contiguous tensor ``name``; raises CheckpointError when missing or misshapen."""
         return self._place(self._checked(name, shape))
 
-    def load_transposed(self, name: str, *shape: int) -> Tensor:
-        """A matrix of ``shape`` that is stored transposed, as GPT-2's Conv1D weights are."""
-        return self._place(self._checked(name, shape[::-1]).t())
+    def load_weight(self, name: str, rows: int, columns: int) -> Weight:
+        """A weight matrix, quantized where the loader says so."""
+        return self._compress(name, self._checked(name, (rows, columns)))
 
-    def load_stacked(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
-        """Several tensors as one, joined along their first dimension; one alone is not copied."""
+    def load_transposed(self, name: str, rows: int, columns: int) -> Weight:
+        """A weight matrix that is stored transposed, as GPT-2's Conv1D weights are."""
+        return self._compress(name, self._checked(name, (columns, rows)).t())
+
+    def load_stacked(self, names: list[str], rows: list[int], columns: int) -> Weight:
+        """Several weight matrices as one, above each other; one alone is not copied."""
+        shapes: list[tuple[int, ...]] = [(count, columns) for count in rows]
+        return self._compress(" and ".join(names), self._joined(names, shapes))
+
+    def load_stacked_biases(self, names: list[str], rows: list[int]) -> Tensor:
+        """Several vectors as one, behind each other."""
+        return self._place(self._joined(names, [(count,) for count in rows]))
+
+    def _joined(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
         parts = [self._checked(name, shape) for name, shape in zip(names, shapes, strict=True)]
-        if len(parts) == 1:
-            return self._place(parts[0])
-        return self._place(torch.cat([part.to(self.dtype) for part in parts]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _compress(self, name: str, tensor: Tensor) -> Weight:
+        if self.quantization is None:
+            return self._place(tensor)
+        try:
+            return quantize(tensor, self.quantization)
+        except ValueError as error:
+            raise CheckpointError(f"tensor {name!r}: {error}") from error
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype).contiguous()

@@ -13,8 +13,10 @@ from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.checkpoint import Checkpoint, open_checkpoint
 from multiexit_engine.cli.app import console
 from multiexit_engine.config import ModelConfig
+from multiexit_engine.quantization import Quantization
 
 _MIB = 2**20
+_EMBEDDINGS = ("wte.weight", "wpe.weight", "embed_tokens.weight")
 
 
 def info(
@@ -26,6 +28,9 @@ def info(
         str | None, typer.Option(help="Exit layers, as 24;12, instead of the checkpoint's own.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Show the memory of weights in int8, int4, int8-g64, ...")
+    ] = None,
 ) -> None:
     """Family, exits, size and possible decoding modes of MODEL; loads no weights."""
     checkpoint = open_checkpoint(
@@ -34,13 +39,14 @@ def info(
         vocab_projection_mode=vocab_projection_mode,
         lm_head_layer_indices=lm_head_layer_indices,
     )
-    console.print(_facts(model, checkpoint))
+    how = None if quantization is None else Quantization.parse(quantization)
+    console.print(_facts(model, checkpoint, how))
     console.print("\nDecoding modes, ready to copy:")
     for line in _examples(model, checkpoint.config):
         typer.echo("  " + line)
 
 
-def _facts(model: str, checkpoint: Checkpoint) -> Table:
+def _facts(model: str, checkpoint: Checkpoint, how: Quantization | None) -> Table:
     config, weights = checkpoint.config, checkpoint.weights
     sizes = [weights.get(name) for name in weights.names()]
     kv_bytes = PagedKVCache.bytes_per_block(
@@ -49,7 +55,6 @@ def _facts(model: str, checkpoint: Checkpoint) -> Table:
     table = Table.grid(padding=(0, 2))
     layers = ", ".join(map(str, config.exit_layers)) or "none"
     projection = config.projection.name if config.projection is not None else "-"
-    stored = sum(t.numel() * t.element_size() for t in sizes)
     facts = {
         "model": Path(model).name if Path(model).is_dir() else model,
         "family": config.model_type,
@@ -60,12 +65,32 @@ def _facts(model: str, checkpoint: Checkpoint) -> Table:
         "exits": layers,
         "projection": projection,
         "parameters": f"{sum(t.numel() for t in sizes):,}",
-        "memory": f"{stored / _MIB:.1f} MiB as stored ({checkpoint.dtype}), plus "
-        f"{kv_bytes / 1024:.1f} KiB of keys and values per token",
+        "memory": f"{weight_bytes(checkpoint, how) / _MIB:.1f} MiB "
+        + (f"as stored ({checkpoint.dtype})" if how is None else f"in {how}")
+        + f", plus {kv_bytes / 1024:.1f} KiB of keys and values per token",
     }
     for name, value in facts.items():
         table.add_row(f"[bold]{name}[/]", Text(value))
     return table
+
+
+def weight_bytes(checkpoint: Checkpoint, how: Quantization | None) -> int:
+    """Of all weights as an engine holds them, up to the padding of quantized rows.
+
+    Embeddings, norms and biases are never quantized.
+    """
+    config, weights = checkpoint.config, checkpoint.weights
+    if how is None:
+        return sum(weights.get(name).nbytes for name in weights.names())
+    total = 0
+    for name in weights.names():
+        tensor = weights.get(name)
+        is_matrix = tensor.dim() == 2 and not name.endswith(_EMBEDDINGS)
+        total += how.num_bytes(*tensor.shape) if is_matrix else tensor.nbytes
+    if "lm_head.weight" not in weights:
+        # a tied head becomes a matrix of its own
+        total += how.num_bytes(config.vocab_size, config.hidden_size)
+    return total
 
 
 def _examples(model: str, config: ModelConfig) -> list[str]:

@@ -14,6 +14,7 @@ from multiexit_engine.checkpoint import TensorLoader, exit_weight_name
 from multiexit_engine.config import ModelConfig, VocabularyProjectionMode
 from multiexit_engine.layers.norm import LayerNorm, RMSNorm
 from multiexit_engine.ops.linear import linear
+from multiexit_engine.quantization import Weight
 
 
 class Head(NamedTuple):
@@ -36,12 +37,12 @@ class HeadOperands(NamedTuple):
 
     Attributes:
         hidden: [rows, hidden], normalised (unless raw) and, under CAST, converted.
-        weight: [vocab, hidden].
+        weight: [vocab, hidden], may be quantized.
         bias: [vocab] or None.
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None
 
 
@@ -61,7 +62,7 @@ class ExitHeads:
         config: ModelConfig,
         loader: TensorLoader,
         final_norm: LayerNorm | RMSNorm,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None = None,
     ) -> None:
         self._config = config
@@ -69,7 +70,7 @@ class ExitHeads:
         self._final_norm = final_norm
         self._weight = weight
         self._bias = bias
-        self._loaded: dict[int, Tensor] = {}
+        self._loaded: dict[int, Weight] = {}
         self._ready: set[Head] = set()
 
     @property
@@ -101,7 +102,7 @@ class ExitHeads:
         config = self._config
         is_cast = config.projection is VocabularyProjectionMode.SHARED_PROJECTION_CAST_OUTPUTS
         rows = config.hidden_size if is_cast else config.vocab_size
-        self._loaded[head.layer] = self._loader.load(name, rows, config.hidden_size)
+        self._loaded[head.layer] = self._loader.load_weight(name, rows, config.hidden_size)
 
     def operands(self, head: Head, tap: Tensor) -> HeadOperands:
         """What gives this head's logits for some rows.

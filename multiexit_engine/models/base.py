@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from multiexit_engine.batch import ForwardBatch
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.checkpoint import TensorLoader
+from multiexit_engine.checkpoint.families import FAMILIES
 from multiexit_engine.config import ModelConfig
 from multiexit_engine.layers.block import DecoderBlock
 from multiexit_engine.layers.embedding import Embedding
 from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.ops import decoder_blocks
+from multiexit_engine.quantization import Weight
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +78,11 @@ class MultiExitModel(nn.Module):
         return decoder_blocks(hidden, self._order[start:stop], kv_cache, batch)
 
 
-def load_original_head(config: ModelConfig, loader: TensorLoader, tokens: Tensor) -> Tensor:
+def load_original_head(config: ModelConfig, loader: TensorLoader, tokens: Tensor) -> Weight:
     """The matrix of the model's own head: the token embedding where they are tied.
+
+    A quantized head is a matrix of its own; the embedding, of which a step reads a few rows only,
+    is never quantized.
 
     A head that is stored beside a tied embedding and differs from it is used, with a warning, as
     transformers 5 does; transformers 4 ignored it.
@@ -88,18 +93,21 @@ def load_original_head(config: ModelConfig, loader: TensorLoader, tokens: Tensor
         tokens: [vocab, hidden], the token embedding.
 
     Returns:
-        [vocab, hidden].
+        [vocab, hidden], quantized where the loader says so.
 
     Raises:
         CheckpointError: an untied head is missing, or is misshapen.
     """
     name = "lm_head.weight"
-    if config.tie_word_embeddings and name not in loader.weights:
-        return tokens
-    head = loader.load(name, config.vocab_size, config.hidden_size)
-    if not config.tie_word_embeddings:
-        return head
-    if torch.equal(head, tokens):
-        return tokens
+    if config.tie_word_embeddings and not _has_other_head(loader, name, tokens):
+        if loader.quantization is None:
+            return tokens
+        name = FAMILIES[config.model_type].embedding
+    return loader.load_weight(name, config.vocab_size, config.hidden_size)
+
+
+def _has_other_head(loader: TensorLoader, name: str, tokens: Tensor) -> bool:
+    if name not in loader.weights or torch.equal(loader.load(name, *tokens.shape), tokens):
+        return False
     logger.warning("%s differs from the embedding that config.json ties it to; it is used", name)
-    return head
+    return True

@@ -37,7 +37,7 @@ def _block(config: ModelConfig, loader: TensorLoader, layer: int) -> DecoderBloc
     inner = config.family["intermediate_size"] or 4 * width
     attention = f"{name}.attn.attention"
     qkv = loader.load_stacked(
-        [f"{attention}.{part}_proj.weight" for part in "qkv"], [(width, width)] * 3
+        [f"{attention}.{part}_proj.weight" for part in "qkv"], [width] * 3, width
     )
     return DecoderBlock(
         _norm(config, loader, f"{name}.ln_1"),
@@ -58,7 +58,7 @@ def _block(config: ModelConfig, loader: TensorLoader, layer: int) -> DecoderBloc
 
 
 def _linear(loader: TensorLoader, name: str, rows: int, columns: int) -> Linear:
-    weight = loader.load(f"{name}.weight", rows, columns)
+    weight = loader.load_weight(f"{name}.weight", rows, columns)
     return Linear(weight, loader.load(f"{name}.bias", rows))
 
 

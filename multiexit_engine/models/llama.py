@@ -115,10 +115,10 @@ def _attention(
 def _linear(
     loader: TensorLoader, names: list[str], rows: list[int], columns: int, has_bias: bool
 ) -> Linear:
-    weight = loader.load_stacked([f"{n}.weight" for n in names], [(r, columns) for r in rows])
+    weight = loader.load_stacked([f"{n}.weight" for n in names], rows, columns)
     bias = None
     if has_bias:
-        bias = loader.load_stacked([f"{n}.bias" for n in names], [(r,) for r in rows])
+        bias = loader.load_stacked_biases([f"{n}.bias" for n in names], rows)
     return Linear(weight, bias)
 
 

@@ -13,6 +13,7 @@ from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.models.gpt2 import build_gpt2
 from multiexit_engine.models.gpt_neo import build_gpt_neo
 from multiexit_engine.models.llama import build_llama
+from multiexit_engine.quantization import Quantization
 
 BUILDERS: dict[str, Callable[[ModelConfig, TensorLoader], MultiExitModel]] = {
     "gpt2": build_gpt2,
@@ -24,8 +25,16 @@ BUILDERS: dict[str, Callable[[ModelConfig, TensorLoader], MultiExitModel]] = {
 }
 
 
-def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> MultiExitModel:
+def build_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+) -> MultiExitModel:
     """The model of a checkpoint, its weights on ``device`` in ``dtype``.
+
+    With ``quantization`` the matrices of products are quantized from the numbers as stored, one
+    after the other; embeddings, norms and biases stay in ``dtype``.
 
     On the CPU, weights that are stored in ``dtype`` and in the layout that the model uses stay
     mapped from the file. The weights of exits are loaded by ``heads.require``.
@@ -38,5 +47,5 @@ def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         raise CheckpointError(
             f"model_type {config.model_type!r} has no model; supported are {', '.join(BUILDERS)}"
         )
-    model = BUILDERS[config.model_type](config, TensorLoader(checkpoint.weights, device, dtype))
-    return model.eval()
+    loader = TensorLoader(checkpoint.weights, device, dtype, quantization)
+    return BUILDERS[config.model_type](config, loader).eval()

@@ -15,6 +15,7 @@ from torch import Tensor
 from multiexit_engine.ops.heads import head_logits
 from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
+from multiexit_engine.quantization import QuantizedWeight, Weight, dequantize
 
 # Fetching a row of the lower head for one token of one row takes four times its share of the full
 # product of one row; from four rows on the product is bound by arithmetic and grows with them
@@ -66,9 +67,9 @@ def contrast_logits(
 @register_op
 def contrast_heads(
     upper_hidden: Tensor,
-    upper_weight: Tensor,
+    upper_weight: Weight,
     lower_hidden: Tensor,
-    lower_weight: Tensor,
+    lower_weight: Weight,
     alpha: Tensor,
     min_candidates: Tensor | None = None,
 ) -> Tensor:
@@ -82,9 +83,9 @@ def contrast_heads(
 
     Args:
         upper_hidden: [rows, hidden_size] normalised hidden states of the later exit.
-        upper_weight: [vocab, hidden_size] of its head, same dtype.
+        upper_weight: [vocab, hidden_size] of its head, same dtype, or quantized.
         lower_hidden: [rows, hidden_size] of the earlier exit.
-        lower_weight: [vocab, hidden_size] of its head, same dtype.
+        lower_weight: [vocab, hidden_size] of its head, same dtype, or quantized.
         alpha: [rows] float32, see ``contrast_logits``.
         min_candidates: [rows] int64 or None, see ``contrast_logits``.
 
@@ -138,7 +139,7 @@ def _normaliser(upper: Tensor) -> Tensor:
 
 
 def _contrast_candidates(
-    upper: Tensor, candidates: Sequence[Tensor], lower_hidden: Tensor, lower_weight: Tensor
+    upper: Tensor, candidates: Sequence[Tensor], lower_hidden: Tensor, lower_weight: Weight
 ) -> Tensor:
     """The contrast on the CPU, from the lower logits of each row's candidates alone."""
     normaliser = _normaliser(upper)
@@ -156,10 +157,12 @@ def _contrast_candidates(
     return log_p
 
 
-def _logits_at(tokens: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+def _logits_at(tokens: Tensor, hidden: Tensor, weight: Weight) -> Tensor:
     """[tokens] logits of one row, in float32 at least."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     hidden = hidden.to(dtype)
+    if isinstance(weight, QuantizedWeight):
+        weight = dequantize(weight, dtype)
     parts = [
         torch.mv(weight.index_select(0, part).to(dtype), hidden)
         for part in torch.split(tokens, FETCHED_ROWS)
@@ -169,9 +172,9 @@ def _logits_at(tokens: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
 
 def _kernel_reads(
     upper_hidden: Tensor,
-    upper_weight: Tensor,
+    upper_weight: Weight,
     lower_hidden: Tensor,
-    lower_weight: Tensor,
+    lower_weight: Weight,
     alpha: Tensor,
     min_candidates: Tensor | None = None,
 ) -> bool:

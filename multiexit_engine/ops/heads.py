@@ -8,10 +8,11 @@ from torch import Tensor
 
 from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
+from multiexit_engine.quantization import QuantizedWeight, Weight, as_tensor
 
 
 @register_op
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def head_logits(hidden: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """Project hidden states on the vocabulary.
 
     A half-precision product is accumulated in float32 and stays so; only the reference on the CPU
@@ -19,7 +20,7 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Args:
         hidden: [rows, hidden_size] normalised hidden states, any float dtype.
-        weight: [vocab, hidden_size] of the same dtype and device.
+        weight: [vocab, hidden_size] of the same dtype and device, or quantized.
         bias: [vocab] added to every row's logits, or None.
 
     Returns:
@@ -28,6 +29,8 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Source: ``lm_head`` of every causal model in transformers.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if isinstance(weight, QuantizedWeight):
+        hidden, weight = hidden.to(dtype), as_tensor(weight, dtype)
     if hidden.device.type == "cuda" and hidden.dtype != dtype and hidden.shape[0]:
         logits = torch.mm(hidden, weight.T, out_dtype=dtype)
     else:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
+from multiexit_engine.quantization import QuantizedWeight, Weight, as_tensor
 
 
 @register_op
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``.
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``; a quantized weight is dequantized, not ``x`` quantized.
 
     Args:
         x: [rows, in_features].
-        weight: [out_features, in_features].
+        weight: [out_features, in_features], or a quantized weight of this shape, whose product is
+            summed in float32 at least.
         bias: [out_features] or None.
 
     Returns:
@@ -23,6 +26,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Source: ``torch.nn.functional.linear``.
     """
+    if isinstance(weight, QuantizedWeight):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        shift = None if bias is None else bias.to(wide)
+        return functional.linear(x.to(wide), as_tensor(weight, wide), shift).to(x.dtype)
     return functional.linear(x, weight, bias)
 
 

@@ -17,12 +17,13 @@ from multiexit_engine.ops.heads import head_logits
 from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.ops.sampling import gumbel_noise
+from multiexit_engine.quantization import QuantizedWeight, Weight
 
 
 @register_op
 def head_tokens(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     temperature: Tensor,
     seeds: Tensor,
@@ -35,7 +36,7 @@ def head_tokens(
 
     Args:
         hidden: [rows, hidden_size] normalised hidden states, any float dtype.
-        weight: [vocab, hidden_size] of the same dtype and device.
+        weight: [vocab, hidden_size] of the same dtype and device, or quantized.
         bias: [vocab] added to every row's logits, or None.
         temperature: [rows] float32; 0 is greedy.
         seeds: [rows] int64, see ``gumbel_noise``; not looked at in greedy rows.
@@ -54,9 +55,9 @@ def head_tokens(
 @register_op
 def contrast_tokens(
     upper_hidden: Tensor,
-    upper_weight: Tensor,
+    upper_weight: Weight,
     lower_hidden: Tensor,
-    lower_weight: Tensor,
+    lower_weight: Weight,
     alpha: Tensor,
     temperature: Tensor,
     seeds: Tensor,
@@ -68,7 +69,7 @@ def contrast_tokens(
 
     Args:
         upper_hidden: [rows, hidden_size] normalised hidden states of the later exit.
-        upper_weight: [vocab, hidden_size] of its head, same dtype and device.
+        upper_weight: [vocab, hidden_size] of its head, same dtype and device, or quantized.
         lower_hidden: [rows, hidden_size] of the earlier exit.
         lower_weight: [vocab, hidden_size] of its head; may be the upper one.
         alpha: [rows] float32, see ``contrast_logits``.
@@ -93,20 +94,20 @@ class RowGroup(NamedTuple):
     Attributes:
         rows: [group] int64.
         lower_hidden: [group, hidden_size] of the earlier exit, or None.
-        lower_weight: [vocab, hidden_size] of its head, or None.
+        lower_weight: [vocab, hidden_size] of its head, may be quantized, or None.
         alpha: [group] float32, see ``contrast_logits``, or None.
     """
 
     rows: Tensor
     lower_hidden: Tensor | None = None
-    lower_weight: Tensor | None = None
+    lower_weight: Weight | None = None
     alpha: Tensor | None = None
 
 
 @register_op
 def shared_head_tokens(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     groups: Sequence[RowGroup],
     temperature: Tensor,
     seeds: Tensor,
@@ -119,7 +120,7 @@ def shared_head_tokens(
 
     Args:
         hidden: [rows, hidden_size] normalised hidden states of the shared head's exit.
-        weight: [vocab, hidden_size] of the shared head, same dtype and device.
+        weight: [vocab, hidden_size] of the shared head, same dtype and device, or quantized.
         groups: every row stands in exactly one of them.
         temperature: [rows] float32; 0 is greedy.
         seeds: [rows] int64, see ``gumbel_noise``; not looked at in greedy rows.
@@ -157,21 +158,24 @@ def _choose(
     return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
 
-def _streams(*matrices: Tensor) -> bool:
+def _streams(*matrices: Weight) -> bool:
     """Whether matrices are laid out and typed as the fused kernels read them."""
     kinds = (torch.bfloat16, torch.float16, torch.float32)
-    return all(m.is_contiguous() and m.dtype in kinds for m in matrices)
+    return all(
+        not isinstance(m, QuantizedWeight) and m.is_contiguous() and m.dtype in kinds
+        for m in matrices
+    )
 
 
-def _head_streams(hidden: Tensor, weight: Tensor, *_: object, **__: object) -> bool:
+def _head_streams(hidden: Tensor, weight: Weight, *_: object, **__: object) -> bool:
     return _streams(hidden, weight)
 
 
 def _heads_stream(
     upper_hidden: Tensor,
-    upper_weight: Tensor,
+    upper_weight: Weight,
     lower_hidden: Tensor,
-    lower_weight: Tensor,
+    lower_weight: Weight,
     *_: object,
     **__: object,
 ) -> bool:

@@ -11,6 +11,7 @@ from multiexit_engine.checkpoint import Checkpoint
 from multiexit_engine.config import BackendName, EngineConfig, ModelConfig
 from multiexit_engine.errors import BackendUnavailable
 from multiexit_engine.ops import Op
+from multiexit_engine.quantization import Quantization
 from multiexit_engine.runtime.memory import num_kv_blocks
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def make_engine_config(
     block_size: int,
     prefix_caching: bool,
     seed: int,
+    quantization: str | None,
 ) -> EngineConfig:
     """The checked limits of an engine on a checkpoint; see ``Engine.from_pretrained``."""
     check_counts(
@@ -61,6 +63,7 @@ def make_engine_config(
         ),
         prefix_caching=prefix_caching,
         seed=seed,
+        quantization=pick_quantization(quantization, place),
     )
 
 
@@ -120,6 +123,18 @@ def pick_backend(backend: BackendName, device: torch.device) -> BackendName:
             raise BackendUnavailable(f"backend='native': {error}; use 'auto'") from error
         _warn_once(f"ops run in plain PyTorch where they have no kernel: {error}")
     return backend
+
+
+def pick_quantization(quantization: str | None, device: torch.device) -> Quantization | None:
+    """The quantization of a name; raises ValueError for others, and for devices without kernels."""
+    if quantization is None:
+        return None
+    if device.type != "cpu":
+        raise ValueError(
+            f"quantization={quantization!r}: quantized weights run on the CPU only, not on "
+            f"{str(device)!r}; give device='cpu' or quantization=None"
+        )
+    return Quantization.parse(quantization)
 
 
 @functools.cache

@@ -1,0 +1,153 @@
+"""Weights as small integers with a scale for each group: the data, and the one rule that makes it.
+
+Knows nothing of checkpoints or of who multiplies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BITS = (8, 4)
+GROUP_SIZES = (32, 64)
+# Columns whose 4-bit codes lie together: byte i holds column i and column 16 + i.
+BLOCK = 32
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weight matrices are stored.
+
+    Attributes:
+        bits: of a code, 8 or 4.
+        group_size: columns that share a scale, 32 or 64. The last group of a row takes what is
+            left, so any number of columns will do.
+    """
+
+    bits: int
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or self.group_size not in GROUP_SIZES:
+            raise ValueError(f"{self}: bits must be in {BITS} and group_size in {GROUP_SIZES}")
+
+    @classmethod
+    def parse(cls, name: str) -> Quantization:
+        """Of ``"int8"``, ``"int4"``, or with the group size, ``"int4-g64"``; else ValueError."""
+        known = {str(cls(bits, size)): cls(bits, size) for bits in BITS for size in GROUP_SIZES}
+        known |= {f"int{bits}": cls(bits) for bits in BITS}
+        if name not in known:
+            raise ValueError(f"quantization={name!r}: must be None, " + ", ".join(sorted(known)))
+        return known[name]
+
+    def __str__(self) -> str:
+        return f"int{self.bits}-g{self.group_size}"
+
+    @property
+    def largest_code(self) -> int:
+        """127 or 7; codes lie in -largest_code..largest_code."""
+        return int(2 ** (self.bits - 1)) - 1
+
+    def num_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a quantized matrix."""
+        row = _padded(columns, BLOCK) * self.bits // 8 + -(-columns // self.group_size) * 2
+        return rows * row
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight matrix [rows, columns]: ``code * scale of its group``.
+
+    Attributes:
+        codes: [rows, columns, padded to a multiple of 32] int8, or half as many uint8 for 4 bits:
+            of each block of 32 columns byte i holds columns i (low half) and 16 + i (high half) as
+            code + 8. Padding is the code 0.
+        scales: [rows, groups] bfloat16.
+        columns: without padding.
+        quantization: bits and group size.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    columns: int
+    quantization: Quantization
+
+    @property
+    def shape(self) -> torch.Size:
+        """[rows, columns] of the matrix that this stands for."""
+        return torch.Size((self.codes.shape[0], self.columns))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+
+Weight = Tensor | QuantizedWeight
+
+
+def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
+    """The nearest codes of a matrix, group by group along its columns.
+
+    The scale of a group is max |w| / largest_code, rounded to bfloat16; a code is w / scale,
+    rounded to the nearest, ties to even, so no number is off by more than half a scale. Symmetric:
+    there is no zero point. bfloat16, not float16, because it has float32's range: a float16 scale
+    of numbers below 0.008 has too few bits, one of numbers below 4e-6 none. What the rounding of a
+    scale changes is the width of the steps, by at most 0.2 %.
+
+    Args:
+        weight: [rows, columns] on the CPU, any float dtype; computed in float32.
+        quantization: bits and group size.
+
+    Raises:
+        ValueError: a number is not finite.
+
+    Source: round-to-nearest absmax of Dettmers et al. 2022, arXiv:2208.07339, section 2.1, by group
+        as Yao et al. 2022, arXiv:2206.01861.
+    """
+    parts = [_quantize_rows(part, quantization) for part in torch.split(weight, _ROWS_AT_ONCE)]
+    codes, scales = (torch.cat(column) for column in zip(*parts, strict=True))
+    return QuantizedWeight(codes, scales, weight.shape[1], quantization)
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[rows, columns] of the numbers that a quantized matrix stands for, exact in float32."""
+    codes = weight.codes
+    if weight.quantization.bits == 4:
+        halves = codes.view(codes.shape[0], -1, 1, BLOCK // 2)
+        codes = torch.cat((halves & 15, halves >> 4), 2).flatten(1).to(torch.int8) - 8
+    size = weight.quantization.group_size
+    scales = weight.scales.to(dtype).repeat_interleave(size, 1)[:, : weight.columns]
+    return codes[:, : weight.columns].to(dtype) * scales
+
+
+def as_tensor(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The matrix itself in ``dtype``, dequantized where it needs to be."""
+    return dequantize(weight, dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+
+
+def _quantize_rows(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    size, largest = quantization.group_size, quantization.largest_code
+    groups = _zero_padded(weight.float(), _padded(columns, size)).view(rows, -1, size)
+    scales = (groups.abs().amax(-1, keepdim=True) / largest).bfloat16()
+    if not bool(scales.isfinite().all()):
+        raise ValueError("a weight is NaN or infinite: it cannot be quantized")
+    wide = scales.float()
+    codes = (groups / wide.masked_fill(wide == 0, torch.inf)).round_().clamp_(-largest, largest)
+    codes = _zero_padded(codes.view(rows, -1)[:, :columns].to(torch.int8), _padded(columns, BLOCK))
+    if quantization.bits == 4:
+        halves = (codes + 8).to(torch.uint8).view(rows, -1, 2, BLOCK // 2)
+        codes = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+    return codes, scales[..., 0]
+
+
+def _padded(columns: int, size: int) -> int:
+    return -(-columns // size) * size
+
+
+def _zero_padded(matrix: Tensor, columns: int) -> Tensor:
+    return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[1]))
