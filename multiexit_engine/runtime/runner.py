@@ -39,6 +39,7 @@ from multiexit_engine.request import ChosenToken, Request, ScoredToken
 from multiexit_engine.request import Sequence as TokenSequence
 
 NOT_A_NUMBER = "its mode gave NaN as the score of a token"
+NO_TOKEN_LEFT = "its mode and its parameters together leave no token to choose"
 MAX_LOGIT_ROWS = 256  # rows of a float32 [rows, vocab] tensor made at once: 51 MB at GPT-2's vocab
 
 
@@ -211,6 +212,9 @@ class ModelRunner:
             own, start = range(start, start + count), start + count
             if any(math.isnan(host_scores[i]) for i in own):
                 output.failures[sequence.request.request_id] = NOT_A_NUMBER
+                continue
+            if any(host_scores[i] == -math.inf for i in own):
+                output.failures[sequence.request.request_id] = NO_TOKEN_LEFT
                 continue
             asked = sequence.request.sampling.logprobs
             chosen = [_chosen(host_tokens, host_logprobs, i, asked) for i in own]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from multiexit_engine import DoLa, Engine, SamplingParams
+from multiexit_engine import DoLa, Engine, FinishReason, SamplingParams
 from tests.tiny import save_gpt2
 
 PROMPT = [5, 100, 7, 42]
@@ -66,3 +66,14 @@ def test_half_precision_weights_give_finite_scores(tmp_path, dtype):
     engine = Engine.from_pretrained(save_gpt2(tmp_path), dtype=dtype, device="cpu")
     scores = engine.logits(PROMPT, DoLa((0, 2, 4), relative_top=0.0))
     assert scores.dtype == torch.float32 and scores.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_ban_of_all_plausible_tokens_ends_its_own_request_alone(engine, temperature):
+    mode = DoLa((0, 2), relative_top=1.0)
+    only = int(engine.logits(PROMPT, mode)[-1].argmax())
+    banned = SamplingParams(max_new_tokens=3, bad_words=((only,),), temperature=temperature)
+    failed, other = engine.generate([PROMPT, PROMPT], [banned, SamplingParams()], mode)
+    assert failed.outputs[0].finish_reason is FinishReason.ERROR
+    assert "leave no token to choose" in failed.error and failed.outputs[0].token_ids == []
+    assert other.outputs[0].token_ids[0] == only and other.error is None
