@@ -96,7 +96,8 @@ def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: 
     span = spans.get(key)
     if span is None:
         span = spans[key] = _Span(blocks, kv_cache)
-    hidden = hidden.contiguous()
+    # float32 between spans, too: where the layers are cut must not round anything
+    hidden = hidden.float().contiguous()
     out = torch.empty_like(hidden)
     rows = _C.Rows(
         layout_view(batch.layout), batch.positions.data_ptr(), batch.slot_mapping.data_ptr()

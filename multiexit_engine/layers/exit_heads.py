@@ -109,16 +109,17 @@ class ExitHeads:
 
         Args:
             head: loaded first if it was not yet required.
-            tap: [rows, hidden], output of block ``head.layer`` before the final norm; the
-                embeddings for layer 0.
+            tap: [rows, hidden], output of block ``head.layer`` before the final norm, in the dtype
+                of the weights or in float32; the embeddings for layer 0.
 
         Raises:
             ValueError: the model has no such head.
         """
         self.require(head)
+        dtype = self._final_norm.weight.dtype
         if head.is_raw:
-            return HeadOperands(tap, self._weight, self._bias)
-        hidden = self._final_norm(tap)
+            return HeadOperands(tap.to(dtype), self._weight, self._bias)
+        hidden = self._final_norm(tap).to(dtype)
         own = None if head.is_original else self._loaded.get(head.layer)
         if own is None:
             return HeadOperands(hidden, self._weight, self._bias)

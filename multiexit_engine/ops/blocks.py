@@ -29,17 +29,18 @@ def decoder_blocks(
 ) -> Tensor:
     """Run decoder blocks one after the other.
 
-    Half-precision backends may keep what lies between input and result in float32.
+    Backends for half precision may keep what lies between input and result in float32. Running
+    two spans one after the other gives the same bits as running both in one call.
 
     Args:
-        hidden: [tokens, hidden].
+        hidden: [tokens, hidden] in the dtype of the weights, or what an earlier span gave.
         blocks: at least one ``layers.block.DecoderBlock``, whose parts a backend reads; its
             weights and the cache stay where they are from the first call on.
         kv_cache: the keys and values of these layers are written for all tokens of ``batch``.
         batch: the tokens.
 
     Returns:
-        A new tensor of the shape and dtype of ``hidden``.
+        A new tensor of the shape of ``hidden``, in its dtype or in float32.
 
     Source: Radford et al. 2019, "Language models are unsupervised multitask learners", 2.3.
     """

@@ -16,8 +16,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
     Args:
         x: [rows, hidden].
-        weight: [hidden].
-        bias: [hidden].
+        weight: [hidden] in the dtype of ``x`` or a narrower one.
+        bias: [hidden] of the same dtype.
         eps: added to the variance.
 
     Returns:
@@ -25,7 +25,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
     Source: Ba et al. 2016, arXiv:1607.06450, eq. 4.
     """
-    return functional.layer_norm(x, weight.shape, weight, bias, eps)
+    return functional.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
 @register_op
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: [..., hidden].
-        weight: [hidden].
+        weight: [hidden] in the dtype of ``x`` or a narrower one.
         eps: added to the mean square.
 
     Returns:
@@ -45,18 +45,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
+    return weight.to(x.dtype) * normed.to(x.dtype)
 
 
 layer_norm.backend(
     "cpu",
     "multiexit_engine._native:layer_norm",
     device="cpu",
-    supports=lambda x, weight, bias, eps: is_plain(x, weight, bias),
+    supports=lambda x, weight, bias, eps: is_plain(x) and is_plain(weight, bias),
 )
 rms_norm.backend(
     "cpu",
     "multiexit_engine._native:rms_norm",
     device="cpu",
-    supports=lambda x, weight, eps: is_plain(x, weight),
+    supports=lambda x, weight, eps: is_plain(x) and is_plain(weight),
 )

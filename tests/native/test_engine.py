@@ -22,9 +22,9 @@ def folder(tmp_path_factory):
     return save_gpt2(tmp_path_factory.mktemp("gpt2"), sharpness=3.0)
 
 
-def new_engine(folder, **options):
+def new_engine(folder, dtype="float32", **options):
     return Engine.from_pretrained(
-        folder, dtype="float32", device="cpu", backend="native", prefix_caching=False, **options
+        folder, dtype=dtype, device="cpu", backend="native", prefix_caching=False, **options
     )
 
 
@@ -33,10 +33,11 @@ def results(engine, prompts, modes, **sampling):
     return [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("logprobs", [None, 2])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_request_gives_the_same_bits_alone_and_in_company(folder, temperature, logprobs):
-    engine = new_engine(folder)
+def test_a_request_gives_the_same_bits_alone_and_in_company(folder, temperature, logprobs, dtype):
+    engine = new_engine(folder, dtype)
     options = {"temperature": temperature, "seed": 5, "logprobs": logprobs, "top_k": 0}
     together = results(engine, PROMPTS, MODES, **options)
     for prompt, mode, expected in zip(PROMPTS, MODES, together, strict=True):
