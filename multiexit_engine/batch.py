@@ -22,16 +22,22 @@ class ScheduledSequence:
     """A sequence and how many of its tokens this step computes.
 
     Tokens ``[start, start + num_tokens)`` of the sequence are computed; its block table already
-    covers them. ``start`` is its ``num_computed_tokens`` when it was scheduled.
+    covers them. ``start`` is its ``num_computed_tokens`` when it was scheduled. The table covers
+    ``num_drafts`` tokens more, which the step may draft and check.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    num_drafts: int = 0
 
     @property
     def stop(self) -> int:
         return self.start + self.num_tokens
+
+    @property
+    def positions(self) -> range:
+        return range(self.start, self.stop)
 
     @property
     def reaches_end(self) -> bool:
@@ -53,7 +59,7 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.scheduled)
+        return sum(s.num_tokens + s.num_drafts for s in self.scheduled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,19 @@ class BeamCandidates:
     token_ids: list[list[int]]
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedDrafts:
+    """What the check of a sequence's drafts gave.
+
+    Attributes:
+        tokens: its next tokens: the drafts that were accepted, then one token of the target's own.
+        num_drafts: drafts that were checked.
+    """
+
+    tokens: list[ChosenToken]
+    num_drafts: int
+
+
 @dataclass(slots=True)
 class StepOutput:
     """What a step gave, on the host.
@@ -71,12 +90,14 @@ class StepOutput:
     Attributes:
         tokens: for each sequence that reached its end its new token; ``n`` of them after a
             prompt that is to be continued ``n`` times.
+        checked: for each sequence with drafts its next tokens.
         beams: for each beam-search request the candidates of its beams.
         scored: for each request the log-probabilities of its prompt tokens, in order.
         failures: requests whose own code or numbers failed, with the reason.
     """
 
     tokens: list[tuple[Sequence, list[ChosenToken]]] = field(default_factory=list)
+    checked: list[tuple[Sequence, CheckedDrafts]] = field(default_factory=list)
     beams: list[tuple[Request, BeamCandidates]] = field(default_factory=list)
     scored: list[tuple[Request, list[ScoredToken]]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -156,16 +177,19 @@ class ForwardBatch:
 
     @classmethod
     def build(cls, batch: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
-        """Lay the scheduled sequences out flat and copy the result to the device."""
+        """Lay the scheduled sequences out flat and copy the result to the device.
+
+        Rows beyond a sequence's tokens get token 0: their tokens are known on the device only.
+        """
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         for item in batch.scheduled:
             table = item.sequence.block_table
-            own = range(item.start, item.stop)
             tokens += item.sequence.token_ids[item.start : item.stop]
-            positions += own
-            slots += [table[p // block_size] * block_size + p % block_size for p in own]
+            tokens += [0] * (item.stop - max(item.start, item.sequence.num_tokens))
+            positions += item.positions
+            slots += [table[p // block_size] * block_size + p % block_size for p in item.positions]
         query_lens = tuple(s.num_tokens for s in batch.scheduled)
         context_lens = tuple(s.stop for s in batch.scheduled)
         num_blocks = [-(-length // block_size) for length in context_lens]

@@ -22,6 +22,7 @@ from multiexit_engine.config import (
     ModelConfig,
     VocabularyProjectionMode,
 )
+from multiexit_engine.decoding.speculation import DraftPolicy
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.registry import build_model
 from multiexit_engine.outputs import (
@@ -80,8 +81,9 @@ class Engine:
             config.dtype,
             config.device,
         )
-        self._scheduler = Scheduler(config)
-        runner = ModelRunner(self._model, kv_cache, config)
+        draft_policy = DraftPolicy()
+        self._scheduler = Scheduler(config, draft_policy)
+        runner = ModelRunner(self._model, kv_cache, config, draft_policy)
         self._core = EngineCore(config, self._scheduler, runner, tokenizer)
         self._intake = Intake(config, model, self._model.heads, tokenizer, decoding)
         self._feeds = Feeds(self._core)
@@ -334,18 +336,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """How full the engine is, and what it has done."""
-        scheduler = self._scheduler
-        return EngineStats(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            num_steps=self._core.num_steps,
-            num_generated_tokens=self._core.num_generated_tokens,
-            num_preemptions=scheduler.num_preemptions,
-            num_kv_blocks=self.config.num_kv_blocks,
-            num_free_kv_blocks=scheduler.num_free_blocks,
-            prefix_query_tokens=scheduler.prefix_query_tokens,
-            prefix_hit_tokens=scheduler.prefix_hit_tokens,
-        )
+        return self._core.stats()
 
     def _step(self, report: Callable[[Request], _Reported]) -> list[_Reported]:
         changed = self._core.step()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from multiexit_engine.checks import is_finite, is_int, reject
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Layer: TypeAlias = int | Literal["original"]
+MAX_DRAFT_LEN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +136,51 @@ class DoLa:
             )
 
 
-DecodingMode: TypeAlias = Original | Exit | Contrast | DoLa
-MODES: dict[str, type[Original] | type[Exit] | type[Contrast] | type[DoLa]] = {
+Target: TypeAlias = Original | Exit | Contrast | DoLa
+
+
+@dataclass(frozen=True, slots=True)
+class SelfSpeculative:
+    """Self-speculation: an early exit drafts tokens, the target mode checks them all at once.
+
+    Lossless: each token is the one that ``target`` alone gives for the same seed, greedy or
+    sampled; only rounding can tell, where the target's two best tokens are that close. Drafts are
+    drawn with the target's own random numbers, so its distribution is exact, and the tokens depend
+    neither on the drafts nor on their number.
+
+    Attributes:
+        draft_exit: 1-based exit whose head drafts; below the last layer of the target.
+        draft_len: most tokens drafted for one check, or "auto": as many as pay, judged by the
+            request's measured acceptance and the measured cost of drafts; none where none pays.
+        target: the mode whose tokens come out: ``Original``, ``Exit``, ``Contrast`` or
+            ``DoLa``.
+
+    Source: Leviathan et al. 2022, arXiv:2211.17192; drafting by an exit: Elhoushi et al. 2024,
+        arXiv:2404.16710; drawing both with one noise: Daliri et al. 2024, arXiv:2408.07978.
+    """
+
+    draft_exit: int
+    draft_len: int | Literal["auto"] = "auto"
+    target: Target = Original()
+
+    def __post_init__(self) -> None:
+        if not is_int(self.draft_exit) or self.draft_exit < 1:
+            raise reject("SelfSpeculative.draft_exit", self.draft_exit, "a layer number, 1 or more")
+        is_count = is_int(self.draft_len) and 1 <= self.draft_len <= MAX_DRAFT_LEN  # type: ignore[operator]
+        if self.draft_len != "auto" and not is_count:
+            allowed = f"'auto' or a number of tokens, 1..{MAX_DRAFT_LEN}"
+            raise reject("SelfSpeculative.draft_len", self.draft_len, allowed)
+        if not isinstance(self.target, get_args(Target)):
+            raise reject("SelfSpeculative.target", self.target, "Original, Exit, Contrast or DoLa")
+
+
+DecodingMode: TypeAlias = Target | SelfSpeculative
+MODES: dict[str, type[DecodingMode]] = {
     "original": Original,
     "exit": Exit,
     "contrast": Contrast,
     "dola": DoLa,
+    "self_speculative": SelfSpeculative,
 }
 
 
@@ -151,12 +191,18 @@ def decoding_to_json(mode: DecodingMode) -> dict[str, Any]:
         ValueError: the mode holds a Python function.
     """
     name = next(name for name, cls in MODES.items() if isinstance(mode, cls))
-    values = {f.name: getattr(mode, f.name) for f in fields(mode)}
+    values = {f.name: _to_json(getattr(mode, f.name)) for f in fields(mode)}
     if values.pop("function", None) is not None:
         raise ValueError("Contrast.function: a Python function has no JSON form")
     return {"mode": name} | {
         key: list(item) if isinstance(item, tuple) else item for key, item in values.items()
     }
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, get_args(DecodingMode)):
+        return decoding_to_json(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def decoding_from_json(value: Mapping[str, Any]) -> DecodingMode:
@@ -174,31 +220,61 @@ def decoding_from_json(value: Mapping[str, Any]) -> DecodingMode:
     required = {key for key, item in known.items() if item.default is MISSING}
     if missing := sorted(required - given.keys()):
         raise ValueError(f"decoding mode {name!r} needs the field {missing[0]!r}: {_listed(known)}")
+    if isinstance(target := given.get("target"), Mapping):
+        given["target"] = decoding_from_json(target)
     return cls(**given)
 
 
 def parse_decoding(text: str) -> DecodingMode:
     """The mode of a command-line form such as ``contrast:24,12,alpha=0.1`` or ``dola:2;4;6``.
 
-    Values without a name fill the fields in order; semicolons make a list. Raises ValueError as
-    ``decoding_from_json``.
+    Values without a name fill the fields in order; semicolons make a list. The fields of a mode
+    inside a mode stand in parentheses: ``self_speculative:6,target=contrast(24,12)``. Raises
+    ValueError as ``decoding_from_json``.
     """
-    name, _, rest = text.strip().partition(":")
+    return decoding_from_json(_parsed(text, text))
+
+
+def _parsed(form: str, text: str) -> dict[str, Any]:
+    name, _, rest = form.strip().partition(":")
     if name not in MODES:
         raise reject("decoding", text, "one of " + ", ".join(f"{mode}:..." for mode in MODES))
     names = [f.name for f in fields(MODES[name]) if f.name != "function"]
     value: dict[str, Any] = {"mode": name}
-    for place, part in enumerate(part.strip() for part in rest.split(",") if part.strip()):
-        key, equals, number = part.partition("=")
-        if not equals:
+    for place, part in enumerate(part for part in _parts(rest, text) if part):
+        key, equals, word = part.partition("=")
+        if not equals or "(" in key:
             if place >= len(names):
                 raise ValueError(f"decoding={text!r}: mode {name!r}: {_listed(names)}")
-            key, number = names[place], part
+            key, word = names[place], part
         if (key := key.strip()) in value:
             raise ValueError(f"decoding={text!r}: {key!r} is given twice")
-        items = [_number_or_word(item.strip()) for item in number.split(";")]
-        value[key] = items[0] if len(items) == 1 else items
-    return decoding_from_json(value)
+        value[key] = _value(key, word.strip(), text)
+    return value
+
+
+def _parts(text: str, whole: str) -> list[str]:
+    """The parts between commas that stand in no parentheses."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if depth < 0:
+            break
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if depth:
+        raise ValueError(f"decoding={whole!r}: a parenthesis has no partner")
+    return [part.strip() for part in parts]
+
+
+def _value(key: str, word: str, text: str) -> Any:
+    name, parenthesis, inside = word.removesuffix(")").partition("(")
+    if key == "target":
+        return _parsed(f"{name}:{inside}" if parenthesis else word, text)
+    items = [_number_or_word(item.strip()) for item in word.split(";")]
+    return items[0] if len(items) == 1 else items
 
 
 def _number_or_word(text: str) -> int | float | str:

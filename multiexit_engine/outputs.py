@@ -42,6 +42,8 @@ class CompletionOutput:
         stop_reason: the stop string or stop token that ended it, if one did (None for EOS).
         exit_layers: for each token the 1-based layer whose head (the upper one under contrast)
             chose it.
+        drafted: for each token whether an exit had drafted it (``SelfSpeculative``); tokens are
+            the target's own either way.
     """
 
     index: int
@@ -52,6 +54,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     exit_layers: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,8 @@ class EngineStats:
         num_waiting: sequences that wait for their turn.
         num_steps: steps run.
         num_generated_tokens: tokens chosen.
+        num_drafted_tokens: drafts that were checked.
+        num_accepted_tokens: those that were right.
         num_preemptions: sequences that lost their blocks and were computed again.
         num_kv_blocks: blocks of the pool.
         num_free_kv_blocks: those that nobody holds; they may still serve as prefix cache.
@@ -145,6 +150,8 @@ class EngineStats:
     num_waiting: int
     num_steps: int
     num_generated_tokens: int
+    num_drafted_tokens: int
+    num_accepted_tokens: int
     num_preemptions: int
     num_kv_blocks: int
     num_free_kv_blocks: int

@@ -37,6 +37,47 @@ class SequenceStatus(Enum):
     FINISHED = auto()
 
 
+# of a sequence that has checked nothing yet, worth so many checked drafts
+PRIOR_ACCEPTANCE = 0.7
+PRIOR_WEIGHT = 4.0
+# checked drafts after which what was learned before counts half
+HALF_LIFE = 24.0
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """How often the drafts of one sequence were accepted, the latest ones counting most.
+
+    Attributes:
+        num_drafted: drafts that were checked since it began.
+        num_accepted: those of them that were accepted.
+        num_plain: steps since the last draft.
+    """
+
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_plain: int = 0
+    _tried: float = 0.0
+    _passed: float = 0.0
+
+    def record(self, num_drafts: int, num_accepted: int) -> None:
+        """Count a step that checked ``num_drafts``, of which the first ``num_accepted`` passed."""
+        self.num_drafted += num_drafts
+        self.num_accepted += num_accepted
+        self.num_plain = 0 if num_drafts else self.num_plain + 1
+        # drafts after the first wrong one tell nothing
+        tried = min(num_accepted + 1, num_drafts)
+        kept = 0.5 ** (tried / HALF_LIFE)
+        self._tried = self._tried * kept + tried
+        self._passed = self._passed * kept + num_accepted
+
+    @property
+    def rate(self) -> float:
+        """Estimated chance that a draft is accepted when all before it were."""
+        passed = self._passed + PRIOR_ACCEPTANCE * PRIOR_WEIGHT
+        return passed / (self._tried + PRIOR_WEIGHT)
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One growing row of tokens with KV blocks of its own.
@@ -50,6 +91,8 @@ class Sequence:
         chosen: its output tokens with what is known of each.
         cumulative_logprob: sum of the chosen tokens' log-probabilities; a beam's running score.
         exit_layers: for each output token the layer that chose it.
+        drafted: for each output token whether it was drafted and accepted.
+        acceptance: what became of its drafts.
     """
 
     request: Request
@@ -61,6 +104,8 @@ class Sequence:
     chosen: list[ChosenToken] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     exit_layers: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
+    acceptance: Acceptance = field(default_factory=Acceptance)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 

@@ -15,6 +15,7 @@ from multiexit_engine.params import (
     Exit,
     Original,
     SamplingParams,
+    SelfSpeculative,
     decoding_from_json,
     decoding_to_json,
     parse_decoding,
@@ -137,7 +138,7 @@ def test_contradictory_fields_are_rejected(choices, message):
 
 
 LAYERS = st.integers(1, 200)
-MODES = st.one_of(
+TARGETS = st.one_of(
     st.just(Original()),
     st.builds(Exit, LAYERS),
     st.builds(
@@ -159,6 +160,17 @@ MODES = st.one_of(
         st.sampled_from(["raw", "exits"]),
     ),
 )
+MODES = st.one_of(
+    TARGETS,
+    st.builds(SelfSpeculative, LAYERS, st.one_of(st.integers(1, 16), st.just("auto")), TARGETS),
+)
+
+
+def command_line_value(value):
+    if isinstance(value, dict):
+        name, *values = value.values()
+        return f"{name}({','.join(map(command_line_value, values))})"
+    return ";".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 @given(MODES)
@@ -168,12 +180,16 @@ def test_every_mode_survives_its_json_form(mode):
 
 @given(MODES)
 def test_every_mode_survives_its_command_line_form(mode):
-    name, *values = (
-        (key, ";".join(map(str, value)) if isinstance(value, list) else value)
-        for key, value in decoding_to_json(mode).items()
+    name, *values = decoding_to_json(mode).items()
+    assert (
+        parse_decoding(f"{name[1]}:" + ",".join(command_line_value(v) for _, v in values)) == mode
     )
-    assert parse_decoding(f"{name[1]}:" + ",".join(str(v) for _, v in values)) == mode
-    assert parse_decoding(f"{name[1]}:" + ", ".join(f"{k} = {v}" for k, v in values)) == mode
+    assert (
+        parse_decoding(
+            f"{name[1]}:" + ", ".join(f"{k} = {command_line_value(v)}" for k, v in values)
+        )
+        == mode
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,6 +206,12 @@ def test_every_mode_survives_its_command_line_form(mode):
         ("dola:4", DoLa((4,))),
         ("dola:0;2; 4,0.2,jsd=reference", DoLa((0, 2, 4), 0.2, "reference")),
         ("dola:candidates=2;4,mature=6,heads=exits", DoLa((2, 4), mature=6, heads="exits")),
+        ("self_speculative:6", SelfSpeculative(6)),
+        ("self_speculative:6,3,target=exit:9", SelfSpeculative(6, 3, Exit(9))),
+        (
+            "self_speculative:6,target=contrast( 24, 12, alpha=0.2 )",
+            SelfSpeculative(6, target=Contrast(24, 12, 0.2)),
+        ),
     ],
 )
 def test_command_line_forms(text, mode):
@@ -227,6 +249,16 @@ def test_command_line_forms(text, mode):
         ("dola:2,jsd=true", "DoLa.jsd=True"),
         ("dola:2,mature=0", "DoLa.mature=0"),
         ("dola:2,heads=own", "DoLa.heads='own'"),
+        ("self_speculative:0", "SelfSpeculative.draft_exit=0"),
+        ("self_speculative:6,draft_len=17", "draft_len=17: must be 'auto' or .* 1..16"),
+        ("self_speculative:6,draft_len=some", "draft_len='some'"),
+        ("self_speculative:6,target=contrast(24,12", "a parenthesis has no partner"),
+        ("self_speculative:6,target=24)", "a parenthesis has no partner"),
+        ("self_speculative:6,target=greedy", "decoding='self_speculative.*original:..."),
+        (
+            "self_speculative:6,target=self_speculative(2)",
+            "target=Self.*must be Original",
+        ),
     ],
 )
 def test_a_wrong_command_line_form_says_what_is_wrong(text, message):
@@ -248,6 +280,8 @@ def test_a_wrong_command_line_form_says_what_is_wrong(text, message):
         ({"mode": "dola", "candidates": []}, r"DoLa.candidates=\(\)"),
         ({"mode": "dola", "candidates": [2, 4.0]}, r"DoLa.candidates=\(2, 4.0\)"),
         ({"mode": "dola", "candidates": None}, r"DoLa.candidates=\(None,\)"),
+        ({"mode": "self_speculative", "draft_exit": 2, "target": "exit"}, "target='exit'"),
+        ({"mode": "self_speculative", "draft_exit": 2, "target": {"mode": "exit"}}, "'layer'"),
     ],
 )
 def test_a_wrong_json_form_says_what_is_wrong(value, message):

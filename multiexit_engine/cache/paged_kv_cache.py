@@ -31,6 +31,10 @@ class PagedKVCache:
         self._blocks = torch.empty(shape, dtype=dtype, device=device)
         self.block_size = block_size
 
+    @property
+    def device(self) -> torch.device:
+        return self._blocks.device
+
     def key(self, layer: int) -> Tensor:
         """[num_blocks, block_size, num_kv_heads, head_dim], a view; ``layer`` is 0-based."""
         return self._blocks[layer, 0]

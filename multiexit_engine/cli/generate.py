@@ -25,7 +25,8 @@ Model = Annotated[str, typer.Option(help="A local folder, a hub id, or 'demo'.")
 Decoding = Annotated[
     str,
     typer.Option(
-        help="original, exit:LAYER, contrast:UPPER,LOWER[,alpha=0.1] or dola:LAYERS; see `info`."
+        help="original, exit:LAYER, contrast:UPPER,LOWER[,alpha=0.1], dola:LAYERS or "
+        "self_speculative:EXIT[,target=MODE(...)]; see `info`."
     ),
 ]
 

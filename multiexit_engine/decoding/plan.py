@@ -13,7 +13,16 @@ from torch import Tensor
 
 from multiexit_engine.config import ModelConfig
 from multiexit_engine.layers.exit_heads import Head
-from multiexit_engine.params import Contrast, DecodingMode, DoLa, Exit, Layer, Original
+from multiexit_engine.modes import Target
+from multiexit_engine.params import (
+    Contrast,
+    DecodingMode,
+    DoLa,
+    Exit,
+    Layer,
+    Original,
+    SelfSpeculative,
+)
 
 ContrastFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 KEPT_PLANS = 8
@@ -28,17 +37,20 @@ class ResolvedMode:
         lower: the head it is contrasted with, None for a single head.
         depth: number of layers that must run.
         candidates: the heads of which DoLa contrasts it with one, chosen for each token.
+        draft: the head that drafts, None where nothing is drafted.
     """
 
     upper: Head
     lower: Head | None
     depth: int
     candidates: tuple[Head, ...] = ()
+    draft: Head | None = None
 
     @property
     def heads(self) -> tuple[Head, ...]:
         """All of them."""
-        return (self.upper, *((self.lower,) if self.lower else ()), *self.candidates)
+        single = (self.upper, self.lower, self.draft)
+        return (*(head for head in single if head is not None), *self.candidates)
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,8 @@ def resolve_mode(mode: DecodingMode, config: ModelConfig) -> ResolvedMode:
             lower = _head("Contrast.lower", below, config)
         case DoLa():
             return _resolve_dola(mode, config)
+        case SelfSpeculative(draft_exit, target=target):
+            return _with_draft(resolve_mode(target, config), draft_exit, config)
     return ResolvedMode(upper, lower, max(head.layer for head in (upper, lower) if head))
 
 
@@ -146,6 +160,21 @@ def dola_layers(preset: str, num_layers: int, is_tied: bool) -> tuple[int, ...]:
     if start == num_layers // 2:
         return (start,)
     return tuple(range(start, 20 if is_deep else num_layers // 2, 2))
+
+
+def target_mode(mode: DecodingMode) -> Target:
+    """The mode whose distribution a mode's tokens come from."""
+    return mode.target if isinstance(mode, SelfSpeculative) else mode
+
+
+def _with_draft(target: ResolvedMode, draft_exit: int, config: ModelConfig) -> ResolvedMode:
+    draft = _head("SelfSpeculative.draft_exit", draft_exit, config)
+    if draft.layer >= target.depth:
+        raise ValueError(
+            f"SelfSpeculative.draft_exit={draft_exit}: must be below layer {target.depth}, which "
+            "its target runs to"
+        )
+    return replace(target, draft=draft)
 
 
 def _head(field: str, layer: Layer, config: ModelConfig) -> Head:

@@ -10,12 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from multiexit_engine.batch import BeamCandidates, StepOutput
+from multiexit_engine.batch import BeamCandidates, CheckedDrafts, StepOutput
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.beam import BeamSearch
 from multiexit_engine.decoding.plan import resolve_mode
 from multiexit_engine.ops import use_backend
-from multiexit_engine.outputs import FinishReason
+from multiexit_engine.outputs import EngineStats, FinishReason
 from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
 from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
 from multiexit_engine.runtime.runner import ModelRunner
@@ -45,6 +45,8 @@ class EngineCore:
         self.streamed: set[str] = set()
         self.num_steps = 0
         self.num_generated_tokens = 0
+        self.num_drafted_tokens = 0
+        self.num_accepted_tokens = 0
         self._exit_layers: dict[str, int] = {}
         self._beams: dict[str, BeamSearch] = {}
         self._texts: dict[Sequence, Detokenizer] = {}
@@ -97,6 +99,23 @@ class EngineCore:
         finally:
             self.forget(request.request_id)
 
+    def stats(self) -> EngineStats:
+        """How full the engine is, and what it has done."""
+        scheduler = self.scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_steps=self.num_steps,
+            num_generated_tokens=self.num_generated_tokens,
+            num_drafted_tokens=self.num_drafted_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_kv_blocks=self.config.num_kv_blocks,
+            num_free_kv_blocks=scheduler.num_free_blocks,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+        )
+
     def text(self, sequence: Sequence) -> Detokenizer | None:
         """The text of a sequence's output so far; None without a tokenizer."""
         if self.tokenizer is None:
@@ -128,6 +147,10 @@ class EngineCore:
             if sequence.request.request_id not in output.failures:
                 changed[sequence.request.request_id] = sequence.request
                 self._append(sequence, chosen)
+        for sequence, checked in output.checked:
+            if sequence.request.request_id not in output.failures:
+                changed[sequence.request.request_id] = sequence.request
+                self._append_checked(sequence, checked)
         for request, candidates in output.beams:
             changed[request.request_id] = request
             self._advance_beams(request, candidates)
@@ -136,6 +159,7 @@ class EngineCore:
 
     def _append(self, sequence: Sequence, chosen: list[ChosenToken]) -> None:
         """Give a sequence its next token, or its first one to each of ``n`` siblings."""
+        sequence.acceptance.num_plain += 1
         if len(chosen) == 1:
             self._append_one(sequence, chosen[0])
             return
@@ -144,12 +168,27 @@ class EngineCore:
         for sibling, token in zip([sequence, *siblings], chosen, strict=True):
             self._append_one(sibling, token)
 
-    def _append_one(self, sequence: Sequence, token: ChosenToken) -> None:
+    def _append_checked(self, sequence: Sequence, checked: CheckedDrafts) -> None:
+        """Give a sequence its accepted drafts and the token after them, up to where it ends."""
+        num_accepted = len(checked.tokens) - 1
+        sequence.acceptance.record(checked.num_drafts, num_accepted)
+        self.num_drafted_tokens += checked.num_drafts
+        self.num_accepted_tokens += num_accepted
+        for place, token in enumerate(checked.tokens):
+            self._append_one(sequence, token, is_draft=place < num_accepted)
+            if sequence.is_finished:
+                return
+        self.scheduler.accept_drafts(sequence, num_accepted)
+
+    def _append_one(
+        self, sequence: Sequence, token: ChosenToken, *, is_draft: bool = False
+    ) -> None:
         request = sequence.request
         sequence.token_ids.append(token.token_id)
         sequence.chosen.append(token)
         sequence.cumulative_logprob += token.logprob or 0.0
         sequence.exit_layers.append(self._exit_layer(request))
+        sequence.drafted.append(is_draft)
         self.num_generated_tokens += 1
         self._follow_text(sequence, token.token_id)
         self._finish_if_ended(sequence, token.token_id)
@@ -221,6 +260,7 @@ class EngineCore:
             child.token_ids.append(step.tokens[index])
             child.cumulative_logprob = step.scores[index]
             child.exit_layers.append(layer)
+            child.drafted.append(False)
         request.sequences = children
         self.scheduler.replace(request, children)
 
@@ -240,6 +280,7 @@ class EngineCore:
                     status=SequenceStatus.FINISHED,
                     cumulative_logprob=found.score,
                     exit_layers=[layer] * len(found.token_ids),
+                    drafted=[False] * len(found.token_ids),
                     finish_reason=FinishReason.STOP if has_ended else FinishReason.LENGTH,
                 )
             )

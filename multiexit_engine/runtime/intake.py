@@ -6,12 +6,12 @@ Knows the model's limits and the tokenizer; nothing of the requests that already
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from multiexit_engine.config import EngineConfig, ModelConfig
 from multiexit_engine.decoding.plan import resolve_mode
 from multiexit_engine.layers.exit_heads import ExitHeads
-from multiexit_engine.params import Contrast, DecodingMode, DoLa, Exit, Original, SamplingParams
+from multiexit_engine.params import DecodingMode, SamplingParams, SelfSpeculative
 from multiexit_engine.request import Request
 
 Prompt: TypeAlias = str | Sequence[int]
@@ -56,6 +56,11 @@ class Intake:
                 f"{limit - 1} (max_model_len={limit}); shorten it"
             )
         self._check_sampling(sampling)
+        if sampling.num_beams > 1 and isinstance(mode, SelfSpeculative):
+            raise ValueError(
+                f"num_beams={sampling.num_beams}: SelfSpeculative drafts one continuation; use "
+                f"decoding={mode.target!r} for beam search"
+            )
         return Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -85,11 +90,9 @@ class Intake:
 
     def depth_of(self, mode: DecodingMode) -> int:
         """Layers that a mode runs; loads its heads, raises ValueError if the model lacks them."""
-        if not isinstance(mode, Original | Exit | Contrast | DoLa):
-            raise ValueError(
-                f"decoding={mode!r}: must be Original(), Exit(layer), Contrast(upper, lower) or "
-                "DoLa(candidates)"
-            )
+        if not isinstance(mode, get_args(DecodingMode)):
+            allowed = ", ".join(cls.__name__ for cls in get_args(DecodingMode))
+            raise ValueError(f"decoding={mode!r}: must be one of {allowed}")
         resolved = resolve_mode(mode, self._model_config)
         for head in resolved.heads:
             self._heads.require(head)

@@ -74,6 +74,7 @@ def _completion(core: EngineCore, sequence: Sequence, start: int, text: str) -> 
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
         exit_layers=sequence.exit_layers[start:],
+        drafted=sequence.drafted[start:],
     )
 
 

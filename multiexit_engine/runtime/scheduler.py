@@ -12,6 +12,8 @@ from time import perf_counter
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.cache.block_manager import BlockManager
 from multiexit_engine.config import EngineConfig
+from multiexit_engine.decoding.speculation import DraftPolicy
+from multiexit_engine.modes import SelfSpeculative
 from multiexit_engine.outputs import FinishReason
 from multiexit_engine.request import Request, Sequence, SequenceStatus
 from multiexit_engine.runtime.limits import check_fits
@@ -31,8 +33,9 @@ class Scheduler:
     tokens, forks, replaces or finishes sequences. Not thread-safe.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, draft_policy: DraftPolicy | None = None) -> None:
         self._config = config
+        self._draft_policy = draft_policy or DraftPolicy()
         self._blocks = BlockManager(config.num_kv_blocks, config.block_size, config.prefix_caching)
         self._queues = Queues(config.max_batch_size)
         self._arrivals = count()
@@ -115,6 +118,7 @@ class Scheduler:
         if self._num_preemptions == num_preemptions:
             while self._admit_first_waiting(step):
                 pass
+        self._add_drafts(step)
         return step.batch()
 
     def advance(self, batch: ScheduledBatch) -> None:
@@ -136,6 +140,22 @@ class Scheduler:
                 sequence.request.depth,
             )
 
+    def accept_drafts(self, sequence: Sequence, count: int) -> None:
+        """Record that the ``count`` tokens before a sequence's last one are computed, too.
+
+        They were drafts of the step that ran. Call it after ``advance`` and after the tokens were
+        appended.
+        """
+        start = sequence.num_computed_tokens
+        sequence.num_computed_tokens = start + count
+        self._blocks.commit(
+            sequence.block_table,
+            sequence.token_ids,
+            start,
+            start + count,
+            sequence.request.depth,
+        )
+
     def fork(self, sequence: Sequence, index: int) -> Sequence:
         """A running sibling with the same tokens, on the same blocks until either writes.
 
@@ -153,6 +173,7 @@ class Scheduler:
             chosen=list(sequence.chosen),
             cumulative_logprob=sequence.cumulative_logprob,
             exit_layers=list(sequence.exit_layers),
+            drafted=list(sequence.drafted),
         )
         if sequence.request.is_beam_search:
             unit.sequences.append(sibling)
@@ -232,6 +253,34 @@ class Scheduler:
             if not self._find_blocks(unit, sequence, start + granted, step):
                 return
             step.add_chunk(unit, ScheduledSequence(sequence, start, granted))
+
+    def _add_drafts(self, step: StepPlan) -> None:
+        """Let sequences draft with the tokens and blocks that nobody else wants in this step."""
+        for unit, chunk in step.chunks():
+            wanted = self._num_drafts(chunk, step.num_chunks)
+            stop = chunk.stop
+            for num_drafts in range(min(wanted, step.num_tokens_left), 0, -1):
+                table = chunk.sequence.block_table
+                copies = self._blocks.make_writable(table, chunk.start, stop + num_drafts)
+                if copies is not None:
+                    step.add_copies(unit, copies)
+                    step.extend(unit, chunk, num_drafts)
+                    break
+
+    def _num_drafts(self, chunk: ScheduledSequence, num_sequences: int) -> int:
+        """Drafts that a sequence could use: none before its first token, none beyond its end."""
+        sequence, request = chunk.sequence, chunk.sequence.request
+        mode = request.decoding
+        if not isinstance(mode, SelfSpeculative) or request.score_from is not None:
+            return 0
+        if chunk.num_tokens > 1 or not chunk.reaches_end or not sequence.num_output_tokens:
+            return 0
+        most = min(
+            request.sampling.max_new_tokens - sequence.num_output_tokens,
+            self._config.max_model_len - sequence.num_tokens,
+        )
+        length = self._draft_policy.draft_len(mode.draft_len, sequence.acceptance, num_sequences)
+        return min(length, most - 1)
 
     def _find_blocks(self, unit: Unit, sequence: Sequence, stop: int, step: StepPlan) -> bool:
         """Own the blocks of the tokens up to ``stop``; False if the unit itself had to give way."""

@@ -5,6 +5,8 @@ Knows nothing of who may run or of how blocks are found.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.runtime.queues import Unit
 
@@ -27,6 +29,20 @@ class StepPlan:
 
     def add_copies(self, unit: Unit, copies: list[tuple[int, int]]) -> None:
         self._copies.setdefault(unit, []).extend(copies)
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(map(len, self._chunks.values()))
+
+    def chunks(self) -> list[tuple[Unit, ScheduledSequence]]:
+        """Every chunk with its unit, in the order in which they were planned."""
+        return [(unit, chunk) for unit, chunks in self._chunks.items() for chunk in chunks]
+
+    def extend(self, unit: Unit, chunk: ScheduledSequence, num_drafts: int) -> None:
+        """Let a planned chunk draft tokens, too."""
+        chunks = self._chunks[unit]
+        chunks[chunks.index(chunk)] = replace(chunk, num_drafts=num_drafts)
+        self.num_tokens_left -= num_drafts
 
     def drop(self, unit: Unit) -> None:
         """Take back what a unit got, if it got anything: it was preempted."""

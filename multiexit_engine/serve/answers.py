@@ -18,7 +18,7 @@ from multiexit_engine.outputs import (
 )
 
 # Fields of CompletionOutput with one item for each token, which return_exits adds to a choice.
-TELEMETRY = ("exit_layers",)
+TELEMETRY = ("exit_layers", "drafted")
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot say
 
 Piece: TypeAlias = RequestPiece | RequestOutput

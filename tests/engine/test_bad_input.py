@@ -36,7 +36,7 @@ def test_the_place_of_a_bad_prompt_is_named(engine):
         (Contrast(7, 2), "Contrast.upper=7"),
         (DoLa((2, 6)), r"DoLa.candidates=\(2, 6\): .* layers from 0 to 5"),
         (DoLa((0, 2), heads="exits"), "DoLa.candidates=0: this model has exits at layers 2, 4, 6"),
-        ("contrast", "must be Original"),
+        ("contrast", "must be one of Original"),
     ],
 )
 def test_a_mode_that_the_model_lacks_is_named(engine, mode, message):

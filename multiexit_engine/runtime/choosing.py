@@ -1,0 +1,335 @@
+"""From the states of logit rows to tokens, beam candidates and scores, on the host.
+
+Joins decoding with what requests ask for. Knows nothing of layers, of the cache, or of how the
+states came to be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.batch import BeamCandidates, StepOutput
+from multiexit_engine.decoding.beam import beam_candidates
+from multiexit_engine.decoding.exits import Draws, gives_tokens, mode_scores, mode_tokens
+from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner
+from multiexit_engine.decoding.sampler import (
+    TokenRow,
+    choose_tokens,
+    needs_scores,
+    token_logprobs,
+)
+from multiexit_engine.layers.exit_heads import ExitHeads
+from multiexit_engine.params import DecodingMode
+from multiexit_engine.request import ChosenToken, Request, ScoredToken
+from multiexit_engine.request import Sequence as TokenSequence
+from multiexit_engine.runtime.flight import Flight
+
+NOT_A_NUMBER = "its mode gave NaN as the score of a token"
+NO_TOKEN_LEFT = "its mode and its parameters together leave no token to choose"
+MAX_LOGIT_ROWS = 256  # rows of a float32 [rows, vocab] tensor made at once: 51 MB at GPT-2's vocab
+
+
+@dataclass(frozen=True, slots=True)
+class LogitRow:
+    """A row of a step whose state becomes a distribution.
+
+    Attributes:
+        item: of the step.
+        position: in the sequence, of the token whose state it is.
+        sequence: whose next token is chosen.
+        mode: gives the distribution.
+        num_drafts: drafts that are taken to follow the sequence's tokens, before the chosen one.
+        drafts: the sequence's drafts, as many as are known by now.
+        target: the token to be scored, where none is chosen.
+    """
+
+    item: int
+    position: int
+    sequence: TokenSequence
+    mode: DecodingMode
+    num_drafts: int = 0
+    drafts: list[int] = field(default_factory=list)
+    target: int | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the output before the chosen one."""
+        return self.sequence.num_output_tokens + self.num_drafts
+
+
+@dataclass(slots=True)
+class LogitSlice:
+    """Rows whose distributions are made together, with the states they need.
+
+    Rows are direct where nobody looks at the distribution itself: their tokens are all there is.
+    """
+
+    rows: list[LogitRow]
+    plan: ExitPlan
+    is_direct: bool = False
+    _parts: dict[int, list[tuple[list[int], Tensor]]] = field(default_factory=dict)
+
+    def keep(self, layer: int, flight: Flight) -> None:
+        """Take the states of those rows that have come to a layer where they are needed."""
+        wanted = [self.rows[r] for r in self.plan.rows_at.get(layer, ())]
+        if not wanted:
+            return
+        rows = flight.rows_of([(row.item, row.position) for row in wanted])
+        here = [place for place, row in enumerate(rows) if row is not None]
+        if here:
+            states = flight.take([row for row in rows if row is not None])
+            self._parts.setdefault(layer, []).append((here, states))
+
+    @property
+    def taps(self) -> dict[int, Tensor]:
+        """For each layer of the plan the states of its rows, in the plan's order."""
+        return {layer: _in_order(parts) for layer, parts in self._parts.items()}
+
+
+def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0][1]
+    states = torch.cat([part for _, part in parts])
+    places = torch.tensor([place for places, _ in parts for place in places])
+    return states[places.argsort().to(states.device, non_blocking=True)]
+
+
+# what a row gave: its token (``n`` of them after a prompt), or why it has none
+Choice: TypeAlias = list[ChosenToken] | str
+
+
+class TokenChooser:
+    """Chooses and scores tokens with the heads of one model."""
+
+    def __init__(self, heads: ExitHeads, planner: ExitPlanner, device: torch.device) -> None:
+        self._heads = heads
+        self._planner = planner
+        self._device = device
+
+    def slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
+        """Rows that choose tokens, in at most two slices: direct ones and others."""
+        direct: list[LogitRow] = []
+        scored: list[LogitRow] = []
+        for row in rows:
+            (direct if self._is_direct(row) else scored).append(row)
+        found = [self._slice(direct, is_direct=True)] if direct else []
+        return [*found, self._slice(scored)] if scored else found
+
+    def scored_slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
+        """Rows whose distributions are looked at as a whole, a limited number in each slice."""
+        steps = range(0, len(rows), MAX_LOGIT_ROWS)
+        return [self._slice(list(rows[i : i + MAX_LOGIT_ROWS])) for i in steps]
+
+    def scores(self, part: LogitSlice) -> tuple[Tensor, dict[int, str]]:
+        """See ``mode_scores``."""
+        return mode_scores(part.plan, part.taps, self._heads)
+
+    def choose(self, part: LogitSlice, output: StepOutput) -> list[tuple[LogitRow, Choice]]:
+        """What each row gave; the candidates of beams go to the output."""
+        if part.is_direct:
+            return self._choose_directly(part)
+        scores, failures = self.scores(part)
+        beams: dict[str, list[int]] = {}
+        plain: list[int] = []
+        chosen: list[tuple[LogitRow, Choice]] = []
+        for index, row in enumerate(part.rows):
+            request = row.sequence.request
+            if index in failures:
+                chosen.append((row, failures[index]))
+            elif request.is_beam_search:
+                beams.setdefault(request.request_id, []).append(index)
+            else:
+                plain.append(index)
+        if plain:
+            rows = [part.rows[i] for i in plain]
+            chosen += zip(rows, self._choose_tokens(rows, plain, scores), strict=True)
+        failed = {part.rows[i].sequence.request.request_id for i in failures}
+        for request_id, indices in beams.items():
+            if request_id not in failed:
+                indices.sort(key=lambda i: part.rows[i].sequence.index)
+                self._choose_beams(part, indices, scores, output)
+        return chosen
+
+    def tokens(self, part: LogitSlice) -> Tensor:
+        """[rows] int64 tokens on the device, for rows that are drafted and never reported."""
+        if part.is_direct:
+            draws = self._draws(part.rows)
+            return mode_tokens(part.plan, part.taps, self._heads, draws)[0]
+        scores, _ = self.scores(part)
+        return choose_tokens(scores, [token_row(row) for row in part.rows])
+
+    def score(self, part: LogitSlice, output: StepOutput) -> None:
+        """Score the given token of each row."""
+        scores, failures = self.scores(part)
+        for row, message in failures.items():
+            output.failures[part.rows[row].sequence.request.request_id] = message
+        requests = [row.sequence.request for row in part.rows]
+        targets = [row.target for row in part.rows]
+        asked = [request.sampling.prompt_logprobs for request in requests]
+        num_top = _num_alternatives(asked, scores.shape[1]) or 0
+        wanted = torch.tensor(targets).to(scores.device, non_blocking=True)
+        found = token_logprobs(scores, wanted, num_top)
+        best = scores.argmax(-1)
+        greedy, tokens, *logprobs = _to_host([best, wanted, *found])
+        for i, request in enumerate(requests):
+            chosen = _chosen(tokens, logprobs, i, asked[i] or 0)
+            assert chosen.logprob is not None and chosen.rank is not None
+            if math.isnan(chosen.logprob):
+                output.failures[request.request_id] = NOT_A_NUMBER
+            scored = ScoredToken(
+                chosen.token_id,
+                chosen.logprob,
+                chosen.rank,
+                greedy[i] == chosen.token_id,
+                chosen.alternatives,
+            )
+            if not output.scored or output.scored[-1][0] is not request:
+                output.scored.append((request, []))
+            output.scored[-1][1].append(scored)
+
+    def _slice(self, rows: list[LogitRow], is_direct: bool = False) -> LogitSlice:
+        return LogitSlice(rows, self._planner.plan([row.mode for row in rows]), is_direct)
+
+    def _is_direct(self, row: LogitRow) -> bool:
+        request = row.sequence.request
+        return (
+            not request.is_beam_search
+            and _num_choices(row) == 1
+            and gives_tokens(row.mode, self._heads)
+            and not needs_scores(request.sampling, row.num_output_tokens, request.bad_words)
+        )
+
+    def _choose_directly(self, part: LogitSlice) -> list[tuple[LogitRow, Choice]]:
+        draws = self._draws(part.rows)
+        chosen = mode_tokens(part.plan, part.taps, self._heads, draws)
+        return [
+            (row, NOT_A_NUMBER if math.isnan(logprob) else [ChosenToken(token)])
+            for row, token, logprob in zip(part.rows, *_to_host(list(chosen)), strict=True)
+        ]
+
+    def _choose_tokens(
+        self, rows: list[LogitRow], indices: list[int], scores: Tensor
+    ) -> list[Choice]:
+        copies = [_num_choices(row) for row in rows]
+        source = [i for i, count in zip(indices, copies, strict=True) for _ in range(count)]
+        wanted = [
+            token_row(row, copy)
+            for row, count in zip(rows, copies, strict=True)
+            for copy in range(count)
+        ]
+        if source != list(range(scores.shape[0])):
+            scores = scores[torch.tensor(source).to(scores.device, non_blocking=True)]
+        tokens = choose_tokens(scores, wanted)
+        chosen_scores = scores.gather(1, tokens[:, None])[:, 0]
+        logprobs = _alternatives(scores, tokens, wanted)
+        host_tokens, host_scores, *host_logprobs = _to_host([tokens, chosen_scores, *logprobs])
+
+        start = 0
+        choices: list[Choice] = []
+        for row, count in zip(rows, copies, strict=True):
+            own, start = range(start, start + count), start + count
+            if any(math.isnan(host_scores[i]) for i in own):
+                choices.append(NOT_A_NUMBER)
+                continue
+            if any(host_scores[i] == -math.inf for i in own):
+                choices.append(NO_TOKEN_LEFT)
+                continue
+            asked = row.sequence.request.sampling.logprobs
+            choices.append([_chosen(host_tokens, host_logprobs, i, asked) for i in own])
+        return choices
+
+    def _choose_beams(
+        self, part: LogitSlice, indices: list[int], scores: Tensor, output: StepOutput
+    ) -> None:
+        beams = [part.rows[i] for i in indices]
+        request = beams[0].sequence.request
+        rows = [token_row(beam) for beam in beams]
+        count = beam_candidate_count(request, rows[0])
+        running = [beam.sequence.cumulative_logprob for beam in beams]
+        own = scores[torch.tensor(indices).to(scores.device, non_blocking=True)]
+        values, ids = beam_candidates(own, rows, running, min(count, own.shape[1]))
+        host_values, host_ids = _to_host([values, ids])
+        if any(math.isnan(value) for beam in host_values for value in beam):
+            output.failures[request.request_id] = NOT_A_NUMBER
+            return
+        output.beams.append((request, BeamCandidates(host_values, host_ids)))
+
+    def _draws(self, rows: list[LogitRow]) -> Draws:
+        sequences = [row.sequence for row in rows]
+        heats = [s.request.sampling.temperature for s in sequences]
+        state = torch.tensor(
+            [
+                [sequence_seed(s.request.seed, s.index) for s in sequences],
+                [row.num_output_tokens for row in rows],
+            ]
+        )
+        seeds, positions = state.to(self._device, non_blocking=True)
+        temperature = torch.tensor(heats, dtype=torch.float32)
+        return Draws(temperature.to(self._device, non_blocking=True), seeds, positions)
+
+
+def token_row(row: LogitRow, copy: int = 0) -> TokenRow:
+    """What the sampler knows of a row; ``copy`` counts the continuations of one prompt."""
+    sequence = row.sequence
+    request = sequence.request
+    # beams take no random numbers
+    index = 0 if request.is_beam_search else sequence.index + copy
+    return TokenRow(
+        params=request.sampling,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=[*sequence.output_token_ids, *row.drafts[: row.num_drafts]],
+        seed=sequence_seed(request.seed, index),
+        eos_token_ids=request.ending_token_ids,
+        bad_words=request.bad_words,
+    )
+
+
+def sequence_seed(seed: int, index: int) -> int:
+    """The seed of one of a request's ``n`` continuations; the first one has the request's own."""
+    return (seed + index * 0x9E3779B97F4A7C15) % 2**63
+
+
+def beam_candidate_count(request: Request, row: TokenRow) -> int:
+    """Candidates per beam that always leave ``num_beams`` which do not end."""
+    return max(2, 1 + len(row.eos_token_ids)) * request.sampling.num_beams
+
+
+def _num_choices(row: LogitRow) -> int:
+    return row.sequence.request.sampling.n if row.num_output_tokens == 0 else 1
+
+
+def _chosen(
+    tokens: list[int], logprobs: list[list[Any]], row: int, asked: int | None
+) -> ChosenToken:
+    """One row of a step's results; ``logprobs`` as ``token_logprobs`` gives them, or nothing."""
+    if asked is None:
+        return ChosenToken(tokens[row])
+    values, ids, own, ranks = logprobs
+    count = len(ids[row]) if asked == -1 else asked
+    best = tuple(zip(ids[row][:count], values[row][:count], strict=True))
+    return ChosenToken(tokens[row], own[row], ranks[row], best)
+
+
+def _alternatives(scores: Tensor, tokens: Tensor, rows: list[TokenRow]) -> list[Tensor]:
+    num_top = _num_alternatives([row.params.logprobs for row in rows], scores.shape[1])
+    return [] if num_top is None else list(token_logprobs(scores, tokens, num_top))
+
+
+def _num_alternatives(asked: list[int | None], vocab_size: int) -> int | None:
+    """The most alternatives that any row asks for; None when no row asks."""
+    counts = [vocab_size if k == -1 else min(k, vocab_size) for k in asked if k is not None]
+    return max(counts, default=None)
+
+
+def _to_host(tensors: list[Tensor]) -> list[list[Any]]:
+    """The step's one wait for the device: all results in one go, as lists."""
+    on_host = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    if any(tensor.is_cuda for tensor in tensors):
+        torch.cuda.current_stream().synchronize()
+    return [tensor.tolist() for tensor in on_host]

@@ -1,0 +1,180 @@
+"""The rows of a step on their way through the layers: who is in, who joins, who leaves.
+
+Knows positions of sequences and hidden states; nothing of modes, heads or tokens' choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.batch import ForwardBatch, ScheduledBatch, ScheduledSequence
+from multiexit_engine.cache.exit_states import ExitStates
+from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.models.base import MultiExitModel
+
+Place = tuple[int, int]  # item of the step, position in its sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """Earlier rows of an item that go on from states kept at a layer.
+
+    Attributes:
+        layer: the 1-based layer after which the states were kept.
+        start: position of the first of them; they reach to the item's rows.
+    """
+
+    layer: int
+    start: int
+
+
+class Flight:
+    """The rows that are at one layer, those of an item always together and up to its end.
+
+    Args:
+        model: runs them.
+        kv_cache: of the model.
+        states: where joining rows come from.
+        items: by their place in the step, in order of falling depth, the rows that begin at
+            layer 0.
+        joining: for each item what joins it.
+        tokens: for items whose one row is not a token of the sequence yet, that token, [1] int64.
+    """
+
+    def __init__(
+        self,
+        model: MultiExitModel,
+        kv_cache: PagedKVCache,
+        states: ExitStates,
+        items: Mapping[int, ScheduledSequence],
+        joining: Mapping[int, Sequence[Joining]] | None = None,
+        tokens: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._states = states
+        self._items = dict(items)
+        self._joining = joining or {}
+        self._aboard = list(items)
+        self._forward = self._build()
+        self.hidden = model.embed(self._token_ids(tokens or {}), self._forward.positions)
+
+    @property
+    def aboard(self) -> Sequence[int]:
+        """The items whose rows are here, in order."""
+        return self._aboard
+
+    @property
+    def num_rows(self) -> int:
+        return self.hidden.shape[0]
+
+    def run(self, start: int, stop: int) -> None:
+        """Run the 0-based blocks ``start`` to ``stop - 1`` on all rows that are here."""
+        self.hidden = self._model.run_layers(
+            self.hidden, start, stop, self._kv_cache, self._forward
+        )
+
+    def rows_of(self, places: Sequence[Place]) -> list[int | None]:
+        """The rows of ``hidden`` in which these positions stand; None where one is not here."""
+        starts = self._forward.layout.query_starts
+        first = dict(zip(self._aboard, starts, strict=False))
+        rows: list[int | None] = []
+        for item, position in places:
+            if item in first and position in (span := self._items[item]).positions:
+                rows.append(first[item] + position - span.start)
+            else:
+                rows.append(None)
+        return rows
+
+    def take(self, rows: list[int]) -> Tensor:
+        """[rows, hidden]: the states of some rows after the last layer that ran."""
+        if len(rows) == self.num_rows and rows == list(range(len(rows))):
+            return self.hidden
+        return self.hidden[self._index(rows)]
+
+    def narrow(self, num_items: int) -> None:
+        """Go on with the rows of the first ``num_items`` items of the step."""
+        count = len(self._aboard)
+        while count and self._aboard[count - 1] >= num_items:
+            count -= 1
+        if count == len(self._aboard):
+            return
+        self._aboard = self._aboard[:count]
+        self._forward = self._forward.first(count)
+        self.hidden = self.hidden[: self._forward.num_tokens]
+
+    def leave(self, items: Collection[int]) -> None:
+        """Take the rows of these items out, and keep their states."""
+        if not items:
+            return
+        self.keep(items)
+        starts = self._forward.layout.query_starts
+        staying = [place for place, item in enumerate(self._aboard) if item not in items]
+        rows = [row for place in staying for row in range(starts[place], starts[place + 1])]
+        self._aboard = [self._aboard[place] for place in staying]
+        if self._aboard:
+            self._forward = self._build()
+            self.hidden = self.hidden[self._index(rows)]
+
+    def keep(self, items: Collection[int]) -> None:
+        """Keep the states of the rows of these items, each in its KV slot."""
+        starts = self._forward.layout.query_starts
+        rows = self._index(
+            [
+                row
+                for place, item in enumerate(self._aboard)
+                if item in items
+                for row in range(starts[place], starts[place + 1])
+            ]
+        )
+        self._states.keep(self._forward.slot_mapping[rows], self.hidden[rows])
+
+    def join(self, layer: int) -> None:
+        """Add the rows that were kept at this layer to the items that are here."""
+        old_starts = self._forward.layout.query_starts
+        counts = {}
+        for item in self._aboard:
+            for entry in self._joining.get(item, ()):
+                if entry.layer == layer:
+                    counts[item] = self._items[item].start - entry.start
+                    self._items[item] = ScheduledSequence(
+                        self._items[item].sequence,
+                        entry.start,
+                        self._items[item].num_tokens + counts[item],
+                    )
+        if not counts:
+            return
+        self._forward = self._build()
+        joined: list[int] = []
+        stayed: list[int] = []
+        for place, item in enumerate(self._aboard):
+            start, stop = self._forward.layout.query_starts[place : place + 2]
+            first = start + counts.get(item, 0)
+            joined += range(start, first)
+            stayed += range(first, stop)
+        assert len(stayed) == old_starts[-1], "rows that were here stay here"
+        hidden = self.hidden.new_empty(self._forward.num_tokens, self.hidden.shape[1])
+        places = self._index(joined)
+        hidden[places] = self._states.take(self._forward.slot_mapping[places])
+        hidden[self._index(stayed)] = self.hidden
+        self.hidden = hidden
+
+    def _token_ids(self, tokens: Mapping[int, Tensor]) -> Tensor:
+        known = self._forward.token_ids
+        if not tokens:
+            return known
+        starts = dict(zip(self._aboard, self._forward.layout.query_starts, strict=False))
+        known[self._index([starts[item] for item in tokens])] = torch.cat(list(tokens.values()))
+        return known
+
+    def _build(self) -> ForwardBatch:
+        items = tuple(self._items[item] for item in self._aboard)
+        device = self._kv_cache.device
+        return ForwardBatch.build(ScheduledBatch(items), self._kv_cache.block_size, device)
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64).to(self._kv_cache.device, non_blocking=True)
