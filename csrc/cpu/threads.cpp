@@ -25,19 +25,19 @@ class Team {
  public:
   void run(int threads, int64_t chunks, Job job, void* argument) {
     grow(threads - 1);
-    const uint64_t epoch = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
+    const uint64_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
     job_.store(job, std::memory_order_relaxed);
     argument_.store(argument, std::memory_order_relaxed);
-    chunks_.store(chunks, std::memory_order_relaxed);
     threads_.store(threads, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
-    ticket_.store(epoch << 32, std::memory_order_seq_cst);
+    for (int rank = 0; rank < threads; ++rank)
+      ranges_[rank].open(epoch, chunks * rank / threads, chunks * (rank + 1) / threads);
+    epoch_.store(epoch, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
     }
-    while (take(0)) {
-    }
+    help(0);
     for (int spins = 0; done_.load(std::memory_order_acquire) < chunks; ++spins)
       spins < kSpins ? pause() : static_cast<void>(sched_yield());
   }
@@ -45,37 +45,57 @@ class Team {
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
  private:
-  // Runs one chunk; false when there is none. The job is read before the ticket is taken: taking
+  // Chunks that follow each other, so that one thread reads memory in the order of its addresses.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> ticket{0};  // epoch << 32 | next chunk
+    std::atomic<int64_t> stop{0};
+
+    // No chunk can be taken between two jobs: who still holds the old ticket fails to change it
+    // once it is closed, and who sees the new end sees a closed or a new ticket.
+    void open(uint64_t epoch, int64_t first, int64_t end) {
+      ticket.store(epoch << 32 | UINT32_MAX, std::memory_order_relaxed);
+      stop.store(end, std::memory_order_release);
+      ticket.store(epoch << 32 | static_cast<uint64_t>(first), std::memory_order_release);
+    }
+  };
+
+  // Its own range first, then what others have left.
+  void help(int rank) {
+    const int threads = threads_.load(std::memory_order_relaxed);
+    int64_t ran = 0;
+    for (int i = 0; i < threads; ++i)
+      while (take(ranges_[(rank + i) % threads], rank)) ++ran;
+    if (ran) done_.fetch_add(ran, std::memory_order_release);
+  }
+
+  // Runs one chunk; false when there is none. The job is read before its ticket is taken: taking
   // fails where another job began meanwhile, and a job's chunks end before the next job begins.
-  bool take(int rank) {
-    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  bool take(Range& range, int rank) {
+    uint64_t ticket = range.ticket.load(std::memory_order_acquire);
     for (;;) {
       const int64_t chunk = static_cast<uint32_t>(ticket);
+      if (chunk >= range.stop.load(std::memory_order_acquire)) return false;
       const Job job = job_.load(std::memory_order_relaxed);
       void* argument = argument_.load(std::memory_order_relaxed);
-      if (chunk >= chunks_.load(std::memory_order_relaxed) ||
-          rank >= threads_.load(std::memory_order_relaxed))
-        return false;
-      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
-                                         std::memory_order_acquire))
-        continue;
-      job(argument, chunk, rank);
-      done_.fetch_add(1, std::memory_order_release);
-      return true;
+      if (rank >= threads_.load(std::memory_order_relaxed)) return false;
+      if (range.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
+                                             std::memory_order_acquire)) {
+        job(argument, chunk, rank);
+        return true;
+      }
     }
   }
 
   void work(int rank) {
     for (;;) {
-      const uint64_t epoch = ticket_.load(std::memory_order_acquire) >> 32;
-      while (take(rank)) {
-      }
+      const uint64_t epoch = epoch_.load(std::memory_order_acquire);
+      help(rank);
       int spins = 0;
-      while (ticket_.load(std::memory_order_acquire) >> 32 == epoch && ++spins < kSpins) pause();
+      while (epoch_.load(std::memory_order_acquire) == epoch && ++spins < kSpins) pause();
       if (spins < kSpins) continue;
       std::unique_lock<std::mutex> lock(mutex_);
       sleepers_.fetch_add(1, std::memory_order_seq_cst);
-      wake_.wait(lock, [&] { return ticket_.load(std::memory_order_seq_cst) >> 32 != epoch; });
+      wake_.wait(lock, [&] { return epoch_.load(std::memory_order_seq_cst) != epoch; });
       sleepers_.fetch_sub(1, std::memory_order_relaxed);
     }
   }
@@ -86,11 +106,11 @@ class Team {
       std::thread([this, rank = helpers_ + 1] { work(rank); }).detach();
   }
 
-  std::atomic<uint64_t> ticket_{0};  // epoch << 32 | next chunk
+  std::atomic<uint64_t> epoch_{0};
   std::atomic<Job> job_{nullptr};
   std::atomic<void*> argument_{nullptr};
-  std::atomic<int64_t> chunks_{0};
   std::atomic<int> threads_{0};
+  Range ranges_[kMaxThreads];
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<int> sleepers_{0};
   std::mutex mutex_;

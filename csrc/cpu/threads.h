@@ -11,8 +11,9 @@ using Job = void (*)(void* argument, int64_t chunk, int rank);
 constexpr int kMaxThreads = 256;
 
 // Runs job(argument, chunk, rank) for each chunk in [0, chunks) on at most `threads` threads, the
-// caller among them, and returns when all are done. Chunks are handed out one by one, so a helper
-// that is late delays nobody, and the caller never waits for one that has not begun.
+// caller among them, and returns when all are done. Each thread begins with a run of neighbouring
+// chunks and then takes what others have left, one by one, so a helper that is late delays nobody,
+// and the caller never waits for one that has not begun.
 void run_chunks(int threads, int64_t chunks, Job job, void* argument);
 
 template <class Function>

@@ -1,15 +1,19 @@
 """The thread team: forks, other threads, and the environment's choice of kernels."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from multiexit_engine._native import linear
 
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+COMPILER = shutil.which("g++")
 X = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.randn(2048, 512, generator=torch.Generator().manual_seed(1))
 
@@ -49,3 +53,13 @@ def test_environment_chooses_the_instruction_set(name):
         text=True,
     ).stdout.strip()
     assert chosen == name or (name not in ("scalar", "avx2") and chosen != "scalar")
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++")
+def test_a_chunk_runs_once_however_fast_jobs_follow_each_other(tmp_path):
+    program = tmp_path / "test_threads"
+    sources = [CSRC / "tests" / "test_threads.cpp", CSRC / "cpu" / "threads.cpp"]
+    flags = "-std=c++17 -O2 -pthread".split()
+    subprocess.run([COMPILER, *flags, f"-I{CSRC}", *map(str, sources), "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
