@@ -30,6 +30,7 @@ class Timings:
 
     def __init__(self) -> None:
         self._times: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}
         self._counts: list[int] = []
 
     def add(self, num_rows: int, seconds: float) -> None:
@@ -38,22 +39,23 @@ class Timings:
             self._times[num_rows] = deque(maxlen=KEPT_TIMES)
             insort(self._counts, num_rows)
         self._times[num_rows].append(seconds)
+        self._medians[num_rows] = median(self._times[num_rows])
 
     def estimate(self, num_rows: int) -> float | None:
         """Seconds for this many rows, from the measured counts next to it; None before any."""
-        if num_rows in self._times:
-            return median(self._times[num_rows])
+        if num_rows in self._medians:
+            return self._medians[num_rows]
         if not self._counts:
             return None
         place = bisect_left(self._counts, num_rows)
         if place == 0:
-            return median(self._times[self._counts[0]])
+            return self._medians[self._counts[0]]
         low = self._counts[place - 1]
-        below = median(self._times[low])
+        below = self._medians[low]
         if place == len(self._counts):
             return below * (1 + ROW_COST * (num_rows - low))
         high = self._counts[place]
-        above = median(self._times[high])
+        above = self._medians[high]
         return below + (above - below) * (num_rows - low) / (high - low)
 
 
@@ -84,12 +86,16 @@ class DraftPolicy:
         plain = self.plain.estimate(num_sequences)
         if plain is None:
             return 0
-        best, gain = 0, LEAST_GAIN
+        best, gain, last = 0, LEAST_GAIN, 0.0
+        rate, tokens = acceptance.rate, 1.0
         for length in range(1, MAX_DRAFT_LEN + 1):
-            tokens = expected_tokens(acceptance.rate, length)
+            tokens += rate**length  # Leviathan et al. 2022, arXiv:2211.17192, eq. 1
             found = tokens * plain / self._seconds(length, num_sequences, plain)
             if found > gain:
                 best, gain = length, found
+            if found < last:
+                break  # longer ones gain less and less
+            last = found
         if not best and acceptance.num_plain >= PROBE_INTERVAL:
             return 1
         return best
@@ -103,11 +109,3 @@ class DraftPolicy:
         if check is None:
             check = plain * (1 + ROW_COST * (num_rows - num_sequences))
         return length * draft + check
-
-
-def expected_tokens(rate: float, length: int) -> float:
-    """Mean tokens of a check of ``length`` drafts, each right with probability ``rate``.
-
-    Source: Leviathan et al. 2022, arXiv:2211.17192, eq. 1.
-    """
-    return sum(rate**i for i in range(length + 1))

@@ -1,11 +1,6 @@
 import pytest
 
-from multiexit_engine.decoding.speculation import (
-    PROBE_INTERVAL,
-    DraftPolicy,
-    Timings,
-    expected_tokens,
-)
+from multiexit_engine.decoding.speculation import PROBE_INTERVAL, DraftPolicy, Timings
 from multiexit_engine.request import Acceptance
 
 
@@ -68,12 +63,6 @@ def test_drafts_after_the_first_wrong_one_do_not_count_as_tried():
     for _ in range(100):
         made.record(16, 1)
     assert made.rate == pytest.approx(0.5, abs=0.03)
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
-def test_expected_tokens_are_those_of_a_geometric_series(rate):
-    expected = 5 if rate == 1 else (1 - rate**5) / (1 - rate)
-    assert expected_tokens(rate, 4) == pytest.approx(expected)
 
 
 def test_times_between_measured_counts_are_interpolated():
