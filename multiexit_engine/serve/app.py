@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from multiexit_engine.async_engine import AsyncEngine
-from multiexit_engine.serve import about, completions
+from multiexit_engine.serve import about, completions, page
 from multiexit_engine.serve.errors import ErrorResponse, install_handlers
 from multiexit_engine.serve.metrics import Metrics
 from multiexit_engine.serve.middleware import ApiKeys, BodyLimit, RequestLog
@@ -67,6 +67,7 @@ def create_app(
     install_handlers(app)
     app.include_router(about.router)
     app.include_router(completions.router)
+    app.include_router(page.router)
     return app
 
 
