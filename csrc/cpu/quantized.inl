@@ -22,10 +22,32 @@ constexpr int kStreamTokens = 3, kStreamRows = 2, kSingleRows = 4;
 constexpr int kStreamTokens = 2, kStreamRows = 2, kSingleRows = 2;
 #endif
 
-constexpr int64_t kDequantizedBytes = 32 << 10;  // stay in the L1 cache
+constexpr int64_t kDequantizedBytes = 64 << 10;  // a small part of the L2 cache
 
-typedef int8_t VecCodes __attribute__((vector_size(kWidth)));
-typedef uint8_t VecBytes __attribute__((vector_size(kWidth)));
+// kWidth bytes as numbers. In words of the instruction set, because g++ 12 takes the bytes apart
+// one by one where it is left to convert them.
+#if defined(MULTIEXIT_AVX512)
+static inline VecInt widen(const int8_t* p) {
+  return (VecInt)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+static inline VecInt widen(const uint8_t* p) {
+  return (VecInt)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#elif defined(MULTIEXIT_AVX2)
+static inline VecInt widen(const int8_t* p) {
+  return (VecInt)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+static inline VecInt widen(const uint8_t* p) {
+  return (VecInt)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+#else
+template <class Byte>
+static inline VecInt widen(const Byte* p) {
+  VecInt wide;
+  for (int64_t i = 0; i < kWidth; ++i) wide[i] = p[i];
+  return wide;
+}
+#endif
 
 struct Codes8 {
   static constexpr int64_t kBytes = kBlock;
@@ -33,10 +55,8 @@ struct Codes8 {
   static inline void dequantize(const uint8_t* p, float scale, Vec* out) {
 #pragma GCC unroll 8
     for (int v = 0; v < kBlockVecs; ++v) {
-      VecCodes codes;
-      __builtin_memcpy(&codes, p + v * kWidth, sizeof codes);
-      const VecInt wide = __builtin_convertvector(codes, VecInt);
-      out[v] = __builtin_convertvector(wide, Vec) * scale;
+      const VecInt codes = widen(reinterpret_cast<const int8_t*>(p) + v * kWidth);
+      out[v] = __builtin_convertvector(codes, Vec) * scale;
     }
   }
 };
@@ -49,8 +69,7 @@ struct Codes4 {
     // A look-up takes the lowest four bits of each number and multiplies on the way.
     const Vec values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
     const __m512 scaled = (__m512)(values * scale);
-    const __m512i codes =
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i codes = (__m512i)widen(p);
     out[0] = (Vec)_mm512_permutexvar_ps(codes, scaled);
     out[1] = (Vec)_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), scaled);
   }
@@ -58,11 +77,9 @@ struct Codes4 {
   static inline void dequantize(const uint8_t* p, float scale, Vec* out) {
 #pragma GCC unroll 8
     for (int v = 0; v < kBlockVecs / 2; ++v) {
-      VecBytes pairs;
-      __builtin_memcpy(&pairs, p + v * kWidth, sizeof pairs);
-      const VecInt wide = __builtin_convertvector(pairs, VecInt);
-      out[v] = __builtin_convertvector((wide & 15) - 8, Vec) * scale;
-      out[v + kBlockVecs / 2] = __builtin_convertvector((wide >> 4) - 8, Vec) * scale;
+      const VecInt pairs = widen(p + v * kWidth);
+      out[v] = __builtin_convertvector((pairs & 15) - 8, Vec) * scale;
+      out[v + kBlockVecs / 2] = __builtin_convertvector((pairs >> 4) - 8, Vec) * scale;
     }
   }
 #endif
@@ -90,23 +107,22 @@ struct QuantizedRows {
   }
 };
 
-// Calls body(block, scales) for each block of columns, with the block's scale of each row.
+// Calls body(block, scales) for each block of columns: scales[r * kWidth] is that of row r.
 template <int R, class Body>
 static inline void each_block(const QuantizedRows& rows, Body&& body) {
   const int64_t blocks = (rows.columns + kBlock - 1) / kBlock;
-  float scales[kWidth][R];
+  float scales[R][kWidth];
   for (int64_t first = 0; first < rows.groups; first += kWidth) {
     const int64_t count = rows.groups - first < kWidth ? rows.groups - first : kWidth;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const BFloat16* own = rows.scales + r * rows.groups + first;
-      const Vec wide = count == kWidth ? load(own) : load_first(own, count);
-      for (int64_t g = 0; g < kWidth; ++g) scales[g][r] = wide[g];
+      store(scales[r], count == kWidth ? load(own) : load_first(own, count));
     }
     for (int64_t g = 0; g < count; ++g) {
       const int64_t start = (first + g) * rows.group_blocks;
       const int64_t stop = start + rows.group_blocks < blocks ? start + rows.group_blocks : blocks;
-      for (int64_t block = start; block < stop; ++block) body(block, scales[g]);
+      for (int64_t block = start; block < stop; ++block) body(block, *scales + g);
     }
   }
 }
@@ -126,7 +142,7 @@ static inline void quantized_tile(const float* x, const QuantizedRows& rows, con
       // The next tile in the order of its addresses, see product.inl.
       if (r % kRowsOfLine == 0) __builtin_prefetch(ahead + r * Codes::kBytes + kPrefetchAhead, 0, 3);
       Vec weight[kBlockVecs];
-      Codes::dequantize(rows.codes + r * rows.row_bytes + block * Codes::kBytes, scales[r], weight);
+      Codes::dequantize(rows.codes + r * rows.row_bytes + block * Codes::kBytes, scales[r * kWidth], weight);
       if (block < whole) {
 #pragma GCC unroll 8
         for (int v = 0; v < kBlockVecs; ++v)
@@ -195,8 +211,8 @@ static void quantized_product_of(const float* x, int64_t tokens, const Matrix& m
     return tokens_of_quantized_tiles<Codes, kStreamTokens>(tokens, x, rows, count, bias, out,
                                                            out_stride);
   const int64_t columns = matrix.columns;
-  const int64_t fitting = kDequantizedBytes / 4 / columns / 8 * 8;
-  const int64_t step = fitting < 8 ? 8 : fitting;
+  const int64_t fitting = kDequantizedBytes / 4 / columns / 12 * 12;
+  const int64_t step = fitting < 12 ? 12 : fitting;
   float* wide = Scratch::of_this_thread().room(Scratch::kDequantized, step * columns);
   for (int64_t start = 0; start < count; start += step) {
     const int64_t some = count - start < step ? count - start : step;
