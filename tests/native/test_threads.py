@@ -59,7 +59,7 @@ def test_environment_chooses_the_instruction_set(name):
 def test_a_chunk_runs_once_however_fast_jobs_follow_each_other(tmp_path):
     program = tmp_path / "test_threads"
     sources = [CSRC / "tests" / "test_threads.cpp", CSRC / "cpu" / "threads.cpp"]
-    flags = "-std=c++17 -O2 -pthread".split()
+    flags = ["-std=c++17", "-O2", "-pthread"]
     subprocess.run([COMPILER, *flags, f"-I{CSRC}", *map(str, sources), "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
