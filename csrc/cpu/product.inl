@@ -66,6 +66,23 @@ struct Ahead {
   int64_t stride;
 };
 
+// Lanes to numbers, then the bias: R numbers of token t.
+template <int R, int T>
+static inline void finish(const Vec (&sum)[R][T], int t, const float* bias, float* out) {
+#if defined(MULTIEXIT_AVX512)
+  const __mmask8 rows = (1 << R) - 1;
+  const Vec none = fill(0.0f);
+  const __m128 numbers = sums_of(sum[0][t], R > 1 ? sum[R > 1][t] : none,
+                                 R > 2 ? sum[R > 2 ? 2 : 0][t] : none,
+                                 R > 3 ? sum[R > 3 ? 3 : 0][t] : none);
+  const __m128 shift = bias ? _mm_maskz_loadu_ps(rows, bias) : _mm_setzero_ps();
+  _mm_mask_storeu_ps(out, rows, _mm_add_ps(numbers, shift));
+#else
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) out[r] = sum_of(sum[r][t]) + (bias ? bias[r] : 0.0f);
+#endif
+}
+
 // Of x and weight columns [first, stop) are added to the sums of a tile, which wait in `sums`
 // between blocks of columns. Lanes first, then sum_of, then the bias: the order of every element
 // of every tile.
@@ -113,10 +130,7 @@ static inline void tile(const typename Factor<W>::Input* x, const W* weight, int
         sum[r][t] = F::add(w, F::get_first(x + t * columns + whole, columns - whole), sum[r][t]);
     }
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-      out[t * out_stride + r] = sum_of(sum[r][t]) + (bias ? bias[r] : 0.0f);
+  for (int t = 0; t < T; ++t) finish<R>(sum, t, bias, out + t * out_stride);
 }
 
 // T tokens times a block of weight rows, `step` columns at a time.

@@ -56,6 +56,21 @@ static inline float sum_of(Vec v) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+
+// Four of the above at once, added in the same order.
+static inline __m128 sums_of(Vec a, Vec b, Vec c, Vec d) {
+  const auto halves = [](Vec x, Vec y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4((__m512)x, (__m512)y, 0x44),
+                         _mm512_shuffle_f32x4((__m512)x, (__m512)y, 0xee));
+  };
+  const __m512 ab = halves(a, b), cd = halves(c, d);
+  const __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88),
+                                    _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const __m512 two = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4e));
+  const __m512 one = _mm512_add_ps(two, _mm512_permute_ps(two, 0xb1));
+  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+  return _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, one));
+}
 #elif defined(MULTIEXIT_AVX2)
 static inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 static inline Vec load(const Float16* p) {
