@@ -128,7 +128,7 @@ def run_shape(
     peers: str,
     pythons: dict[str, str],
     folder: Path,
-) -> tuple[list[dict[str, Any]], list[Bar]]:
+) -> tuple[list[dict[str, Any]], list[Bar], dict[str, str]]:
     """Measure one model size; prints its tables."""
     shape = job.shape
     checkpoint = make_checkpoint(shape, folder, torch.float32)
@@ -164,7 +164,7 @@ def run_shape(
         row |= {"read_gb_per_s": read / 1e9}
         if row["way"] == "engine Original":
             row["share_of_read"] = shares[row["weights"]]
-    return rows, bars
+    return rows, bars, {peer.title: process.version for peer, _, process in started}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -195,17 +195,18 @@ def main(
     """Measure batch-1 decoding of random-weight models."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    results, bars = [], []
+    results, bars, versions = [], [], {}
     for name in shape or ["gpt2-medium", "gpt-neo-125m"]:
         prompt = torch.randint(0, SHAPES[name].config.vocab_size, (prompt_len,)).tolist()
         job = Job(SHAPES[name], prompt, new_tokens, rounds)
         kinds = weights or ["float32", "bfloat16"]
         pythons = peer_pythons(peer_python or [])
-        rows, met = run_shape(job, kinds, backend, peers, pythons, folder)
+        rows, met, found = run_shape(job, kinds, backend, peers, pythons, folder)
         results += rows
+        versions |= found
         bars += [{"shape": name} | bar.as_row() for bar in met]
         command = shlex.join(["python", *sys.argv])
-        write_json(json, command, results, bars=bars, backend=backend)
+        write_json(json, command, results, bars=bars, peers=versions, backend=backend)
 
 
 if __name__ == "__main__":

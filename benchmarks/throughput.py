@@ -56,7 +56,7 @@ def engine_ways(job: Job, weights: str, engine: Engine) -> list[Way]:
 
 def run_shape(
     job: Job, weights: list[str], backend: str, peers: str, pythons: dict[str, str], folder: Path
-) -> tuple[list[dict[str, Any]], list[Bar]]:
+) -> tuple[list[dict[str, Any]], list[Bar], dict[str, str]]:
     """Measure one model size; prints its tables."""
     shape, count = job.shape, len(job.prompts)
     checkpoint = make_checkpoint(shape, folder, torch.float32)
@@ -99,7 +99,7 @@ def run_shape(
     ]
     show(title, ["way", "weights", "tokens/s", "tokens"], cells)
     show(f"{shape.name}, bars", BAR_COLUMNS, [bar.cells() for bar in bars])
-    return rows, bars
+    return rows, bars, {peer.title: process.version for peer, _, process in started}
 
 
 def _is_reference(way: Way, count: int) -> bool:
@@ -129,18 +129,19 @@ def main(
     """Measure the throughput of concurrent requests on random-weight models."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    results, bars = [], []
+    results, bars, versions = [], [], {}
     for name in shape or ["gpt2-medium", "gpt-neo-125m"]:
         vocab = SHAPES[name].config.vocab_size
         prompts = torch.randint(0, vocab, (requests, prompt_len)).tolist()
         job = Job(SHAPES[name], prompts, new_tokens, rounds)
         kinds = weights or ["float32", "bfloat16"]
         pythons = peer_pythons(peer_python or [])
-        rows, met = run_shape(job, kinds, backend, peers, pythons, folder)
+        rows, met, found = run_shape(job, kinds, backend, peers, pythons, folder)
         results += rows
+        versions |= found
         bars += [{"shape": name} | bar.as_row() for bar in met]
         command = shlex.join(["python", *sys.argv])
-        write_json(json, command, results, bars=bars, backend=backend)
+        write_json(json, command, results, bars=bars, peers=versions, backend=backend)
 
 
 if __name__ == "__main__":
