@@ -67,7 +67,7 @@ def main(ops: Path, latency: Path, picture: Path) -> None:
         names = [bar.name for bar in bars]
         colours = [COLOURS[bar.kind] for bar in bars]
         drawn = panel.barh(names, [bar.reached for bar in bars], color=colours)
-        panel.bar_label(drawn, fmt="%.0f", padding=3, fontsize=8)
+        panel.bar_label(drawn, fmt="%.0f", label_type="center", color="white", fontsize=8)
         ceilings = [bar.ceiling for bar in bars]
         panel.scatter(ceilings, names, marker="|", s=120, color="#c53030", zorder=3)
         panel.set_title(f"{weights}: GB/s; red: plain read of the same run", fontsize=10)
