@@ -243,3 +243,14 @@ def test_broken_json_is_refused(http):
     )
     assert response.status_code == 400
     assert "not JSON" in response.json()["error"]["message"]
+
+
+def test_drafted_tokens_are_told_of(http, engine):
+    body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0, "return_exits": True}
+    mode = {"mode": "self_speculative", "draft_exit": 4, "draft_len": 3}
+    whole = http.post("/v1/completions", json=body | {"decoding": mode}).json()["choices"][0]
+    stream = http.post("/v1/completions", json=body | {"decoding": mode, "stream": True})
+    drafted = [d for event in events_of(stream.text) for d in event["choices"][0]["drafted"]]
+    assert whole["text"] == alone(engine, PROMPT, max_new_tokens=20).outputs[0].text
+    assert len(drafted) == len(whole["drafted"]) == 20
+    assert any(drafted) and any(whole["drafted"])
