@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from multiexit_engine.checks import is_finite, is_int, reject
+from multiexit_engine.mode_forms import decoding_from_json, decoding_to_json, parse_decoding
 from multiexit_engine.modes import (
     MODES,
     Contrast,
@@ -20,9 +21,6 @@ from multiexit_engine.modes import (
     Layer,
     Original,
     SelfSpeculative,
-    decoding_from_json,
-    decoding_to_json,
-    parse_decoding,
 )
 
 __all__ = [

@@ -11,7 +11,7 @@ from multiexit_engine import __version__
 from multiexit_engine.async_engine import AsyncEngine
 from multiexit_engine.cli.options import ENGINE, options_of_dataclass, with_options
 from multiexit_engine.engine import Engine
-from multiexit_engine.modes import parse_decoding
+from multiexit_engine.mode_forms import parse_decoding
 from multiexit_engine.serve.settings import ServerSettings
 
 INSTALL = "pip install 'multiexit-engine[serve]'"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from multiexit_engine.modes import DecodingMode, decoding_from_json
+from multiexit_engine.mode_forms import decoding_from_json
+from multiexit_engine.modes import DecodingMode
 from multiexit_engine.params import SamplingParams
 from multiexit_engine.serve.errors import ApiError
 from multiexit_engine.serve.protocol import SamplingBody
