@@ -129,6 +129,19 @@ def as_tensor(weight: Weight, dtype: torch.dtype) -> Tensor:
     return dequantize(weight, dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
 
 
+def first_rows(weight: Weight, rows: int) -> Weight:
+    """A view of the first rows of a matrix; ValueError where it has not so many, or for none."""
+    if not 1 <= rows <= weight.shape[0]:
+        raise ValueError(
+            f"{rows} rows of a matrix: it has {weight.shape[0]}, take 1 to all of them"
+        )
+    if not isinstance(weight, QuantizedWeight):
+        return weight[:rows]
+    return QuantizedWeight(
+        weight.codes[:rows], weight.scales[:rows], weight.columns, weight.quantization
+    )
+
+
 def _quantize_rows(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     size, largest = quantization.group_size, quantization.largest_code

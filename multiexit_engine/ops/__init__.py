@@ -5,7 +5,7 @@ from multiexit_engine.ops.attention import paged_attention
 from multiexit_engine.ops.blocks import decoder_blocks
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.dola import js_divergences, relative_top_logits
-from multiexit_engine.ops.heads import head_logits
+from multiexit_engine.ops.heads import HeadStatistics, head_logits, head_statistics
 from multiexit_engine.ops.kv import write_kv
 from multiexit_engine.ops.linear import linear
 from multiexit_engine.ops.norm import layer_norm, rms_norm
@@ -17,6 +17,7 @@ from multiexit_engine.ops.tokens import contrast_tokens, head_tokens, shared_hea
 __all__ = [
     "NATIVE",
     "REFERENCE",
+    "HeadStatistics",
     "Op",
     "activation",
     "contrast_heads",
@@ -26,6 +27,7 @@ __all__ = [
     "gated_activation",
     "gumbel_noise",
     "head_logits",
+    "head_statistics",
     "head_tokens",
     "js_divergences",
     "layer_norm",
