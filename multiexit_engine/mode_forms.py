@@ -107,12 +107,12 @@ def _value(key: str, word: str, text: str) -> Any:
     return items[0] if len(items) == 1 else items
 
 
-def _number_or_word(text: str) -> int | float | str:
+def _number_or_word(text: str) -> int | float | str | None:
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         return text
-    return value if isinstance(value, int | float) else text
+    return value if value is None or isinstance(value, int | float) else text
 
 
 def _listed(names: Mapping[str, object] | list[str]) -> str:

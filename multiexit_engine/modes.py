@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from multiexit_engine.checks import is_finite, is_int, reject
+from multiexit_engine.parallel_mode import Parallel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,11 +174,12 @@ class SelfSpeculative:
             raise reject("SelfSpeculative.target", self.target, "Original, Exit, Contrast or DoLa")
 
 
-DecodingMode: TypeAlias = Target | SelfSpeculative
+DecodingMode: TypeAlias = Target | SelfSpeculative | Parallel
 MODES: dict[str, type[DecodingMode]] = {
     "original": Original,
     "exit": Exit,
     "contrast": Contrast,
     "dola": DoLa,
     "self_speculative": SelfSpeculative,
+    "parallel": Parallel,
 }

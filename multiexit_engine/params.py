@@ -22,6 +22,7 @@ from multiexit_engine.modes import (
     Original,
     SelfSpeculative,
 )
+from multiexit_engine.parallel_mode import Parallel
 
 __all__ = [
     "MODES",
@@ -31,6 +32,7 @@ __all__ = [
     "Exit",
     "Layer",
     "Original",
+    "Parallel",
     "SamplingParams",
     "SelfSpeculative",
     "decoding_from_json",

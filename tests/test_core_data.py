@@ -14,6 +14,7 @@ from multiexit_engine.params import (
     DoLa,
     Exit,
     Original,
+    Parallel,
     SamplingParams,
     SelfSpeculative,
     decoding_from_json,
@@ -160,8 +161,24 @@ TARGETS = st.one_of(
         st.sampled_from(["raw", "exits"]),
     ),
 )
+LENGTHS = st.one_of(st.integers(1, 99), st.floats(0.1, 9))
+PARALLEL = st.one_of(
+    st.builds(
+        Parallel,
+        st.just("confidence"),
+        st.sampled_from(["entropy", "max_prob"]),
+        st.floats(0, 9),
+        st.none() | st.lists(LAYERS, min_size=1, max_size=4, unique=True),
+        st.none() | LENGTHS | st.lists(LENGTHS, min_size=1, max_size=4),
+        st.booleans(),
+        st.integers(0, 4),
+    ),
+    st.builds(Parallel, st.just("prescribed"), layers=st.lists(LAYERS, min_size=1, max_size=9)),
+    st.builds(Parallel, st.sampled_from(["none", "soft"]), length=st.none() | LENGTHS),
+)
 MODES = st.one_of(
     TARGETS,
+    PARALLEL,
     st.builds(SelfSpeculative, LAYERS, st.one_of(st.integers(1, 16), st.just("auto")), TARGETS),
 )
 
@@ -170,7 +187,9 @@ def command_line_value(value):
     if isinstance(value, dict):
         name, *values = value.values()
         return f"{name}({','.join(map(command_line_value, values))})"
-    return ";".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ";".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @given(MODES)
@@ -206,6 +225,16 @@ def test_every_mode_survives_its_command_line_form(mode):
         ("dola:4", DoLa((4,))),
         ("dola:0;2; 4,0.2,jsd=reference", DoLa((0, 2, 4), 0.2, "reference")),
         ("dola:candidates=2;4,mature=6,heads=exits", DoLa((2, 4), mature=6, heads="exits")),
+        ("parallel", Parallel()),
+        ("parallel:soft,length=1.5", Parallel("soft", length=1.5)),
+        ("parallel:confidence,max_prob,0.9", Parallel("confidence", "max_prob", 0.9)),
+        (
+            "parallel:confidence,threshold=1,layers=2;4,length=8;12,collapse_repeats=true",
+            Parallel(
+                "confidence", threshold=1, layers=(2, 4), length=(8, 12), collapse_repeats=True
+            ),
+        ),
+        ("parallel:prescribed,layers=3", Parallel("prescribed", layers=(3,))),
         ("self_speculative:6", SelfSpeculative(6)),
         ("self_speculative:6,3,target=exit:9", SelfSpeculative(6, 3, Exit(9))),
         (
@@ -249,6 +278,20 @@ def test_command_line_forms(text, mode):
         ("dola:2,jsd=true", "DoLa.jsd=True"),
         ("dola:2,mature=0", "DoLa.mature=0"),
         ("dola:2,heads=own", "DoLa.heads='own'"),
+        ("parallel:hard", "Parallel.exit='hard'.*'none', 'soft', 'confidence', 'prescribed'"),
+        ("parallel:confidence", "Parallel.threshold=None: must be a number"),
+        ("parallel:none,threshold=1", "Parallel.threshold=1: must be None"),
+        ("parallel:none,measure=margin", "Parallel.measure='margin'"),
+        ("parallel:prescribed", "Parallel.layers=None"),
+        ("parallel:soft,layers=2", r"Parallel.layers=\(2,\): must be None with exit='soft'"),
+        ("parallel:prescribed,layers=2;0", r"Parallel.layers=\(2, 0\)"),
+        ("parallel:prescribed,layers=2;1,length=3", "Parallel.length=3: must be None or 2"),
+        ("parallel:confidence,threshold=1,layers=2;2", "must be different layers"),
+        ("parallel:none,length=0", "Parallel.length=0"),
+        ("parallel:none,length=4;-1.5", "Parallel.length=-1.5"),
+        ("parallel:soft,refine=1", "Parallel.refine=1: must be 0 with 'soft'"),
+        ("parallel:none,refine=-1", "Parallel.refine=-1"),
+        ("parallel:none,collapse_repeats=1", "Parallel.collapse_repeats=1"),
         ("self_speculative:0", "SelfSpeculative.draft_exit=0"),
         ("self_speculative:6,draft_len=17", "draft_len=17: must be 'auto' or .* 1..16"),
         ("self_speculative:6,draft_len=some", "draft_len='some'"),

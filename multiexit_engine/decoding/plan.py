@@ -21,6 +21,7 @@ from multiexit_engine.params import (
     Exit,
     Layer,
     Original,
+    Parallel,
     SelfSpeculative,
 )
 
@@ -122,6 +123,11 @@ def resolve_mode(mode: DecodingMode, config: ModelConfig) -> ResolvedMode:
             return _resolve_dola(mode, config)
         case SelfSpeculative(draft_exit, target=target):
             return _with_draft(resolve_mode(target, config), draft_exit, config)
+        case Parallel():
+            raise ValueError(
+                f"decoding={mode!r}: this model's decoder writes one token after the other; "
+                "Parallel needs a checkpoint with ELMER's decoder, opened as architecture='elmer'"
+            )
     return ResolvedMode(upper, lower, max(head.layer for head in (upper, lower) if head))
 
 
@@ -164,6 +170,7 @@ def dola_layers(preset: str, num_layers: int, is_tied: bool) -> tuple[int, ...]:
 
 def target_mode(mode: DecodingMode) -> Target:
     """The mode whose distribution a mode's tokens come from."""
+    assert not isinstance(mode, Parallel), "resolve_mode refuses it"
     return mode.target if isinstance(mode, SelfSpeculative) else mode
 
 
