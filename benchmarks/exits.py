@@ -43,11 +43,11 @@ class Oracle:
         self._vocab_size = engine.model_config.vocab_size
         self.answers: dict[tuple[int, ...], list[int]] = {}
         chooser = engine._core.runner._chooser
-        self._compute = chooser.tokens
-        chooser.tokens = self._tokens  # type: ignore[method-assign]
+        self._compute = chooser.drafts
+        chooser.drafts = self._drafts  # type: ignore[method-assign]
 
-    def _tokens(self, part: LogitSlice) -> Tensor:
-        self._compute(part)
+    def _drafts(self, part: LogitSlice, num_tokens: int) -> Tensor:
+        self._compute(part, num_tokens)
         return torch.tensor([self._draft(row) for row in part.rows])
 
     def _draft(self, row: Any) -> int:

@@ -154,6 +154,10 @@ class SelfSpeculative:
             request's measured acceptance and the measured cost of drafts; none where none pays.
         target: the mode whose tokens come out: ``Original``, ``Exit``, ``Contrast`` or
             ``DoLa``.
+        draft_vocab: drafts are chosen among this many tokens, the first ones of the vocabulary:
+            byte-pair vocabularies begin with the frequent ones, and a head costs what is read of
+            it. "auto" is a quarter of the vocabulary, at least 8192 tokens. Requests with
+            penalties, masks or top-k draft from all tokens.
 
     Source: Leviathan et al. 2022, arXiv:2211.17192; drafting by an exit: Elhoushi et al. 2024,
         arXiv:2404.16710; drawing both with one noise: Daliri et al. 2024, arXiv:2408.07978.
@@ -162,6 +166,7 @@ class SelfSpeculative:
     draft_exit: int
     draft_len: int | Literal["auto"] = "auto"
     target: Target = Original()
+    draft_vocab: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if not is_int(self.draft_exit) or self.draft_exit < 1:
@@ -172,6 +177,10 @@ class SelfSpeculative:
             raise reject("SelfSpeculative.draft_len", self.draft_len, allowed)
         if not isinstance(self.target, get_args(Target)):
             raise reject("SelfSpeculative.target", self.target, "Original, Exit, Contrast or DoLa")
+        is_size = is_int(self.draft_vocab) and self.draft_vocab >= 1  # type: ignore[operator]
+        if self.draft_vocab != "auto" and not is_size:
+            allowed = "'auto' or a number of tokens, 1 or more"
+            raise reject("SelfSpeculative.draft_vocab", self.draft_vocab, allowed)
 
 
 DecodingMode: TypeAlias = Target | SelfSpeculative | Parallel

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multiexit_engine.quantization import Quantization, dequantize, quantize
+from multiexit_engine.quantization import Quantization, dequantize, first_rows, quantize
 
 ALL = [Quantization(bits, size) for bits in (8, 4) for size in (32, 64)]
 KINDS = pytest.mark.parametrize("how", ALL, ids=str)
@@ -103,3 +103,11 @@ def test_names_are_read(name, expected):
 def test_unknown_names_are_refused_with_what_is_allowed(name):
     with pytest.raises(ValueError, match="int4, int4-g32, int4-g64, int8"):
         Quantization.parse(name)
+
+
+@KINDS
+def test_first_rows_stand_for_the_first_rows(how):
+    found = quantize(torch.randn(9, 70), how)
+    part = first_rows(found, 4)
+    assert torch.equal(dequantize(part, torch.float32), dequantize(found, torch.float32)[:4])
+    assert part.codes.data_ptr() == found.codes.data_ptr(), "nothing is copied"

@@ -117,6 +117,26 @@ def mode_tokens(
     return tokens, logprobs
 
 
+def draft_tokens(
+    plan: ExitPlan, taps: Mapping[int, Tensor], heads: ExitHeads, draws: Draws, num_tokens: int
+) -> Tensor:
+    """[rows] int64: as ``mode_tokens`` of one exit, from the first tokens of the vocabulary only.
+
+    Args:
+        plan: of rows that all have the same head and nothing beside it.
+        taps: as in ``mode_scores``.
+        heads: gives normalised hidden states and weights.
+        draws: how each row's token is drawn.
+        num_tokens: how many tokens of the vocabulary are looked at.
+
+    Source: Zhao et al. 2025, arXiv:2502.14856, with the vocabulary's own order in place of counts.
+    """
+    (group,) = plan.groups
+    head = group.upper
+    operands = heads.operands(head, _hidden(group.rows, head.layer, plan, taps))
+    return head_tokens(*operands.first(num_tokens), *draws)[0]
+
+
 def _group_tokens(
     group: HeadGroup,
     plan: ExitPlan,

@@ -14,7 +14,7 @@ from multiexit_engine.checkpoint import TensorLoader, exit_weight_name
 from multiexit_engine.config import ModelConfig, VocabularyProjectionMode
 from multiexit_engine.layers.norm import LayerNorm, RMSNorm
 from multiexit_engine.ops.linear import linear
-from multiexit_engine.quantization import Weight
+from multiexit_engine.quantization import Weight, first_rows
 
 
 class Head(NamedTuple):
@@ -44,6 +44,11 @@ class HeadOperands(NamedTuple):
     hidden: Tensor
     weight: Weight
     bias: Tensor | None
+
+    def first(self, num_tokens: int) -> HeadOperands:
+        """What gives the logits of the first tokens of the vocabulary only."""
+        bias = None if self.bias is None else self.bias[:num_tokens]
+        return HeadOperands(self.hidden, first_rows(self.weight, num_tokens), bias)
 
 
 class ExitHeads:

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from multiexit_engine.batch import BeamCandidates, StepOutput
 from multiexit_engine.decoding.beam import beam_candidates
-from multiexit_engine.decoding.exits import Draws, gives_tokens, mode_scores, mode_tokens
+from multiexit_engine.decoding.exits import (
+    Draws,
+    draft_tokens,
+    gives_tokens,
+    mode_scores,
+    mode_tokens,
+)
 from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner
 from multiexit_engine.decoding.sampler import (
     TokenRow,
@@ -156,11 +162,14 @@ class TokenChooser:
                 self._choose_beams(part, indices, scores, output)
         return chosen
 
-    def tokens(self, part: LogitSlice) -> Tensor:
-        """[rows] int64 tokens on the device, for rows that are drafted and never reported."""
+    def drafts(self, part: LogitSlice, num_tokens: int) -> Tensor:
+        """[rows] int64 tokens on the device, for rows of one exit that are never reported.
+
+        Direct rows look at the first ``num_tokens`` tokens of the vocabulary only.
+        """
         if part.is_direct:
             draws = self._draws(part.rows)
-            return mode_tokens(part.plan, part.taps, self._heads, draws)[0]
+            return draft_tokens(part.plan, part.taps, self._heads, draws, num_tokens)
         scores, _ = self.scores(part)
         return choose_tokens(scores, [token_row(row) for row in part.rows])
 

@@ -19,6 +19,9 @@ from multiexit_engine.params import Exit, SelfSpeculative
 from multiexit_engine.runtime.choosing import LogitRow, TokenChooser
 from multiexit_engine.runtime.flight import Flight, Joining
 
+# of a smaller vocabulary's head there is little to save
+LEAST_DRAFT_VOCAB = 8192
+
 Keep = Callable[[int, Flight], None]
 
 
@@ -89,20 +92,28 @@ class Drafter:
             tap_layers: layers at which ``keep`` is called.
             keep: takes the states of rows that are needed later.
         """
-        groups: dict[Exit, list[int]] = {}
+        groups: dict[tuple[Exit, int], list[int]] = {}
         for index, item in items.items():
             mode = item.sequence.request.decoding
             assert isinstance(mode, SelfSpeculative), "only these have drafts"
-            groups.setdefault(Exit(mode.draft_exit), []).append(index)
-        for mode, group in groups.items():
+            way = Exit(mode.draft_exit), self._vocab(mode)
+            groups.setdefault(way, []).append(index)
+        for (exit_mode, vocab), group in groups.items():
             group.sort(key=lambda index: -items[index].num_drafts)
-            self._draft_group(
-                mode, {index: items[index] for index in group}, drafts, tap_layers, keep
-            )
+            own = {index: items[index] for index in group}
+            self._draft_group(exit_mode, vocab, own, drafts, tap_layers, keep)
+
+    def _vocab(self, mode: SelfSpeculative) -> int:
+        """Tokens of the vocabulary among which drafts are chosen."""
+        size = self._model.config.vocab_size
+        if mode.draft_vocab == "auto":
+            return min(size, max(LEAST_DRAFT_VOCAB, size // 4))
+        return min(size, mode.draft_vocab)
 
     def _draft_group(
         self,
         mode: Exit,
+        vocab: int,
         items: dict[int, ScheduledSequence],
         drafts: Drafts,
         tap_layers: set[int],
@@ -117,7 +128,7 @@ class Drafter:
                 if stop in tap_layers:
                     keep(stop, flight)
             flight.keep(aboard)
-            self._add(mode, aboard, items, count, flight, drafts)
+            self._add(mode, vocab, aboard, items, count, flight, drafts)
         for index, item in items.items():
             drafts.joining[index] = (Joining(mode.layer, item.stop - 1),)
 
@@ -134,6 +145,7 @@ class Drafter:
     def _add(
         self,
         mode: Exit,
+        vocab: int,
         aboard: list[int],
         items: dict[int, ScheduledSequence],
         count: int,
@@ -156,4 +168,4 @@ class Drafter:
             if not part.is_direct:
                 # penalties and bans look at the drafts before
                 drafts.fetch()
-            drafts.add([row.item for row in part.rows], self._chooser.tokens(part))
+            drafts.add([row.item for row in part.rows], self._chooser.drafts(part, vocab))

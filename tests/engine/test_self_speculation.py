@@ -173,8 +173,9 @@ def test_the_output_tells_which_tokens_were_drafted(engine):
     assert after.num_drafted_tokens - before.num_drafted_tokens >= num_accepted
 
 
-def test_an_exit_that_always_agrees_needs_few_steps(tmp_path):
-    """With layers that add nothing after the exit, every draft is right."""
+@pytest.fixture
+def agreeing_engine(tmp_path):
+    """An engine whose layers above exit 4 add nothing: every draft is right."""
     folder = save_gpt2(tmp_path / "same")
     engine = Engine.from_pretrained(
         folder,
@@ -186,12 +187,39 @@ def test_an_exit_that_always_agrees_needs_few_steps(tmp_path):
         for linear in (block.attention.output, block.mlp.down):
             linear.weight.data.zero_()
             linear.bias.data.zero_()
-    before = engine.stats()
-    (output,) = engine.generate([1, 2], SamplingParams(max_new_tokens=41), SelfSpeculative(4, 4))
-    after = engine.stats()
+    return engine
+
+
+def test_an_exit_that_always_agrees_needs_few_steps(agreeing_engine):
+    before = agreeing_engine.stats()
+    (output,) = agreeing_engine.generate(
+        [1, 2], SamplingParams(max_new_tokens=41), SelfSpeculative(4, 4)
+    )
+    after = agreeing_engine.stats()
     assert after.num_accepted_tokens - before.num_accepted_tokens == 32
     assert after.num_steps - before.num_steps == 9  # the prompt, then five tokens a step
     assert sum(output.outputs[0].drafted) == 32
+
+
+def test_drafts_come_from_the_draft_vocabulary(agreeing_engine):
+    given, sampling = prompts(4), replace(SAMPLINGS["sampled"], temperature=1.5)
+    expected = agreeing_engine.generate(given, sampling)
+    shares = []
+    for draft_vocab in (1, 120, 256, 9999):
+        mode = SelfSpeculative(4, 1, draft_vocab=draft_vocab)
+        outputs = agreeing_engine.generate(given, sampling, mode)
+        assert tokens(outputs) == tokens(expected)
+        drafted = [
+            token
+            for output in outputs
+            for token, was_drafted in zip(
+                output.outputs[0].token_ids, output.outputs[0].drafted, strict=True
+            )
+            if was_drafted
+        ]
+        assert all(token < draft_vocab for token in drafted)
+        shares.append(len(drafted))
+    assert shares[0] < shares[1] < shares[2] == shares[3]
 
 
 def test_drafts_stop_where_the_request_ends(engine):
