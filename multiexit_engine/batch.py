@@ -121,6 +121,34 @@ class SequenceLayout:
     context_lens_device: Tensor
     block_tables: Tensor
 
+    @classmethod
+    def build(
+        cls,
+        query_lens: list[int],
+        context_lens: list[int],
+        tables: list[list[int]],
+        block_size: int,
+        device: torch.device,
+    ) -> SequenceLayout:
+        """Copy a layout to the device; of each block table only what holds the context is used."""
+        num_blocks = [-(-length // block_size) for length in context_lens]
+        width = max(num_blocks)
+        padded = [
+            table[:count] + [-1] * (width - count)
+            for table, count in zip(tables, num_blocks, strict=True)
+        ]
+
+        def on_device(values: list[int] | list[list[int]]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+
+        return cls(
+            query_lens=tuple(query_lens),
+            context_lens=tuple(context_lens),
+            cu_query_lens=on_device(list(accumulate(query_lens, initial=0))),
+            context_lens_device=on_device(context_lens),
+            block_tables=on_device(padded),
+        )
+
     @cached_property
     def query_starts(self) -> tuple[int, ...]:
         """First flat row of each sequence and the end of the last one, on the host."""
@@ -151,12 +179,15 @@ class ForwardBatch:
         positions: [tokens] int64, 0-based in each sequence.
         slot_mapping: [tokens] int64, ``block * block_size + offset`` of each token's key and value.
         layout: where each sequence lies.
+        sources: where each token's source lies in the cache, every token being a sequence of its
+            own whose one query sees all of it; None for a decoder-only model.
     """
 
     token_ids: Tensor
     positions: Tensor
     slot_mapping: Tensor
     layout: SequenceLayout
+    sources: SequenceLayout | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -173,6 +204,7 @@ class ForwardBatch:
             self.positions[:num_tokens],
             self.slot_mapping[:num_tokens],
             layout,
+            None if self.sources is None else self.sources.first(num_tokens),
         )
 
     @classmethod
@@ -190,28 +222,35 @@ class ForwardBatch:
             tokens += [0] * (item.stop - max(item.start, item.sequence.num_tokens))
             positions += item.positions
             slots += [table[p // block_size] * block_size + p % block_size for p in item.positions]
-        query_lens = tuple(s.num_tokens for s in batch.scheduled)
-        context_lens = tuple(s.stop for s in batch.scheduled)
-        num_blocks = [-(-length // block_size) for length in context_lens]
-        width = max(num_blocks)
-        tables = [
-            s.sequence.block_table[:count] + [-1] * (width - count)
-            for s, count in zip(batch.scheduled, num_blocks, strict=True)
-        ]
 
-        def on_device(values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        def on_device(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
-        layout = SequenceLayout(
-            query_lens=query_lens,
-            context_lens=context_lens,
-            cu_query_lens=on_device(list(accumulate(query_lens, initial=0)), torch.int32),
-            context_lens_device=on_device(list(context_lens), torch.int32),
-            block_tables=on_device(tables, torch.int32),
-        )
         return cls(
-            on_device(tokens, torch.int64),
-            on_device(positions, torch.int64),
-            on_device(slots, torch.int64),
-            layout,
+            on_device(tokens),
+            on_device(positions),
+            on_device(slots),
+            SequenceLayout.build(
+                [item.num_tokens for item in batch.scheduled],
+                [item.stop for item in batch.scheduled],
+                [item.sequence.block_table for item in batch.scheduled],
+                block_size,
+                device,
+            ),
+            cls._sources(batch, block_size, device),
+        )
+
+    @staticmethod
+    def _sources(
+        batch: ScheduledBatch, block_size: int, device: torch.device
+    ) -> SequenceLayout | None:
+        rows = [item.sequence for item in batch.scheduled for _ in range(item.num_tokens)]
+        if not rows[0].source_table:
+            return None
+        return SequenceLayout.build(
+            [1] * len(rows),
+            [len(sequence.request.source_token_ids) for sequence in rows],
+            [sequence.source_table for sequence in rows],
+            block_size,
+            device,
         )

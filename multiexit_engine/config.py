@@ -62,6 +62,26 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class EncoderConfig:
+    """The encoder of a model that has one, and how its decoder begins.
+
+    Attributes:
+        num_layers: its blocks.
+        num_heads: attention heads of its blocks.
+        head_dim: width of one of them.
+        max_source_len: longest source, in tokens.
+        decoder_start_token_id: first token of every decoder sequence; None when the checkpoint
+            names none.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    max_source_len: int
+    decoder_start_token_id: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder, the same words for every family.
 
@@ -82,7 +102,10 @@ class ModelConfig:
         bos_token_id: first token of a text, if the model has one.
         eos_token_ids: tokens that end a text; may be empty.
         pad_token_id: token for padding, if the model has one.
+        forced_bos_token_id: what the first token of every output has to be, if anything.
+        forced_eos_token_id: what the last token of an output of full length has to be, if anything.
         rope: rotary positions; None for a model with a table of positions.
+        encoder: what reads the source; None for a decoder-only model.
         family: the checkpoint's config as transformers reads it, for the model's own file only.
     """
 
@@ -101,7 +124,10 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
     rope: RopeConfig | None = None
+    encoder: EncoderConfig | None = None
     family: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 

@@ -23,7 +23,7 @@ from multiexit_engine.config import (
     VocabularyProjectionMode,
 )
 from multiexit_engine.decoding.speculation import DraftPolicy
-from multiexit_engine.errors import RequestFailed
+from multiexit_engine.errors import CheckpointError, RequestFailed
 from multiexit_engine.models.registry import build_model
 from multiexit_engine.outputs import (
     CompletionOutput,
@@ -66,6 +66,10 @@ class Engine:
         config: EngineConfig,
         decoding: DecodingMode,
     ) -> None:
+        if checkpoint.config.encoder is not None:
+            raise CheckpointError(
+                f"model_type {checkpoint.config.model_type!r} is read, but not yet served"
+            )
         self.config = config
         self.checkpoint = checkpoint
         tokenizer: Any = checkpoint.load_tokenizer()

@@ -88,6 +88,7 @@ class Sequence:
         token_ids: prompt and output.
         num_computed_tokens: how many of them have keys and values in the cache.
         block_table: ids of its KV blocks, in order.
+        source_table: ids of the blocks with what the decoder's layers read of the source.
         chosen: its output tokens with what is known of each.
         cumulative_logprob: sum of the chosen tokens' log-probabilities; a beam's running score.
         exit_layers: for each output token the layer that chose it.
@@ -100,6 +101,7 @@ class Sequence:
     token_ids: list[int]
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    source_table: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     chosen: list[ChosenToken] = field(default_factory=list)
     cumulative_logprob: float = 0.0
@@ -140,6 +142,8 @@ class Request:
         eos_token_ids: the model's ending tokens, none when the request ignores them.
         bad_words: what must not be generated, as token ids.
         prompt: the text, if a text was given.
+        source_token_ids: what an encoder reads; the prompt is then what the decoder begins with.
+            Empty for a decoder-only model.
         score_from: for a scoring request, the first position whose token is scored (>= 1); None
             for a generating one. A scoring request ends with its prefill.
         sequences: one until the prompt is computed, then one for each of ``n`` or of the beams.
@@ -158,6 +162,7 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     prompt: str | None = None
+    source_token_ids: tuple[int, ...] = ()
     score_from: int | None = None
     sequences: list[Sequence] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)

@@ -6,6 +6,7 @@ The only room that reads transformers' files, and the one where exits of IBM's l
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ def open_checkpoint(
     values = _read_json(folder / "config.json")
     model_type = _model_type(folder, values, architecture)
     config = read_model_config(model_type, values)
-    config = replace(config, eos_token_ids=_eos_token_ids(folder, values, config))
+    config = _with_generation_tokens(config, folder)
     family = FAMILIES[model_type]
     weights = Weights(folder, family.prefix)
     layers, projection = resolve_exits(config, values, weights, lm_head_layer_indices, mode or None)
@@ -131,9 +132,49 @@ def _model_type(folder: Path, values: dict[str, Any], architecture: str | None) 
     )
 
 
-def _eos_token_ids(folder: Path, values: dict[str, Any], config: ModelConfig) -> tuple[int, ...]:
-    generation = folder / "generation_config.json"
-    value = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+def _with_generation_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
+    """Where texts begin and end: generation_config.json says, else config.json, as transformers."""
+    path = folder / "generation_config.json"
+    stated = _read_json(path) if path.is_file() else {}
+    forced = stated or config.family
+    config = replace(
+        config,
+        eos_token_ids=_eos_token_ids(folder, stated.get("eos_token_id"), config),
+        forced_bos_token_id=_one_token_id(folder, "forced_bos_token_id", forced, config),
+        forced_eos_token_id=_one_token_id(folder, "forced_eos_token_id", forced, config),
+    )
+    if config.encoder is None:
+        return config
+    name = "decoder_start_token_id"
+    start = _one_token_id(folder, name, stated, config)
+    if start is None:
+        start = _one_token_id(folder, name, config.family, config)
+    start = config.bos_token_id if start is None else start
+    if start is None:
+        raise CheckpointError(
+            f"{folder} names no decoder_start_token_id and no bos_token_id: put the token that "
+            "begins every output into config.json"
+        )
+    return replace(config, encoder=replace(config.encoder, decoder_start_token_id=start))
+
+
+def _one_token_id(
+    folder: Path, name: str, values: Mapping[str, Any], config: ModelConfig
+) -> int | None:
+    value = values.get(name)
+    # some configs hold a list of one
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < config.vocab_size:
+        raise CheckpointError(
+            f"{name}={value!r} in {folder}: must be one token id below {config.vocab_size}, or "
+            "absent"
+        )
+    return value
+
+
+def _eos_token_ids(folder: Path, value: Any, config: ModelConfig) -> tuple[int, ...]:
     if value is None:
         value = config.family["eos_token_id"]
     if value is None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from multiexit_engine.checkpoint.rope import read_rope
-from multiexit_engine.config import ModelConfig
+from multiexit_engine.config import EncoderConfig, ModelConfig
 from multiexit_engine.errors import CheckpointError
 
 
@@ -26,15 +26,34 @@ class Family:
         prefix: of the base model's tensors.
         embedding: name of the token embedding.
         windows: the attention window of each layer, from a transformers config.
+        layers: name of the field that counts the layers of the decoder.
+        heads: name of the field that counts the attention heads of the decoder.
+        encoder: the encoder of a transformers config; None for a decoder-only family.
     """
 
     prefix: str
     embedding: str
     windows: Callable[[Any], tuple[int | None, ...]]
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    encoder: Callable[[Any], EncoderConfig] | None = None
 
 
 def _everything(config: Any) -> tuple[int | None, ...]:
     return (None,) * int(config.num_hidden_layers)
+
+
+def _bart_windows(config: Any) -> tuple[int | None, ...]:
+    return (None,) * int(config.decoder_layers)
+
+
+def _bart_encoder(config: Any) -> EncoderConfig:
+    return EncoderConfig(
+        num_layers=config.encoder_layers,
+        num_heads=config.encoder_attention_heads,
+        head_dim=_head_dim(config, config.encoder_attention_heads),
+        max_source_len=config.max_position_embeddings,
+    )
 
 
 def _gpt_neo_windows(config: Any) -> tuple[int | None, ...]:
@@ -66,6 +85,14 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("model.", "model.embed_tokens.weight", _mistral_windows),
     "qwen2": Family("model.", "model.embed_tokens.weight", _qwen_windows),
     "qwen3": Family("model.", "model.embed_tokens.weight", _qwen_windows),
+    "bart": Family(
+        "model.",
+        "model.shared.weight",
+        _bart_windows,
+        layers="decoder_layers",
+        heads="decoder_attention_heads",
+        encoder=_bart_encoder,
+    ),
 }
 
 
@@ -76,19 +103,20 @@ def read_model_config(model_type: str, values: dict[str, Any]) -> ModelConfig:
         CheckpointError: values that transformers or the engine cannot accept, by name.
     """
     family = FAMILIES[model_type]
-    _refuse_unsupported(values)
+    _refuse_unsupported(values, family)
     try:
         config = CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
-        _check_sizes(config)
+        _check_sizes(config, family)
         rotary = hasattr(config, "rope_parameters")
-        head_dim = _head_dim(config)
+        num_heads = getattr(config, family.heads)
+        head_dim = _head_dim(config, num_heads)
         return ModelConfig(
             model_type=model_type,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=_num_kv_heads(config),
+            num_layers=getattr(config, family.layers),
+            num_heads=num_heads,
+            num_kv_heads=_num_kv_heads(config, num_heads),
             head_dim=head_dim,
             max_position_embeddings=config.max_position_embeddings,
             attention_windows=family.windows(config),
@@ -96,6 +124,7 @@ def read_model_config(model_type: str, values: dict[str, Any]) -> ModelConfig:
             bos_token_id=config.bos_token_id,
             pad_token_id=config.pad_token_id,
             rope=read_rope(config, head_dim) if rotary else None,
+            encoder=None if family.encoder is None else family.encoder(config),
             family=MappingProxyType(config.to_dict()),
         )
     except CheckpointError:
@@ -107,28 +136,40 @@ def read_model_config(model_type: str, values: dict[str, Any]) -> ModelConfig:
         ) from error
 
 
-def _refuse_unsupported(values: dict[str, Any]) -> None:
-    for name in ("add_cross_attention", "is_encoder_decoder", "quantization_config"):
-        if values.get(name):
+def _refuse_unsupported(values: dict[str, Any], family: Family) -> None:
+    if values.get("quantization_config"):
+        raise CheckpointError(
+            f"quantization_config={values['quantization_config']!r} in config.json is not "
+            "supported: the engine reads checkpoints in float16, bfloat16, float32 or float64"
+        )
+    stated = {name: values.get(name) for name in ("add_cross_attention", "is_encoder_decoder")}
+    refused: dict[str, object] = {name: True for name in stated}
+    if family.encoder is not None:
+        refused = {"is_encoder_decoder": False}
+    for name, value in refused.items():
+        if stated[name] is value:
+            kind = "decoder-only" if family.encoder is None else "encoder-decoder"
             raise CheckpointError(
-                f"{name}={values[name]!r} in config.json is not supported: the engine reads "
-                "decoder-only checkpoints in float16, bfloat16, float32 or float64"
+                f"{name}={value} in config.json is not supported: the engine reads this family as "
+                f"{kind} checkpoints"
             )
 
 
-def _check_sizes(config: Any) -> None:
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+def _check_sizes(config: Any, family: Family) -> None:
+    names = ["vocab_size", "hidden_size", family.layers, family.heads]
+    if family.encoder is not None:
+        names += ["num_hidden_layers", "num_attention_heads"]
     for name in (*names, "max_position_embeddings"):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise CheckpointError(f"config.json: {name}={value!r} must be an integer, 1 or more")
 
 
-def _head_dim(config: Any) -> int:
+def _head_dim(config: Any, heads: int) -> int:
     explicit: int | None = getattr(config, "head_dim", None)
     if explicit is not None:
         return explicit
-    width, heads = config.hidden_size, config.num_attention_heads
+    width = config.hidden_size
     if width % heads:
         raise CheckpointError(
             f"config.json: hidden size {width} is not a multiple of the {heads} attention heads"
@@ -136,8 +177,7 @@ def _head_dim(config: Any) -> int:
     return int(width // heads)
 
 
-def _num_kv_heads(config: Any) -> int:
-    heads: int = config.num_attention_heads
+def _num_kv_heads(config: Any, heads: int) -> int:
     kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
     if heads % kv_heads:
         raise CheckpointError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from multiexit_engine.batch import ForwardBatch
@@ -12,6 +14,7 @@ from multiexit_engine.layers.norm import RMSNorm
 from multiexit_engine.layers.rotary import Rotary
 from multiexit_engine.ops.attention import paged_attention
 from multiexit_engine.ops.kv import write_kv
+from multiexit_engine.ops.packed_attention import packed_attention
 
 
 class SelfAttention(nn.Module):
@@ -50,6 +53,23 @@ class SelfAttention(nn.Module):
         self.rotary = rotary
         self.query_norm = query_norm
         self.key_norm = key_norm
+
+    def over_all(self, hidden: Tensor, lens: Sequence[int]) -> Tensor:
+        """Attend in both directions among packed sequences, without the cache.
+
+        Args:
+            hidden: [sum(lens), hidden].
+            lens: rows of each sequence.
+
+        Returns:
+            [sum(lens), hidden].
+        """
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_dim))
+            for part in self.qkv(hidden).split(self.widths, dim=-1)
+        )
+        mixed = packed_attention(query, key, value, lens, lens, self.scale)
+        return self.output(mixed.flatten(1))  # type: ignore[no-any-return]
 
     def forward(self, hidden: Tensor, kv_cache: PagedKVCache, batch: ForwardBatch) -> Tensor:
         """[tokens, hidden] to the same shape; writes this layer's keys and values."""

@@ -57,7 +57,8 @@ class ExitHeads:
     Args:
         config: which exits there are and how they project.
         loader: of their weights.
-        final_norm: the model's norm after its last block, which every head shares.
+        final_norm: the model's norm after its last block, which every head shares; None where
+            blocks end with a norm of their own.
         weight: [vocab, hidden] of the original head.
         bias: [vocab] of the original head, if it has one.
     """
@@ -66,7 +67,7 @@ class ExitHeads:
         self,
         config: ModelConfig,
         loader: TensorLoader,
-        final_norm: LayerNorm | RMSNorm,
+        final_norm: LayerNorm | RMSNorm | None,
         weight: Weight,
         bias: Tensor | None = None,
     ) -> None:
@@ -121,10 +122,10 @@ class ExitHeads:
             ValueError: the model has no such head.
         """
         self.require(head)
-        dtype = self._final_norm.weight.dtype
+        dtype = self._loader.dtype
         if head.is_raw:
             return HeadOperands(tap.to(dtype), self._weight, self._bias)
-        hidden = self._final_norm(tap).to(dtype)
+        hidden = (tap if self._final_norm is None else self._final_norm(tap)).to(dtype)
         own = None if head.is_original else self._loaded.get(head.layer)
         if own is None:
             return HeadOperands(hidden, self._weight, self._bias)

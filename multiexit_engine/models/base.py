@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,6 @@ from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.checkpoint import TensorLoader
 from multiexit_engine.checkpoint.families import FAMILIES
 from multiexit_engine.config import ModelConfig
-from multiexit_engine.layers.block import DecoderBlock
-from multiexit_engine.layers.embedding import Embedding
 from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.ops import decoder_blocks
 from multiexit_engine.quantization import Weight
@@ -32,8 +31,8 @@ class MultiExitModel(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        embedding: Embedding,
-        blocks: list[DecoderBlock],
+        embedding: nn.Module,
+        blocks: Sequence[nn.Module],
         heads: ExitHeads,
     ) -> None:
         super().__init__()

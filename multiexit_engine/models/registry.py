@@ -9,6 +9,7 @@ import torch
 from multiexit_engine.checkpoint import Checkpoint, TensorLoader
 from multiexit_engine.config import ModelConfig
 from multiexit_engine.errors import CheckpointError
+from multiexit_engine.models.bart import build_bart
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.models.gpt2 import build_gpt2
 from multiexit_engine.models.gpt_neo import build_gpt_neo
@@ -22,6 +23,7 @@ BUILDERS: dict[str, Callable[[ModelConfig, TensorLoader], MultiExitModel]] = {
     "mistral": build_llama,
     "qwen2": build_llama,
     "qwen3": build_llama,
+    "bart": build_bart,
 }
 
 

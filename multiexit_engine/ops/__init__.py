@@ -9,6 +9,7 @@ from multiexit_engine.ops.heads import HeadStatistics, head_logits, head_statist
 from multiexit_engine.ops.kv import write_kv
 from multiexit_engine.ops.linear import linear
 from multiexit_engine.ops.norm import layer_norm, rms_norm
+from multiexit_engine.ops.packed_attention import packed_attention
 from multiexit_engine.ops.registry import NATIVE, REFERENCE, Op, register_op, use_backend
 from multiexit_engine.ops.rotary import rotary
 from multiexit_engine.ops.sampling import gumbel_noise, sample_tokens
@@ -32,6 +33,7 @@ __all__ = [
     "js_divergences",
     "layer_norm",
     "linear",
+    "packed_attention",
     "paged_attention",
     "register_op",
     "relative_top_logits",

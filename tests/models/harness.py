@@ -131,6 +131,31 @@ CASES: dict[str, tuple[str, dict]] = {
 }
 
 
+BART = {
+    "vocab_size": VOCAB,
+    "d_model": 48,
+    "encoder_layers": 3,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 56,
+    "max_position_embeddings": 40,
+}
+ENCODER_DECODERS: dict[str, tuple[str, dict]] = {
+    "bart": ("bart", BART),
+    "bart with every switch": (
+        "bart",
+        {
+            **BART,
+            "scale_embedding": True,
+            "activation_function": "relu",
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+
+
 def transformers_model(model_type: str, values: dict) -> transformers.PreTrainedModel:
     """A seeded model whose every parameter, norms and biases too, differs from its default."""
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from multiexit_engine.models.registry import BUILDERS
 from tests.models.harness import (
     CASES,
     CPU,
+    ENCODER_DECODERS,
     VOCAB,
     Cache,
     assert_equal_up_to_rounding,
@@ -74,4 +75,5 @@ def test_a_span_of_layers_equals_its_layers_one_by_one(pair):
 
 def test_every_family_that_can_be_read_can_be_built():
     assert BUILDERS.keys() == FAMILIES.keys()
-    assert {model_type for model_type, _ in CASES.values()} == BUILDERS.keys()
+    tested = {**CASES, **ENCODER_DECODERS}
+    assert {model_type for model_type, _ in tested.values()} == BUILDERS.keys()

@@ -1,0 +1,154 @@
+"""What encoder-decoder families share: a source is encoded once, then every decoder layer reads it.
+
+Texts lie packed: tokens of all sources one behind the other, without padding. Knows nothing of
+requests or of who owns which cache block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from multiexit_engine.batch import ForwardBatch
+from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.checkpoint import TensorLoader
+from multiexit_engine.config import ModelConfig
+from multiexit_engine.layers.exit_heads import ExitHeads
+from multiexit_engine.layers.linear import Linear
+from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.ops.kv import write_kv
+
+
+class Encoder(nn.Module):
+    """Embedding, blocks and final norm over packed sources.
+
+    Args:
+        embedding: of token ids and positions.
+        blocks: each takes [tokens, hidden] and the tokens of each source.
+        norm: after the last block, where blocks do not end with one.
+    """
+
+    def __init__(
+        self, embedding: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+
+    def forward(self, token_ids: Tensor, lens: Sequence[int]) -> Tensor:
+        """[sum(lens)] int64 tokens of all sources to [sum(lens), hidden]."""
+        positions = packed_positions(lens, token_ids.device)
+        hidden: Tensor = self.embedding(token_ids, positions)
+        for block in self.blocks:
+            hidden = block(hidden, lens)
+        return hidden if self.norm is None else self.norm(hidden)
+
+
+class EncoderDecoderModel(MultiExitModel):
+    """A decoder that runs any span of its layers, and the encoder of what it reads.
+
+    Attributes:
+        encoder: reads the sources.
+        cross: keys and values of all decoder layers in one matrix: layer after layer, keys first.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        encoder: Encoder,
+        embedding: nn.Module,
+        blocks: Sequence[nn.Module],
+        heads: ExitHeads,
+        cross: Linear,
+    ) -> None:
+        super().__init__(config, embedding, blocks, heads)
+        self.encoder = encoder
+        self.cross = cross
+
+    def encode(self, token_ids: Tensor, lens: Sequence[int]) -> Tensor:
+        """Read packed sources.
+
+        Args:
+            token_ids: [sum(lens)] int64.
+            lens: tokens of each source, at least one each.
+
+        Returns:
+            [sum(lens), hidden]; what one source gives does not depend on the others.
+        """
+        hidden: Tensor = self.encoder(token_ids, lens)
+        return hidden
+
+    def cross_keys_values(self, encoded: Tensor) -> Tensor:
+        """What the cross-attention of every decoder layer reads, in one product.
+
+        Args:
+            encoded: [rows, hidden] of ``encode``.
+
+        Returns:
+            [rows, layers, 2, heads, head_dim], keys before values.
+        """
+        config = self.config
+        product: Tensor = self.cross(encoded)
+        return product.view(-1, config.num_layers, 2, config.num_kv_heads, config.head_dim)
+
+    def store_cross(self, cross: Tensor, kv_cache: PagedKVCache, slots: Tensor) -> None:
+        """Store what ``cross_keys_values`` gave, row by row in the slots [rows] int64."""
+        for layer in range(self.config.num_layers):
+            key, value = cross[:, layer].unbind(1)
+            write_kv(key, value, kv_cache.key(layer), kv_cache.value(layer), slots)
+
+    def run_layers(
+        self, hidden: Tensor, start: int, stop: int, kv_cache: PagedKVCache, batch: ForwardBatch
+    ) -> Tensor:
+        """See ``MultiExitModel.run_layers``."""
+        for block in self._order[start:stop]:
+            hidden = block(hidden, kv_cache, batch)
+        return hidden
+
+    def run_packed(
+        self, hidden: Tensor, cross: Tensor, target_lens: Sequence[int], source_lens: Sequence[int]
+    ) -> Tensor:
+        """Run all decoder layers once, every target token seeing the whole target; no cache.
+
+        Args:
+            hidden: [sum(target_lens), hidden] of ``embed``.
+            cross: of ``cross_keys_values``.
+            target_lens: rows of each sequence in ``hidden``.
+            source_lens: rows of its source in ``cross``.
+
+        Returns:
+            [sum(target_lens), hidden], the residual stream after the last layer.
+        """
+        for layer, block in enumerate(self._order):
+            key, value = cross[:, layer].unbind(1)
+            hidden = block.packed(hidden, key, value, target_lens, source_lens)  # type: ignore[operator]
+        return hidden
+
+
+def packed_positions(lens: Sequence[int], device: torch.device) -> Tensor:
+    """[sum(lens)] int64: the place of every token in its own text."""
+    return torch.cat([torch.arange(count, device=device) for count in lens])
+
+
+def load_cross(
+    loader: TensorLoader, config: ModelConfig, names: Sequence[str], *, biased: bool
+) -> Linear:
+    """Keys and values of all layers as one matrix.
+
+    Args:
+        loader: of the weights.
+        config: of the model.
+        names: the modules of keys and values in order: layer after layer, keys first.
+        biased: whether they have biases.
+
+    Raises:
+        CheckpointError: a tensor is missing or misshapen.
+    """
+    width = config.num_kv_heads * config.head_dim
+    rows = [width] * len(names)
+    weight = loader.load_stacked([f"{n}.weight" for n in names], rows, config.hidden_size)
+    bias = loader.load_stacked_biases([f"{n}.bias" for n in names], rows) if biased else None
+    return Linear(weight, bias)

@@ -1,0 +1,164 @@
+"""Encoder-decoder families against transformers: encoder, decoder step by step, decoder at once."""
+
+import pytest
+import torch
+import transformers
+
+from multiexit_engine.batch import ForwardBatch, ScheduledBatch, ScheduledSequence
+from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.checkpoint import open_checkpoint
+from multiexit_engine.models import build_model
+from multiexit_engine.params import Original, SamplingParams
+from multiexit_engine.request import Request, Sequence
+from tests.models.harness import (
+    CPU,
+    ENCODER_DECODERS,
+    VOCAB,
+    assert_equal_up_to_rounding,
+    save,
+)
+
+BLOCK_SIZE = 3
+GENERATOR = torch.Generator().manual_seed(3)
+SOURCES = [
+    torch.randint(3, VOCAB, (count,), generator=GENERATOR).tolist() for count in (7, 1, 19, 19)
+]
+TARGETS = [
+    torch.randint(3, VOCAB, (count,), generator=GENERATOR).tolist() for count in (11, 5, 1, 8)
+]
+
+
+def transformers_model(model_type, values):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **values)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+        if model_type == "bart":
+            model.final_logits_bias.normal_(generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=ENCODER_DECODERS)
+def pair(request, tmp_path_factory):
+    """transformers' model and ours, of the same weights."""
+    theirs = transformers_model(*ENCODER_DECODERS[request.param])
+    folder = save(theirs, tmp_path_factory.mktemp("checkpoint"))
+    return theirs, build_model(open_checkpoint(folder), CPU, torch.float32)
+
+
+def packed(texts):
+    return torch.tensor([token for text in texts for token in text]), [len(text) for text in texts]
+
+
+def encode(model, sources):
+    with torch.inference_mode():
+        return model.encode(*packed(sources))
+
+
+def logits(model, tap):
+    with torch.inference_mode():
+        operands = model.heads.operands(model.heads.original, tap)
+        product = operands.hidden @ operands.weight.T
+    return product if operands.bias is None else product + operands.bias
+
+
+def new_cache(model, num_blocks):
+    config = model.config
+    shape = config.num_layers, num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim
+    kv_cache = PagedKVCache(*shape, torch.float32, CPU)
+    for layer in range(config.num_layers):
+        kv_cache.key(layer).fill_(float("nan"))
+        kv_cache.value(layer).fill_(float("nan"))
+    return kv_cache
+
+
+def new_sequences(model):
+    """Sequences whose sources stand in a cache of scrambled blocks, NaN everywhere else."""
+    kv_cache = new_cache(model, 60)
+    order = iter(torch.randperm(60, generator=torch.Generator().manual_seed(2)).tolist())
+
+    def table(text):
+        return [next(order) for _ in range(-(-len(text) // BLOCK_SIZE))]
+
+    sequences, slots = [], []
+    for source, target in zip(SOURCES, TARGETS, strict=True):
+        request = Request(
+            "r", target, SamplingParams(), Original(), 4, 0, source_token_ids=tuple(source)
+        )
+        sequence = Sequence(
+            request, 0, target, block_table=table(target), source_table=table(source)
+        )
+        sequences.append(sequence)
+        slots += [
+            sequence.source_table[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE
+            for i in range(len(source))
+        ]
+    with torch.inference_mode():
+        cross = model.cross_keys_values(encode(model, SOURCES))
+        model.store_cross(cross, kv_cache, torch.tensor(slots))
+    return sequences, kv_cache
+
+
+def run_in_chunks(model, chunk):
+    """The last tap of every target, computed ``chunk`` tokens at a time, all side by side."""
+    sequences, kv_cache = new_sequences(model)
+    taps = [[] for _ in sequences]
+    for start in range(0, max(map(len, TARGETS)), chunk):
+        places = [i for i, target in enumerate(TARGETS) if len(target) > start]
+        items = [
+            ScheduledSequence(sequences[i], start, min(chunk, len(TARGETS[i]) - start))
+            for i in places
+        ]
+        batch = ForwardBatch.build(ScheduledBatch(tuple(items)), BLOCK_SIZE, CPU)
+        with torch.inference_mode():
+            hidden = model.embed(batch.token_ids, batch.positions)
+            hidden = model.run_layers(hidden, 0, model.config.num_layers, kv_cache, batch)
+        for i, part in zip(places, hidden.split(list(batch.layout.query_lens)), strict=True):
+            taps[i].append(part)
+    return [torch.cat(parts) for parts in taps]
+
+
+def test_packed_sources_are_encoded_as_transformers_encodes_each_alone(pair):
+    theirs, ours = pair
+    for source, found in zip(
+        SOURCES, encode(ours, SOURCES).split([len(s) for s in SOURCES]), strict=True
+    ):
+        with torch.inference_mode():
+            wanted = theirs.get_encoder()(torch.tensor([source])).last_hidden_state[0]
+        assert_equal_up_to_rounding(found, wanted)
+
+
+@pytest.mark.parametrize("chunk", [40, 3, 1])
+def test_decoder_logits_equal_transformers_however_targets_are_cut(pair, chunk):
+    theirs, ours = pair
+    for source, target, tap in zip(SOURCES, TARGETS, run_in_chunks(ours, chunk), strict=True):
+        with torch.inference_mode():
+            wanted = theirs(
+                input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([target])
+            ).logits[0]
+        assert_equal_up_to_rounding(logits(ours, tap), wanted)
+
+
+def test_one_pass_equals_transformers_without_its_causal_mask(pair):
+    theirs, ours = pair
+    token_ids, target_lens = packed(TARGETS)
+    with torch.inference_mode():
+        positions = torch.cat([torch.arange(count) for count in target_lens])
+        hidden = ours.run_packed(
+            ours.embed(token_ids, positions),
+            ours.cross_keys_values(encode(ours, SOURCES)),
+            target_lens,
+            [len(source) for source in SOURCES],
+        )
+    for source, target, tap in zip(SOURCES, TARGETS, hidden.split(target_lens), strict=True):
+        with torch.inference_mode():
+            seen = torch.zeros(1, 1, len(target), len(target))
+            wanted = theirs(
+                input_ids=torch.tensor([source]),
+                decoder_input_ids=torch.tensor([target]),
+                decoder_attention_mask=seen,
+            ).logits[0]
+        assert_equal_up_to_rounding(logits(ours, tap), wanted)
