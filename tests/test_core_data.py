@@ -285,7 +285,6 @@ def test_command_line_forms(text, mode):
         ("dola:2,jsd=true", "DoLa.jsd=True"),
         ("dola:2,mature=0", "DoLa.mature=0"),
         ("dola:2,heads=own", "DoLa.heads='own'"),
-<<<<<<< HEAD
         ("parallel:hard", "Parallel.exit='hard'.*'none', 'soft', 'confidence', 'prescribed'"),
         ("parallel:confidence", "Parallel.threshold=None: must be a number"),
         ("parallel:none,threshold=1", "Parallel.threshold=1: must be None"),
@@ -300,10 +299,8 @@ def test_command_line_forms(text, mode):
         ("parallel:soft,refine=1", "Parallel.refine=1: must be 0 with 'soft'"),
         ("parallel:none,refine=-1", "Parallel.refine=-1"),
         ("parallel:none,collapse_repeats=1", "Parallel.collapse_repeats=1"),
-=======
         ("self_speculative:6,draft_vocab=0", "SelfSpeculative.draft_vocab=0"),
         ("self_speculative:6,draft_vocab=all", "SelfSpeculative.draft_vocab='all'"),
->>>>>>> 3af67fb (decoding: drafts are chosen among the first tokens of the vocabulary)
         ("self_speculative:0", "SelfSpeculative.draft_exit=0"),
         ("self_speculative:6,draft_len=17", "draft_len=17: must be 'auto' or .* 1..16"),
         ("self_speculative:6,draft_len=some", "draft_len='some'"),
