@@ -23,6 +23,7 @@ struct Cache {
   int64_t block_size, kv_heads, head_dim;
 };
 
+// A token's bits depend on its own keys only: neither on threads, nor on the tokens beside it.
 // query: rows of `query_stride` numbers, heads first; out: [tokens, heads * head_dim].
 // window: keys that a query sees, its own included; 0 for all.
 void paged_attention(int threads, const float* query, int64_t query_stride, int64_t heads,

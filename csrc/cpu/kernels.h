@@ -7,16 +7,38 @@
 
 namespace multiexit::cpu {
 
-// One query head group over one sequence's cached keys [first, stop).
-struct AttentionSpan {
+// Keys of a sequence are taken in splits that begin at its multiples of this many. Part of the
+// result: scores are made to weights split by split, and splits united in their order.
+constexpr int64_t kAttentionSplit = 128;
+
+// Some consecutive tokens of one sequence and some of its key-value heads. A row of the tile is
+// one query head of one token: rows stand in the order heads, tokens, group.
+struct AttentionTile {
   const void* keys;
   const void* values;
   DType dtype;
   const int32_t* table;
-  int64_t block_size, kv_heads, head_dim, kv_head;
-  int64_t first, stop;
+  int64_t block_size, kv_heads, head_dim;
+  int64_t first_head, heads;  // key-value heads
+  int64_t group;              // query heads of each
+  const float* query;         // of the first token: all its query heads
+  int64_t query_stride;       // from token to token
+  int64_t tokens;
+  int64_t stop;    // keys up to the first token's own; the next one sees one more
+  int64_t window;  // keys that a token sees, its own included; 0 for all
   float scale;
 };
+
+// Numbers of a row's part of a result: head_dim sums, the greatest score, the weights' sum (0
+// where it saw no key).
+inline constexpr int64_t attention_part_size(int64_t head_dim) {
+  return (head_dim + 15) / 16 * 16 + 16;
+}
+
+// Numbers of room that `attend` needs for so many rows.
+inline constexpr int64_t attention_room(int64_t rows, int64_t head_dim) {
+  return (head_dim + 15) / 16 * 16 * 16 + rows * kAttentionSplit;
+}
 
 struct RowStatistics {
   float max;
@@ -55,9 +77,14 @@ struct Kernels {
   // Turns one head of size 2 * half in place.
   void (*rotate)(float* head, const float* cos, const float* sin, int64_t half);
 
-  // query, out: [group, head_dim]; scores: room for stop - first numbers.
-  void (*attend)(const float* query, int64_t group, const AttentionSpan& span, float* scores,
-                 float* out);
+  // A tile over one split; parts: [rows, attention_part_size].
+  void (*attend)(const AttentionTile& tile, int64_t split, float* room, float* parts);
+
+  // Adds a row's part of the next split to its parts of those before.
+  void (*unite)(float* all, const float* part, int64_t head_dim);
+
+  // The row's result of all its parts together.
+  void (*normalise_part)(const float* part, float* out, int64_t head_dim);
 
   // Of count > 0 numbers; NaN among them makes the sum NaN; of equals the first is the argmax.
   RowStatistics (*statistics)(const float* x, int64_t count);

@@ -5,6 +5,7 @@
 #include "product.inl"
 #include "quantized.inl"
 #include "rows.inl"
+#include "transpose.inl"
 #include "attention.inl"
 #include "noise.inl"
 
@@ -25,6 +26,8 @@ static const Kernels table = {
     activate,
     rotate,
     attend,
+    unite,
+    normalise_part,
     statistics,
     noisy_best,
     sum,

@@ -10,7 +10,8 @@ namespace multiexit::cpu {
 class Scratch {
  public:
   enum Slot {
-    kInput, kResidual, kNormed, kWide, kUp, kMixed, kScores, kRounded,  // blocks
+    kInput, kResidual, kNormed, kWide, kUp, kMixed, kRounded,  // blocks
+    kScores, kParts, kTasks,  // attention
     kLogits, kLower, kLowerInput, kLowerRounded, kSummaries, kCandidates, kUpper, kShared, kNoisy, kContrasted,  // heads
     kDequantized,  // weights
     kSlots

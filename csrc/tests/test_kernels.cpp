@@ -1,5 +1,6 @@
 // Runs every kernel of every instruction set on buffers of exactly the size that it may touch, so
 // that AddressSanitizer and UBSan see each step too far. Values are held against plain loops.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -141,6 +142,53 @@ void blocks(bool is_gated, int64_t head_dim, int64_t window) {
   }
 }
 
+// One sequence over the borders of splits: a prompt's tokens at once, and its last one alone.
+void attention(int64_t tokens, int64_t context, int64_t window, int64_t group, int64_t head_dim) {
+  const int64_t kv_heads = 3, heads = kv_heads * group, block_size = 5, width = heads * head_dim;
+  const int64_t blocks = (context + block_size - 1) / block_size, stride = kv_heads * head_dim;
+  auto keys = numbers(blocks * block_size * stride), values = numbers(keys.size());
+  std::vector<int32_t> table(blocks);
+  for (int64_t i = 0; i < blocks; ++i) table[i] = blocks - 1 - i;
+  const auto offset = [&](int64_t key, int64_t head) {
+    return (table[key / block_size] * block_size + key % block_size) * stride + head * head_dim;
+  };
+  for (int64_t key = context; key < blocks * block_size; ++key)
+    for (int64_t i = 0; i < stride; ++i) keys[offset(key, 0) + i] = values[offset(key, 0) + i] = NAN;
+  const auto query = numbers(tokens * width);
+  const Cache cache = {keys.data(), values.data(), DType::kFloat32, block_size, kv_heads, head_dim};
+  const std::vector<int32_t> starts = {0, static_cast<int32_t>(tokens)}, one_start = {0, 1};
+  const int32_t length = static_cast<int32_t>(context);
+  std::vector<float> out(tokens * width, NAN), alone(width, NAN);
+  paged_attention(3, query.data(), width, heads, cache,
+                  {tokens, 1, starts.data(), &length, table.data(), blocks, context}, 0.3f, window,
+                  out.data());
+  const int64_t last = (tokens - 1) * width;
+  paged_attention(1, query.data() + last, width, heads, cache,
+                  {1, 1, one_start.data(), &length, table.data(), blocks, context}, 0.3f, window,
+                  alone.data());
+  for (int64_t i = 0; i < width; ++i)
+    if (alone[i] != out[last + i])
+      expect_near(alone[i], out[last + i] + 1e9, "a token's attention alone has other bits");
+  for (int64_t token = 0; token < tokens; ++token)
+    for (int64_t head = 0; head < heads; ++head) {
+      const float* own = query.data() + token * width + head * head_dim;
+      const int64_t stop = context - tokens + token + 1;
+      double mass = 0.0;
+      std::vector<double> sums(head_dim, 0.0);
+      for (int64_t key = window ? std::max<int64_t>(0, stop - window) : 0; key < stop; ++key) {
+        double score = 0.0;
+        for (int64_t i = 0; i < head_dim; ++i)
+          score += double(own[i]) * keys[offset(key, head / group) + i];
+        const double weight = std::exp(0.3 * score);
+        mass += weight;
+        for (int64_t i = 0; i < head_dim; ++i)
+          sums[i] += weight * values[offset(key, head / group) + i];
+      }
+      for (int64_t i = 0; i < head_dim; ++i)
+        expect_near(out[token * width + head * head_dim + i], sums[i] / mass, "attention");
+    }
+}
+
 void heads(int64_t vocab) {
   const int64_t rows = 3, columns = 9;
   const auto hidden = numbers(rows * columns), weight = numbers(vocab * columns, 2.0f);
@@ -181,6 +229,12 @@ int main() {
     for (int64_t head_dim : {1, 6, 16, 70})
       for (int64_t window : {0, 2})
         for (bool is_gated : {false, true}) blocks(is_gated, head_dim, window);
+    for (int64_t group : {1, 3})
+      for (int64_t window : {0, 1, 150}) {
+        attention(1, 1, window, group, 7);
+        attention(3, 129, window, group, 80);
+        attention(70, 300, window, group, 18);
+      }
     for (int64_t vocab : {1, 7, 513, 1031}) heads(vocab);
   }
   std::printf("%d failures\n", failures);

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from multiexit_engine._native import paged_attention
+from multiexit_engine.batch import SequenceLayout
 from tests.ops.paged import attention_truth, paged_batch
 
 BATCHES = pytest.mark.parametrize(
@@ -61,3 +62,26 @@ def test_a_sequence_is_the_same_in_any_batch_and_for_any_number_of_threads(isa, 
         batch.query[:5], batch.key_cache, batch.value_cache, batch.layout.first(2), 0.3, 100
     )
     assert torch.equal(first, whole[:5])
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (6, 2)])
+def test_a_token_is_the_same_alone_as_in_any_chunk_of_its_prompt(
+    isa, threads, window, num_heads, num_kv_heads
+):
+    batch = paged_batch(
+        [150], [300], num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=20, seed=1
+    )
+    whole = run(batch, 0.3, window)
+    for first, stop in [(0, 1), (5, 9), (64, 150), (106, 107), (149, 150)]:
+        part = SequenceLayout(
+            query_lens=(stop - first,),
+            context_lens=(150 + stop,),
+            cu_query_lens=torch.tensor([0, stop - first], dtype=torch.int32),
+            context_lens_device=torch.tensor([150 + stop], dtype=torch.int32),
+            block_tables=batch.layout.block_tables,
+        )
+        alone = paged_attention(
+            batch.query[first:stop], batch.key_cache, batch.value_cache, part, 0.3, window
+        )
+        assert torch.equal(alone, whole[first:stop])
