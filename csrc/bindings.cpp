@@ -6,6 +6,7 @@
 #include "cpu/block.h"
 #include "cpu/dense.h"
 #include "cpu/heads.h"
+#include "cpu/packed_attention.h"
 
 namespace py = pybind11;
 using namespace multiexit::cpu;
@@ -53,6 +54,17 @@ void attention(int threads, Address query, int64_t heads, const Cache& cache, co
   float* result = is_float ? at(out) : Scratch::of_this_thread().room(Scratch::kMixed, size);
   paged_attention(threads, input, width, heads, cache, layout, scale, window, result);
   if (!is_float) kernels().from_float(result, at<void>(out), cache.dtype, size);
+}
+
+void attend_packed(int threads, Address query, int64_t query_stride, Address key,
+                   int64_t key_stride, Address value, int64_t value_stride, int dtype,
+                   std::vector<int64_t> query_lens, std::vector<int64_t> key_lens, int64_t heads,
+                   int64_t head_dim, float scale, Address out) {
+  Release nogil;
+  packed_attention(threads, {at<void>(query), query_stride}, {at<void>(key), key_stride},
+                   {at<void>(value), value_stride}, static_cast<DType>(dtype),
+                   {std::move(query_lens), std::move(key_lens)}, heads, head_dim, scale,
+                   at<void>(out));
 }
 
 void decoder_blocks(int threads, const Span& span, const Rows& rows, Address hidden, Address out,
@@ -205,6 +217,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear", &linear);
   m.def("norm", &norm);
   m.def("paged_attention", &attention);
+  m.def("packed_attention", &attend_packed);
   m.def("decoder_blocks", &decoder_blocks);
   m.def("plain_read", &plain_read);
   m.def("isa", [] { return kernels().name; });

@@ -117,6 +117,22 @@ def paged_attention(
     window: int,
     out: int,
 ) -> None: ...
+def packed_attention(
+    threads: int,
+    query: int,
+    query_stride: int,
+    key: int,
+    key_stride: int,
+    value: int,
+    value_stride: int,
+    dtype: int,
+    query_lens: list[int],
+    key_lens: list[int],
+    heads: int,
+    head_dim: int,
+    scale: float,
+    out: int,
+) -> None: ...
 def decoder_blocks(
     threads: int, span: Span, rows: Rows, hidden: int, out: int, dtype: int
 ) -> None: ...

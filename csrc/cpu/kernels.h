@@ -96,6 +96,13 @@ struct Kernels {
 
   // The sum of numbers: what reading memory costs at least.
   float (*sum)(const float* x, int64_t count);
+
+  // Scores in place to weights of sum 1; count > 0.
+  void (*softmax)(float* x, int64_t count);
+
+  // out[r * out_stride + c] = sum over i < count of weights[r * count + i] * values[i * size + c].
+  void (*mix)(const float* weights, int64_t rows, int64_t count, const float* values, int64_t size,
+              float* out, int64_t out_stride);
 };
 
 const Kernels& scalar_kernels();

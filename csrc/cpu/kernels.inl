@@ -8,6 +8,7 @@
 #include "transpose.inl"
 #include "attention.inl"
 #include "noise.inl"
+#include "packed.inl"
 
 #define MULTIEXIT_NAME_(name) #name
 #define MULTIEXIT_NAME(name) MULTIEXIT_NAME_(name)
@@ -31,6 +32,8 @@ static const Kernels table = {
     statistics,
     noisy_best,
     sum,
+    softmax,
+    mix,
 };
 
 }  // namespace multiexit::cpu::ISA_NAMESPACE

@@ -15,6 +15,7 @@ from multiexit_engine._native.heads import (
     sample_tokens,
     shared_head_tokens,
 )
+from multiexit_engine._native.packed_attention import packed_attention
 
 __all__ = [
     "contrast_heads",
@@ -24,6 +25,7 @@ __all__ = [
     "head_tokens",
     "layer_norm",
     "linear",
+    "packed_attention",
     "paged_attention",
     "rms_norm",
     "sample_tokens",

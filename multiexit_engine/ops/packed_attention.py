@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from multiexit_engine.ops.operands import is_plain
 from multiexit_engine.ops.registry import register_op
 
 
@@ -63,3 +64,11 @@ def _runs(
                 value[first_key:after_key].reshape(count, keys, *value.shape[1:]),
             )
         first_query, first_key = after_query, after_key
+
+
+packed_attention.backend(
+    "cpu",
+    "multiexit_engine._native:packed_attention",
+    device="cpu",
+    supports=lambda query, key, value, *_: is_plain(query, key, value),
+)
