@@ -5,7 +5,7 @@ import torch
 
 from multiexit_engine._native import contrast_heads, contrast_tokens, head_logits, linear
 from multiexit_engine.quantization import Quantization, QuantizedWeight, dequantize, quantize
-from tests.native.test_dense import poisoned
+from tests.native.test_dense import assert_same_beside_any_others, poisoned
 from tests.native.test_heads import choices
 
 KINDS = pytest.mark.parametrize(
@@ -52,14 +52,10 @@ def test_product_has_the_bits_of_the_dequantized_matrix(isa, how, rows, inner, o
 
 
 @KINDS
-@pytest.mark.parametrize("inner", [100, 1031])
-def test_product_of_a_row_is_the_same_beside_any_others(isa, how, inner):
-    x, weight = poisoned((33, inner), torch.float32, 0), quantized((57, inner), how)
-    whole = linear(x, weight, None)
-    for start in range(33):
-        for count in range(1, 10):
-            part = linear(x[start : start + count], weight, None)
-            assert torch.equal(part, whole[start : start + count])
+@DTYPES
+@pytest.mark.parametrize("inner", [100, 3100])
+def test_product_of_a_row_is_the_same_beside_up_to_32_others(isa, how, dtype, inner):
+    assert_same_beside_any_others(poisoned((33, inner), dtype, 0), quantized((57, inner), how))
 
 
 @KINDS
