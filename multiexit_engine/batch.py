@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multiexit_engine.request import ChosenToken, Request, ScoredToken, Sequence
+from multiexit_engine.request import ChosenToken, Joining, Request, ScoredToken, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,7 @@ class StepOutput:
         checked: for each sequence with drafts its next tokens.
         beams: for each beam-search request the candidates of its beams.
         scored: for each request the log-probabilities of its prompt tokens, in order.
+        waiting: sequences of which tokens still lack the keys and values above some layer.
         failures: requests whose own code or numbers failed, with the reason.
     """
 
@@ -100,6 +101,7 @@ class StepOutput:
     checked: list[tuple[Sequence, CheckedDrafts]] = field(default_factory=list)
     beams: list[tuple[Request, BeamCandidates]] = field(default_factory=list)
     scored: list[tuple[Request, list[ScoredToken]]] = field(default_factory=list)
+    waiting: dict[Sequence, tuple[Joining, ...]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
 

@@ -183,7 +183,79 @@ class SelfSpeculative:
             raise reject("SelfSpeculative.draft_vocab", self.draft_vocab, allowed)
 
 
-DecodingMode: TypeAlias = Target | SelfSpeculative | Parallel
+Measure: TypeAlias = Literal["max_prob", "margin", "entropy", "similarity", "patience"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+# those that look at the distribution of one exit
+HEAD_MEASURES: tuple[Measure, ...] = ("max_prob", "margin", "entropy")
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyExit:
+    """Each token leaves at the first exit that is sure of it.
+
+    Approximate: a token is the one that the exit would choose, not the last layer. At every layer
+    of ``layers`` the row that chooses the token is measured; where it passes, the exit's head
+    chooses and the row skips the deeper layers. A row that passes nowhere takes the model's own
+    head. Prompts run through all layers. Decisions depend on a request's own rows alone, and the
+    keys and values that deeper layers lack are computed later, from the row's kept state, before
+    anything looks at them: the cache is that of full depth.
+
+    Attributes:
+        threshold: what passes. At least this probability of the best token ("max_prob"),
+            difference of the two best probabilities ("margin"), cosine between the outputs of the
+            last two layers ("similarity"), or number of exits in a row with the same best token
+            ("patience"); at most this entropy in nats ("entropy").
+        measure: what is measured.
+        layers: the exits that may be taken, ascending; None for all below the last layer.
+        min_layer: no exit before this layer.
+        shortlist: for "max_prob", "margin" and "entropy": look at this many tokens first, the
+            first ones of the vocabulary, where byte-pair tokenizers have the frequent ones, and
+            at the whole vocabulary only where those pass. None looks at all at once. A row leaves
+            only if the whole vocabulary passes; it may stay although that would pass where the
+            exit's best token is not on the list.
+
+    Source: Schuster et al. 2022, arXiv:2207.07061 (measures); Zhou et al. 2020, arXiv:2006.04152
+        (patience); Chen et al. 2023, arXiv:2312.04916, section 4 (keys and values computed later).
+    """
+
+    threshold: float
+    measure: Measure = "max_prob"
+    layers: tuple[int, ...] | None = None
+    min_layer: int = 1
+    shortlist: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise reject("EarlyExit.measure", self.measure, f"one of {', '.join(MEASURES)}")
+        if not is_finite(self.threshold):
+            raise reject("EarlyExit.threshold", self.threshold, "a finite number")
+        if self.measure == "patience" and self.threshold < 2:
+            raise reject("EarlyExit.threshold", self.threshold, "2 or more with 'patience'")
+        if not is_int(self.min_layer) or self.min_layer < 1:
+            raise reject("EarlyExit.min_layer", self.min_layer, "a layer number, 1 or more")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _ascending("EarlyExit.layers", self.layers))
+        self._check_shortlist()
+
+    def _check_shortlist(self) -> None:
+        if self.shortlist is None:
+            return
+        if self.measure not in HEAD_MEASURES:
+            allowed = f"None with measure={self.measure!r}, which reads no distribution"
+            raise reject("EarlyExit.shortlist", self.shortlist, allowed)
+        if not is_int(self.shortlist) or self.shortlist < 2:
+            raise reject("EarlyExit.shortlist", self.shortlist, "a number of tokens, 2 or more")
+
+
+def _ascending(name: str, value: Any) -> tuple[int, ...]:
+    layers = tuple(value) if isinstance(value, list | tuple) else (value,)
+    numbers = all(is_int(layer) and layer >= 1 for layer in layers)
+    if not layers or not numbers or list(layers) != sorted(set(layers)):
+        raise reject(name, value, "layer numbers, 1 or more, ascending")
+    return layers
+
+
+DecodingMode: TypeAlias = Target | SelfSpeculative | EarlyExit | Parallel
 MODES: dict[str, type[DecodingMode]] = {
     "original": Original,
     "exit": Exit,
@@ -191,4 +263,5 @@ MODES: dict[str, type[DecodingMode]] = {
     "dola": DoLa,
     "self_speculative": SelfSpeculative,
     "parallel": Parallel,
+    "early_exit": EarlyExit,
 }

@@ -44,6 +44,8 @@ class CompletionOutput:
             chose it.
         drafted: for each token whether an exit had drafted it (``SelfSpeculative``); tokens are
             the target's own either way.
+        confidences: under ``EarlyExit`` for each token what was measured where it left; of one
+            that left at no exit what the last exit measured. Empty otherwise.
     """
 
     index: int
@@ -55,6 +57,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     exit_layers: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,8 @@ class EngineStats:
         num_generated_tokens: tokens chosen.
         num_drafted_tokens: drafts that were checked.
         num_accepted_tokens: those that were right.
+        num_tokens_by_layer: tokens chosen by the layer whose head (the upper one under contrast)
+            chose them.
         num_preemptions: sequences that lost their blocks and were computed again.
         num_kv_blocks: blocks of the pool.
         num_free_kv_blocks: those that nobody holds; they may still serve as prefix cache.
@@ -152,6 +157,7 @@ class EngineStats:
     num_generated_tokens: int
     num_drafted_tokens: int
     num_accepted_tokens: int
+    num_tokens_by_layer: dict[int, int]
     num_preemptions: int
     num_kv_blocks: int
     num_free_kv_blocks: int

@@ -11,12 +11,17 @@ from multiexit_engine.params import DecodingMode, SamplingParams
 
 
 class ChosenToken(NamedTuple):
-    """A new token; ``alternatives`` are (id, log-probability), best first, when asked for."""
+    """A new token; ``alternatives`` are (id, log-probability), best first, when asked for.
+
+    ``exit_layer`` and ``confidence`` are those of a token that chose its exit itself.
+    """
 
     token_id: int
     logprob: float | None = None
     rank: int | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
+    exit_layer: int | None = None
+    confidence: float | None = None
 
 
 class ScoredToken(NamedTuple):
@@ -27,6 +32,18 @@ class ScoredToken(NamedTuple):
     rank: int
     is_greedy: bool
     alternatives: tuple[tuple[int, float], ...] = ()
+
+
+class Joining(NamedTuple):
+    """Earlier rows of a sequence that go on from states kept at a layer.
+
+    Attributes:
+        layer: the 1-based layer after which the states were kept.
+        start: position of the first of them; they reach to the rows that they join.
+    """
+
+    layer: int
+    start: int
 
 
 class SequenceStatus(Enum):
@@ -87,12 +104,15 @@ class Sequence:
         index: which of the request's sequences (of ``n``, or of the beams).
         token_ids: prompt and output.
         num_computed_tokens: how many of them have keys and values in the cache.
+        waiting: which of those lack the keys and values above some layer, in order of position,
+            which is that of falling layers.
         block_table: ids of its KV blocks, in order.
         source_table: ids of the blocks with what the decoder's layers read of the source.
         chosen: its output tokens with what is known of each.
         cumulative_logprob: sum of the chosen tokens' log-probabilities; a beam's running score.
         exit_layers: for each output token the layer that chose it.
         drafted: for each output token whether it was drafted and accepted.
+        confidences: for each output token of ``EarlyExit`` what its exit measured.
         acceptance: what became of its drafts.
     """
 
@@ -100,6 +120,7 @@ class Sequence:
     index: int
     token_ids: list[int]
     num_computed_tokens: int = 0
+    waiting: tuple[Joining, ...] = ()
     block_table: list[int] = field(default_factory=list)
     source_table: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
@@ -107,6 +128,7 @@ class Sequence:
     cumulative_logprob: float = 0.0
     exit_layers: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
     acceptance: Acceptance = field(default_factory=Acceptance)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -114,6 +136,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_complete_tokens(self) -> int:
+        """Tokens before the first one that waits: all their keys and values are in the cache."""
+        return self.waiting[0].start if self.waiting else self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:

@@ -12,6 +12,7 @@ from multiexit_engine.config import VocabularyProjectionMode
 from multiexit_engine.params import (
     Contrast,
     DoLa,
+    EarlyExit,
     Exit,
     Original,
     Parallel,
@@ -186,6 +187,15 @@ MODES = st.one_of(
         TARGETS,
         st.one_of(st.integers(1, 99), st.just("auto")),
     ),
+    st.builds(
+        EarlyExit,
+        st.floats(2, 100),
+        st.sampled_from(["max_prob", "margin", "entropy"]),
+        st.one_of(st.none(), st.lists(LAYERS, min_size=1, unique=True).map(sorted)),
+        LAYERS,
+        shortlist=st.one_of(st.none(), st.integers(2, 50000)),
+    ),
+    st.builds(EarlyExit, st.floats(2, 100), st.sampled_from(["similarity", "patience"])),
 )
 
 
@@ -245,6 +255,11 @@ def test_every_mode_survives_its_command_line_form(mode):
         ("self_speculative:6,draft_vocab=4096", SelfSpeculative(6, draft_vocab=4096)),
         ("self_speculative:6,3,target=exit:9", SelfSpeculative(6, 3, Exit(9))),
         (
+            "early_exit:0.9,margin,layers=4; 8,shortlist=2048",
+            EarlyExit(0.9, "margin", (4, 8), shortlist=2048),
+        ),
+        ("early_exit:2,patience,null,3", EarlyExit(2, "patience", min_layer=3)),
+        (
             "self_speculative:6,target=contrast( 24, 12, alpha=0.2 )",
             SelfSpeculative(6, target=Contrast(24, 12, 0.2)),
         ),
@@ -301,6 +316,16 @@ def test_command_line_forms(text, mode):
         ("parallel:none,collapse_repeats=1", "Parallel.collapse_repeats=1"),
         ("self_speculative:6,draft_vocab=0", "SelfSpeculative.draft_vocab=0"),
         ("self_speculative:6,draft_vocab=all", "SelfSpeculative.draft_vocab='all'"),
+        ("early_exit", "'threshold'"),
+        ("early_exit:nan", "EarlyExit.threshold"),
+        ("early_exit:1,patience", "EarlyExit.threshold=1: must be 2 or more with 'patience'"),
+        ("early_exit:0.9,surprise", "EarlyExit.measure='surprise': must be one of max_prob"),
+        ("early_exit:0.9,layers=4;2", r"EarlyExit.layers=\[4, 2\]: must be .*ascending"),
+        ("early_exit:0.9,layers=0", "EarlyExit.layers=0"),
+        ("early_exit:0.9,min_layer=0", "EarlyExit.min_layer=0"),
+        ("early_exit:0.9,shortlist=1", "EarlyExit.shortlist=1"),
+        ("early_exit:0.9,similarity,shortlist=9", "must be None with measure='similarity'"),
+        ("self_speculative:6,target=early_exit(0.9)", "target=Early.*must be Original"),
         ("self_speculative:0", "SelfSpeculative.draft_exit=0"),
         ("self_speculative:6,draft_len=17", "draft_len=17: must be 'auto' or .* 1..16"),
         ("self_speculative:6,draft_len=some", "draft_len='some'"),

@@ -18,6 +18,7 @@ from multiexit_engine.params import (
     Contrast,
     DecodingMode,
     DoLa,
+    EarlyExit,
     Exit,
     Layer,
     Original,
@@ -39,6 +40,7 @@ class ResolvedMode:
         depth: number of layers that must run.
         candidates: the heads of which DoLa contrasts it with one, chosen for each token.
         draft: the head that drafts, None where nothing is drafted.
+        exits: the heads at which a token may leave before it comes to ``upper``, ascending.
     """
 
     upper: Head
@@ -46,12 +48,13 @@ class ResolvedMode:
     depth: int
     candidates: tuple[Head, ...] = ()
     draft: Head | None = None
+    exits: tuple[Head, ...] = ()
 
     @property
     def heads(self) -> tuple[Head, ...]:
         """All of them."""
         single = (self.upper, self.lower, self.draft)
-        return (*(head for head in single if head is not None), *self.candidates)
+        return (*(head for head in single if head is not None), *self.candidates, *self.exits)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ def resolve_mode(mode: DecodingMode, config: ModelConfig) -> ResolvedMode:
                 f"decoding={mode!r}: this model's decoder writes one token after the other; "
                 "Parallel needs a checkpoint with ELMER's decoder, opened as architecture='elmer'"
             )
+        case EarlyExit():
+            return _resolve_early_exit(mode, config)
     return ResolvedMode(upper, lower, max(head.layer for head in (upper, lower) if head))
 
 
@@ -168,7 +173,7 @@ def dola_layers(preset: str, num_layers: int, is_tied: bool) -> tuple[int, ...]:
     return tuple(range(start, 20 if is_deep else num_layers // 2, 2))
 
 
-def target_mode(mode: DecodingMode) -> Target:
+def target_mode(mode: DecodingMode) -> Target | EarlyExit:
     """The mode whose distribution a mode's tokens come from."""
     assert not isinstance(mode, Parallel), "resolve_mode refuses it"
     return mode.target if isinstance(mode, SelfSpeculative) else mode
@@ -182,6 +187,30 @@ def _with_draft(target: ResolvedMode, draft_exit: int, config: ModelConfig) -> R
             "its target runs to"
         )
     return replace(target, draft=draft)
+
+
+def _resolve_early_exit(mode: EarlyExit, config: ModelConfig) -> ResolvedMode:
+    last = config.num_layers
+    layers = mode.layers
+    if layers is None:
+        layers = tuple(layer for layer in config.exit_layers if layer < last)
+    exits = tuple(_head("EarlyExit.layers", layer, config) for layer in layers)
+    if mode.layers is not None and layers[-1] >= last:
+        raise ValueError(
+            f"EarlyExit.layers={mode.layers!r}: name exits below layer {last}, the last one"
+        )
+    exits = tuple(head for head in exits if head.layer >= mode.min_layer)
+    if not exits:
+        exits_there = ", ".join(map(str, config.exit_layers)) or "none"
+        raise ValueError(
+            f"EarlyExit.min_layer={mode.min_layer}, layers={mode.layers!r}: leave no exit below "
+            f"the last layer, {last}; this model's exits: {exits_there}"
+        )
+    if mode.shortlist is not None and mode.shortlist > config.vocab_size:
+        raise ValueError(
+            f"EarlyExit.shortlist={mode.shortlist}: the vocabulary has {config.vocab_size} tokens"
+        )
+    return ResolvedMode(Head(last, True), None, last, exits=exits)
 
 
 def _head(field: str, layer: Layer, config: ModelConfig) -> Head:

@@ -53,6 +53,7 @@ class LogitRow:
         num_drafts: drafts that are taken to follow the sequence's tokens, before the chosen one.
         drafts: the sequence's drafts, as many as are known by now.
         target: the token to be scored, where none is chosen.
+        confidence: of a row that chose its mode by it, what was measured.
     """
 
     item: int
@@ -62,6 +63,7 @@ class LogitRow:
     num_drafts: int = 0
     drafts: list[int] = field(default_factory=list)
     target: int | None = None
+    confidence: float | None = None
 
     @property
     def num_output_tokens(self) -> int:
@@ -173,8 +175,12 @@ class TokenChooser:
         scores, _ = self.scores(part)
         return choose_tokens(scores, [token_row(row) for row in part.rows])
 
-    def score(self, part: LogitSlice, output: StepOutput) -> None:
-        """Score the given token of each row."""
+    def takes_best(self, row: LogitRow) -> bool:
+        """Whether a row's token is just the best one of its mode."""
+        return row.sequence.request.sampling.is_greedy and self._is_direct(row)
+
+    def score(self, part: LogitSlice, output: StepOutput) -> list[tuple[LogitRow, ScoredToken]]:
+        """The score of each row's given token."""
         scores, failures = self.scores(part)
         for row, message in failures.items():
             output.failures[part.rows[row].sequence.request.request_id] = message
@@ -186,6 +192,7 @@ class TokenChooser:
         found = token_logprobs(scores, wanted, num_top)
         best = scores.argmax(-1)
         greedy, tokens, *logprobs = _to_host([best, wanted, *found])
+        results: list[tuple[LogitRow, ScoredToken]] = []
         for i, request in enumerate(requests):
             chosen = _chosen(tokens, logprobs, i, asked[i] or 0)
             assert chosen.logprob is not None and chosen.rank is not None
@@ -198,9 +205,8 @@ class TokenChooser:
                 greedy[i] == chosen.token_id,
                 chosen.alternatives,
             )
-            if not output.scored or output.scored[-1][0] is not request:
-                output.scored.append((request, []))
-            output.scored[-1][1].append(scored)
+            results.append((part.rows[i], scored))
+        return results
 
     def _slice(self, rows: list[LogitRow], is_direct: bool = False) -> LogitSlice:
         return LogitSlice(rows, self._planner.plan([row.mode for row in rows]), is_direct)

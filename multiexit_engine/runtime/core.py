@@ -5,6 +5,7 @@ Works on requests whose arguments were checked; knows nothing of texts' origin o
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -47,6 +48,7 @@ class EngineCore:
         self.num_generated_tokens = 0
         self.num_drafted_tokens = 0
         self.num_accepted_tokens = 0
+        self.num_tokens_by_layer: Counter[int] = Counter()
         self._exit_layers: dict[str, int] = {}
         self._beams: dict[str, BeamSearch] = {}
         self._texts: dict[Sequence, Detokenizer] = {}
@@ -75,7 +77,7 @@ class EngineCore:
             return []
         with self._backend():
             output = self.runner.run(batch)
-        self.scheduler.advance(batch)
+        self.scheduler.advance(batch, output.waiting)
         self.num_steps += 1
         for request_id, reason in output.failures.items():
             self._fail(self.requests[request_id], reason)
@@ -109,6 +111,7 @@ class EngineCore:
             num_generated_tokens=self.num_generated_tokens,
             num_drafted_tokens=self.num_drafted_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
+            num_tokens_by_layer=dict(sorted(self.num_tokens_by_layer.items())),
             num_preemptions=scheduler.num_preemptions,
             num_kv_blocks=self.config.num_kv_blocks,
             num_free_kv_blocks=scheduler.num_free_blocks,
@@ -187,9 +190,12 @@ class EngineCore:
         sequence.token_ids.append(token.token_id)
         sequence.chosen.append(token)
         sequence.cumulative_logprob += token.logprob or 0.0
-        sequence.exit_layers.append(self._exit_layer(request))
+        sequence.exit_layers.append(token.exit_layer or self._exit_layer(request))
         sequence.drafted.append(is_draft)
+        if token.confidence is not None:
+            sequence.confidences.append(token.confidence)
         self.num_generated_tokens += 1
+        self.num_tokens_by_layer[sequence.exit_layers[-1]] += 1
         self._follow_text(sequence, token.token_id)
         self._finish_if_ended(sequence, token.token_id)
 
@@ -245,6 +251,7 @@ class EngineCore:
         beams = request.sequences
         step = search.advance(candidates.values, candidates.token_ids)
         self.num_generated_tokens += len(step.tokens)
+        self.num_tokens_by_layer[self._exit_layer(request)] += len(step.tokens)
         if search.is_done:
             self._finish_beams(request, search)
             return

@@ -16,8 +16,9 @@ from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import Exit, SelfSpeculative
+from multiexit_engine.request import Joining
 from multiexit_engine.runtime.choosing import LogitRow, TokenChooser
-from multiexit_engine.runtime.flight import Flight, Joining
+from multiexit_engine.runtime.flight import Flight
 
 # of a smaller vocabulary's head there is little to save
 LEAST_DRAFT_VOCAB = 8192

@@ -6,7 +6,6 @@ Knows positions of sequences and hidden states; nothing of modes, heads or token
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,21 +14,9 @@ from multiexit_engine.batch import ForwardBatch, ScheduledBatch, ScheduledSequen
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.request import Joining
 
 Place = tuple[int, int]  # item of the step, position in its sequence
-
-
-@dataclass(frozen=True, slots=True)
-class Joining:
-    """Earlier rows of an item that go on from states kept at a layer.
-
-    Attributes:
-        layer: the 1-based layer after which the states were kept.
-        start: position of the first of them; they reach to the item's rows.
-    """
-
-    layer: int
-    start: int
 
 
 class Flight:
@@ -71,6 +58,10 @@ class Flight:
     @property
     def num_rows(self) -> int:
         return self.hidden.shape[0]
+
+    def first_position(self, item: int) -> int:
+        """Where the rows of an item begin in its sequence, those that joined it included."""
+        return self._items[item].start
 
     def run(self, start: int, stop: int) -> None:
         """Run the 0-based blocks ``start`` to ``stop - 1`` on all rows that are here."""

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, get_args
 from multiexit_engine.config import EngineConfig, ModelConfig
 from multiexit_engine.decoding.plan import resolve_mode
 from multiexit_engine.layers.exit_heads import ExitHeads
-from multiexit_engine.params import DecodingMode, SamplingParams, SelfSpeculative
+from multiexit_engine.params import DecodingMode, EarlyExit, SamplingParams, SelfSpeculative
 from multiexit_engine.request import Request
 
 Prompt: TypeAlias = str | Sequence[int]
@@ -60,6 +60,11 @@ class Intake:
             raise ValueError(
                 f"num_beams={sampling.num_beams}: SelfSpeculative drafts one continuation; use "
                 f"decoding={mode.target!r} for beam search"
+            )
+        if sampling.num_beams > 1 and isinstance(mode, EarlyExit):
+            raise ValueError(
+                f"num_beams={sampling.num_beams}: scores of beams that left at different exits "
+                "cannot be compared; use decoding=Original() or Exit(...) for beam search"
             )
         return Request(
             request_id=request_id,

@@ -75,6 +75,7 @@ def _completion(core: EngineCore, sequence: Sequence, start: int, text: str) -> 
         stop_reason=sequence.stop_reason,
         exit_layers=sequence.exit_layers[start:],
         drafted=sequence.drafted[start:],
+        confidences=sequence.confidences[start:],
     )
 
 

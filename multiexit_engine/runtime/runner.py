@@ -6,6 +6,7 @@ The one place that joins models and decoding. Knows nothing of queues, blocks' o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from multiexit_engine.decoding.plan import ExitPlanner, plan_segments, target_mo
 from multiexit_engine.decoding.speculation import DraftPolicy
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.request import ChosenToken
+from multiexit_engine.params import EarlyExit, Exit
+from multiexit_engine.request import ChosenToken, ScoredToken
 from multiexit_engine.runtime.choosing import Choice, LogitRow, LogitSlice, TokenChooser
 from multiexit_engine.runtime.drafting import Drafter, Drafts
+from multiexit_engine.runtime.early_exits import EarlyExits, EarlyRows
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.step_clock import StepClock
 
@@ -51,6 +54,7 @@ class ModelRunner:
         )
         self._chooser = TokenChooser(model.heads, ExitPlanner(model.config), config.device)
         self._drafter = Drafter(model, kv_cache, self._states, self._chooser)
+        self._early_exits = EarlyExits(model, self._chooser)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepOutput:
@@ -58,33 +62,43 @@ class ModelRunner:
         clock = StepClock(self.config.device)
         self._copy_blocks(batch)
         drafts = Drafts({index: [] for index, item in _items(batch) if item.num_drafts})
-        choices = self._chooser.slices(_choice_rows(batch, drafts))
-        targets = self._chooser.scored_slices(_target_rows(batch))
-        self._run_layers(batch, [*choices, *targets], drafts, clock)
-        output = StepOutput()
+        choice_rows, target_rows = _choice_rows(batch, drafts), _target_rows(batch)
+        early = self._early_exits.rows([*choice_rows, *target_rows])
+        choices = self._chooser.slices(_with_fixed_heads(choice_rows))
+        targets = self._chooser.scored_slices(_with_fixed_heads(target_rows))
+        self._run_layers(batch, [*choices, *targets], early, drafts, clock)
+        choices += early.choices
+        targets += early.targets
+        output = StepOutput(waiting=early.waiting)
         if not all(part.is_direct for part in choices):
             # penalties and bans look at the drafts
             drafts.fetch()
         chosen = [pair for part in choices for pair in self._chooser.choose(part, output)]
         drafts.fetch()
-        _hand_out(chosen, drafts, output)
-        for part in targets:
-            self._chooser.score(part, output)
+        _hand_out([*chosen, *early.chosen], drafts, output)
+        _hand_out_scores(
+            [pair for part in targets for pair in self._chooser.score(part, output)], output
+        )
         clock.mark()
         self._record_times(batch, clock)
         return output
 
     @torch.inference_mode()
     def prompt_scores(self, batch: ScheduledBatch) -> Tensor:
-        """[tokens, vocab] float32 raw scores of every computed position, in its request's mode."""
+        """[tokens, vocab] float32 raw scores of every position of one request, in its mode."""
         self._copy_blocks(batch)
-        parts = self._chooser.scored_slices(_all_rows(batch))
-        self._run_layers(batch, parts, Drafts({}), StepClock(self.config.device))
+        rows = _all_rows(batch)
+        early = self._early_exits.rows(rows)
+        parts = self._chooser.scored_slices(_with_fixed_heads(rows))
+        self._run_layers(batch, parts, early, Drafts({}), StepClock(self.config.device))
+        parts += early.targets
         results = [self._chooser.scores(part) for part in parts]
         for _, failures in results:
             for message in failures.values():
                 raise RequestFailed(message)
-        return torch.cat([scores for scores, _ in results])
+        scores = torch.cat([scores for scores, _ in results])
+        places = torch.tensor([row.position for part in parts for row in part.rows])
+        return scores[places.argsort().to(scores.device)]
 
     def _copy_blocks(self, batch: ScheduledBatch) -> None:
         self.kv_cache.copy_blocks(batch.block_copies)
@@ -94,6 +108,7 @@ class ModelRunner:
         self,
         batch: ScheduledBatch,
         slices: Sequence[LogitSlice],
+        early: EarlyRows,
         drafts: Drafts,
         clock: StepClock,
     ) -> None:
@@ -112,19 +127,22 @@ class ModelRunner:
             self.kv_cache,
             self._states,
             {index: _first_rows(item) for index, item in _items(batch)},
-            drafts.joining,
+            drafts.joining | early.joining,
             drafts.last,
         )
         depths = [item.sequence.request.depth for item in batch.scheduled]
-        for segment in plan_segments(depths, tap_layers | drafts.joining_layers):
+        for segment in plan_segments(depths, tap_layers | drafts.joining_layers | early.layers):
             flight.narrow(segment.num_seqs)
+            if not flight.aboard:
+                break
             flight.run(segment.start, segment.stop)
             keep(segment.stop, flight)
+            early.look(segment.stop, flight)
             flight.join(segment.stop)
 
     def _record_times(self, batch: ScheduledBatch, clock: StepClock) -> None:
         """Tell the draft policy of a step in which every sequence got its next tokens."""
-        if any(item.num_tokens > 1 for item in batch.scheduled):
+        if any(item.num_tokens > 1 or _is_early(item) for item in batch.scheduled):
             return
         drafting, rest = clock.seconds()
         lengths = [item.num_drafts for item in batch.scheduled]
@@ -145,6 +163,15 @@ def _first_rows(item: ScheduledSequence) -> ScheduledSequence:
     if not item.num_drafts:
         return item
     return ScheduledSequence(item.sequence, item.stop - 1 + item.num_drafts, 1)
+
+
+def _is_early(item: ScheduledSequence) -> bool:
+    return isinstance(item.sequence.request.decoding, EarlyExit)
+
+
+def _with_fixed_heads(rows: Sequence[LogitRow]) -> list[LogitRow]:
+    """The rows whose heads are known before the step runs."""
+    return [row for row in rows if not isinstance(row.mode, EarlyExit)]
 
 
 def _choice_rows(batch: ScheduledBatch, drafts: Drafts) -> list[LogitRow]:
@@ -181,8 +208,11 @@ def _target_rows(batch: ScheduledBatch) -> list[LogitRow]:
 
 
 def _all_rows(batch: ScheduledBatch) -> list[LogitRow]:
+    """All rows, as if their scores of some token were asked for."""
     return [
-        LogitRow(index, position, item.sequence, target_mode(item.sequence.request.decoding))
+        LogitRow(
+            index, position, item.sequence, target_mode(item.sequence.request.decoding), target=0
+        )
         for index, item in _items(batch)
         for position in range(item.start, item.stop)
     ]
@@ -201,7 +231,7 @@ def _hand_out(
         elif isinstance(choice, str):
             output.failures[row.sequence.request.request_id] = choice
         else:
-            output.tokens.append((row.sequence, choice))
+            output.tokens.append((row.sequence, _with_exit(row, choice)))
     for index, choices in checks.items():
         tokens = _accepted([choices[count] for count in sorted(choices)], drafts.known[index])
         if isinstance(tokens, str):
@@ -209,6 +239,21 @@ def _hand_out(
         else:
             checked = CheckedDrafts(tokens, len(drafts.known[index]))
             output.checked.append((sequences[index], checked))
+
+
+def _with_exit(row: LogitRow, tokens: list[ChosenToken]) -> list[ChosenToken]:
+    """The tokens of a row, with the exit that it chose, if it did."""
+    if row.confidence is None:
+        return tokens
+    layer = row.mode.layer if isinstance(row.mode, Exit) else None
+    return [t._replace(exit_layer=layer, confidence=row.confidence) for t in tokens]
+
+
+def _hand_out_scores(scored: Iterable[tuple[LogitRow, ScoredToken]], output: StepOutput) -> None:
+    """Give each request its scores in the order of its prompt."""
+    in_order = sorted(scored, key=lambda pair: (pair[0].item, pair[0].position))
+    for request, pairs in groupby(in_order, key=lambda pair: pair[0].sequence.request):
+        output.scored.append((request, [score for _, score in pairs]))
 
 
 def _accepted(choices: Sequence[Choice], drafts: Sequence[int]) -> list[ChosenToken] | str:

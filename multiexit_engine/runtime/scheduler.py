@@ -6,8 +6,10 @@ models, tensors, or of how a next token is chosen.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import count
 from time import perf_counter
+from types import MappingProxyType
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.cache.block_manager import BlockManager
@@ -15,10 +17,12 @@ from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.speculation import DraftPolicy
 from multiexit_engine.modes import SelfSpeculative
 from multiexit_engine.outputs import FinishReason
-from multiexit_engine.request import Request, Sequence, SequenceStatus
+from multiexit_engine.request import Joining, Request, Sequence, SequenceStatus
 from multiexit_engine.runtime.limits import check_fits
 from multiexit_engine.runtime.queues import Queues, Unit
 from multiexit_engine.runtime.step_plan import StepPlan
+
+NOBODY: Mapping[Sequence, tuple[Joining, ...]] = MappingProxyType({})
 
 
 class Scheduler:
@@ -121,24 +125,26 @@ class Scheduler:
         self._add_drafts(step)
         return step.batch()
 
-    def advance(self, batch: ScheduledBatch) -> None:
+    def advance(
+        self, batch: ScheduledBatch, waiting: Mapping[Sequence, tuple[Joining, ...]] = NOBODY
+    ) -> None:
         """Record that a step ran: its tokens are computed, full blocks can be found by others.
 
         Sequences that finished since ``schedule`` are skipped. Call it before new tokens are
         appended.
+
+        Args:
+            batch: what ran.
+            waiting: the sequences of which tokens still lack some layers, and which tokens.
         """
         for chunk in batch.scheduled:
             sequence = chunk.sequence
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
+            start = sequence.num_complete_tokens
             sequence.num_computed_tokens = chunk.stop
-            self._blocks.commit(
-                sequence.block_table,
-                sequence.token_ids,
-                chunk.start,
-                chunk.stop,
-                sequence.request.depth,
-            )
+            sequence.waiting = waiting.get(sequence, ())
+            self._commit(sequence, start, sequence.num_complete_tokens)
 
     def accept_drafts(self, sequence: Sequence, count: int) -> None:
         """Record that the ``count`` tokens before a sequence's last one are computed, too.
@@ -148,13 +154,7 @@ class Scheduler:
         """
         start = sequence.num_computed_tokens
         sequence.num_computed_tokens = start + count
-        self._blocks.commit(
-            sequence.block_table,
-            sequence.token_ids,
-            start,
-            start + count,
-            sequence.request.depth,
-        )
+        self._commit(sequence, start, start + count)
 
     def fork(self, sequence: Sequence, index: int) -> Sequence:
         """A running sibling with the same tokens, on the same blocks until either writes.
@@ -163,6 +163,7 @@ class Scheduler:
         """
         unit = self._units[sequence]
         assert unit.is_running, "only a running sequence can be forked"
+        assert not sequence.waiting, "rows of a shared block would be completed twice"
         sibling = Sequence(
             request=sequence.request,
             index=index,
@@ -174,6 +175,7 @@ class Scheduler:
             cumulative_logprob=sequence.cumulative_logprob,
             exit_layers=list(sequence.exit_layers),
             drafted=list(sequence.drafted),
+            confidences=list(sequence.confidences),
         )
         if sequence.request.is_beam_search:
             unit.sequences.append(sibling)
@@ -300,6 +302,7 @@ class Scheduler:
         for sequence in unit.sequences:
             self._release_blocks(sequence)
             sequence.num_computed_tokens = 0
+            sequence.waiting = ()
             sequence.status = SequenceStatus.WAITING
         return unit
 
@@ -367,6 +370,11 @@ class Scheduler:
         unit.request.num_cached_tokens = sequence.num_computed_tokens
         self._prefix_query_tokens += sequence.num_tokens
         self._prefix_hit_tokens += sequence.num_computed_tokens
+
+    def _commit(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Let others find the blocks that became full with the tokens ``[start, stop)``."""
+        depth = sequence.request.depth
+        self._blocks.commit(sequence.block_table, sequence.token_ids, start, stop, depth)
 
     def _release_blocks(self, sequence: Sequence) -> None:
         self._blocks.free(sequence.block_table)

@@ -1,0 +1,207 @@
+"""Rows that choose their exit on the way up: who is measured where, who leaves, who waits then.
+
+Follows the flight of a step. Knows nothing of how a measure is computed, of how a token is chosen,
+or of the layers between exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import isnan, nan
+
+from torch import Tensor
+
+from multiexit_engine.decoding.gates import bounds, passes, read_head, similarity
+from multiexit_engine.decoding.plan import resolve_mode
+from multiexit_engine.layers.exit_heads import Head
+from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.modes import EarlyExit, Exit, Original
+from multiexit_engine.request import ChosenToken, Joining
+from multiexit_engine.request import Sequence as TokenSequence
+from multiexit_engine.runtime.choosing import Choice, LogitRow, LogitSlice, TokenChooser
+from multiexit_engine.runtime.flight import Flight
+
+
+class EarlyExits:
+    """Starts the rows of each step on one model."""
+
+    def __init__(self, model: MultiExitModel, chooser: TokenChooser) -> None:
+        self.heads = model.heads
+        self.chooser = chooser
+        self.num_layers = model.config.num_layers
+        self._config = model.config
+        self._layers: dict[EarlyExit, frozenset[int]] = {}
+        # the same objects every time, by which plans of heads are found again
+        self.modes: dict[int, Original | Exit] = {
+            layer: Exit(layer) for layer in model.config.exit_layers
+        }
+        self.modes[self.num_layers] = Original()
+
+    def layers_of(self, mode: EarlyExit) -> frozenset[int]:
+        """The layers at which rows of a mode are measured."""
+        if mode not in self._layers:
+            exits = resolve_mode(mode, self._config).exits
+            self._layers[mode] = frozenset(head.layer for head in exits)
+        return self._layers[mode]
+
+    def rows(self, rows: Iterable[LogitRow]) -> EarlyRows:
+        """Those of a step's rows that choose their exit, on their way."""
+        return EarlyRows(self, [row for row in rows if isinstance(row.mode, EarlyExit)])
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A row that has not decided, and what the exits below said of it.
+
+    Attributes:
+        row: what chooses or scores.
+        mode: how it decides.
+        layers: where it is measured.
+        value: of the last measurement.
+        token: the best token of the last exit whose whole head was read.
+        streak: exits in a row with this token.
+    """
+
+    row: LogitRow
+    mode: EarlyExit
+    layers: frozenset[int]
+    value: float = nan
+    token: int | None = None
+    streak: int = 0
+
+    @property
+    def may_leave(self) -> bool:
+        """Prompts run through all layers, so that it does not matter how they are cut."""
+        return self.row.position >= len(self.row.sequence.request.prompt_token_ids)
+
+    def compares_at(self, layer: int) -> bool:
+        """Whether its next measurement compares the next layer's output with this layer's."""
+        return self.mode.measure == "similarity" and layer + 1 in self.layers
+
+    def note(self, value: float, token: int) -> None:
+        """Record what a whole head said."""
+        if self.mode.measure == "patience":
+            self.streak = self.streak + 1 if token == self.token and not isnan(value) else 1
+            value = float(self.streak)
+        self.value, self.token = value, token
+
+
+class EarlyRows:
+    """The rows of one step that choose their exit.
+
+    Attributes:
+        choices: slices of rows that decided, whose tokens are still to be chosen.
+        targets: slices of rows that decided, whose tokens are still to be scored.
+        chosen: rows whose token the measure itself told.
+        waiting: the sequences that left, and which of their tokens lack layers now.
+    """
+
+    def __init__(self, exits: EarlyExits, rows: Sequence[LogitRow]) -> None:
+        self._exits = exits
+        self._undecided: list[_Row] = []
+        for row in rows:
+            assert isinstance(row.mode, EarlyExit), "only these decide"
+            self._undecided.append(_Row(row, row.mode, exits.layers_of(row.mode)))
+        self._compared: list[_Row] = []
+        self._states: Tensor | None = None
+        self.choices: list[LogitSlice] = []
+        self.targets: list[LogitSlice] = []
+        self.chosen: list[tuple[LogitRow, Choice]] = []
+        self.waiting: dict[TokenSequence, tuple[Joining, ...]] = {}
+
+    @property
+    def joining(self) -> dict[int, tuple[Joining, ...]]:
+        """For each item of these rows its earlier tokens that wait."""
+        rows = [row.row for row in self._undecided]
+        return {row.item: row.sequence.waiting for row in rows if row.sequence.waiting}
+
+    @property
+    def layers(self) -> set[int]:
+        """Where these rows are looked at."""
+        measured = {layer for row in self._undecided for layer in row.layers}
+        compared = {
+            layer - 1
+            for row in self._undecided
+            for layer in row.layers
+            if row.compares_at(layer - 1)
+        }
+        return measured | compared
+
+    def look(self, layer: int, flight: Flight) -> None:
+        """Measure the rows that have come to a layer; those that pass decide, and may leave."""
+        if not self._undecided:
+            return
+        if layer == self._exits.num_layers:
+            self._decide(self._undecided, layer, flight)
+            return
+        if here := [row for row in self._undecided if layer in row.layers]:
+            self._measure(here, layer, flight)
+            self._decide([row for row in here if passes(row.mode, row.value)], layer, flight)
+        self._compared = [row for row in self._undecided if row.compares_at(layer)]
+        self._states = _states(self._compared, flight) if self._compared else None
+
+    def _measure(self, rows: Sequence[_Row], layer: int, flight: Flight) -> None:
+        self._compare([row for row in rows if row.mode.measure == "similarity"], flight)
+        readers = [row for row in rows if row.mode.measure != "similarity"]
+        whole = [row for row in readers if row.mode.shortlist is None]
+        for shortlist in sorted({row.mode.shortlist or 0 for row in readers} - {0}):
+            listed = [row for row in readers if row.mode.shortlist == shortlist]
+            operands = self._exits.heads.operands(Head(layer), _states(listed, flight))
+            measures = [row.mode.measure for row in listed]
+            values = bounds(measures, operands, shortlist).tolist()
+            for row, value in zip(listed, values, strict=True):
+                row.value = value
+            whole += [row for row in listed if passes(row.mode, row.value)]
+        if whole:
+            operands = self._exits.heads.operands(Head(layer), _states(whole, flight))
+            reading = read_head([row.mode.measure for row in whole], operands)
+            for row, *found in zip(whole, *(part.tolist() for part in reading), strict=True):
+                row.note(*found)
+
+    def _compare(self, rows: Sequence[_Row], flight: Flight) -> None:
+        if not rows:
+            return
+        assert self._states is not None, "these rows were looked at one layer below"
+        places = [self._compared.index(row) for row in rows]
+        values = similarity(self._states[places], _states(rows, flight)).tolist()
+        for row, value in zip(rows, values, strict=True):
+            row.value = value
+
+    def _decide(self, rows: Sequence[_Row], layer: int, flight: Flight) -> None:
+        """Let rows take the head of a layer."""
+        if not rows:
+            return
+        chooser, mode = self._exits.chooser, self._exits.modes[layer]
+        choosing: list[LogitRow] = []
+        scored: list[LogitRow] = []
+        for row in rows:
+            decided = replace(row.row, mode=mode, confidence=row.value)
+            if decided.target is not None:
+                scored.append(decided)
+            elif layer in row.layers and row.token is not None and chooser.takes_best(decided):
+                self.chosen.append((decided, [ChosenToken(row.token)]))
+            else:
+                choosing.append(decided)
+        choices, targets = chooser.slices(choosing), chooser.scored_slices(scored)
+        for part in (*choices, *targets):
+            part.keep(layer, flight)
+        self.choices += choices
+        self.targets += targets
+        self._undecided = [row for row in self._undecided if row not in rows]
+        if layer < self._exits.num_layers:
+            self._leave([row.row for row in rows if row.may_leave], layer, flight)
+
+    def _leave(self, rows: Sequence[LogitRow], layer: int, flight: Flight) -> None:
+        for row in rows:
+            deeper = tuple(entry for entry in row.sequence.waiting if entry.layer >= layer)
+            if not deeper or deeper[-1].layer > layer:
+                deeper = (*deeper, Joining(layer, flight.first_position(row.item)))
+            self.waiting[row.sequence] = deeper
+        flight.leave({row.item for row in rows})
+
+
+def _states(rows: Sequence[_Row], flight: Flight) -> Tensor:
+    """[rows, hidden]: the states of rows that are in the flight."""
+    places = flight.rows_of([(row.row.item, row.row.position) for row in rows])
+    return flight.take([place for place in places if place is not None])
