@@ -5,6 +5,7 @@ from multiexit_engine.cli.bench import bench
 from multiexit_engine.cli.demo import demo
 from multiexit_engine.cli.generate import generate
 from multiexit_engine.cli.info import info
+from multiexit_engine.cli.lm_eval import lm_eval
 from multiexit_engine.cli.score import score
 from multiexit_engine.cli.serve import serve
 from multiexit_engine.cli.train import train
@@ -13,5 +14,9 @@ __all__ = ["app"]
 
 for command in (generate, score, serve, info, demo):
     app.command()(command)
+app.command(
+    "lm-eval",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+)(lm_eval)
 app.add_typer(bench)
 app.add_typer(train)
