@@ -68,12 +68,10 @@ class Acceptance:
     Attributes:
         num_drafted: drafts that were checked since it began.
         num_accepted: those of them that were accepted.
-        num_plain: steps since the last draft.
     """
 
     num_drafted: int = 0
     num_accepted: int = 0
-    num_plain: int = 0
     _tried: float = 0.0
     _passed: float = 0.0
 
@@ -81,7 +79,6 @@ class Acceptance:
         """Count a step that checked ``num_drafts``, of which the first ``num_accepted`` passed."""
         self.num_drafted += num_drafts
         self.num_accepted += num_accepted
-        self.num_plain = 0 if num_drafts else self.num_plain + 1
         # drafts after the first wrong one tell nothing
         tried = min(num_accepted + 1, num_drafts)
         kept = 0.5 ** (tried / HALF_LIFE)

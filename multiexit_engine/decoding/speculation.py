@@ -16,8 +16,10 @@ from multiexit_engine.request import Acceptance
 
 # a smaller gain is not worth the spread of the measurements
 LEAST_GAIN = 1.03
-# a sequence whose drafts do not pay drafts one token after so many, to see whether they do now
-PROBE_INTERVAL = 64
+# where drafts do not pay, all sequences draft one token in the same step after so many steps, to
+# see whether they do now: together, since one draft costs about as much as many. The interval
+# doubles while the answer is no
+ASK_INTERVALS = (64, 1024)
 # what an unmeasured check costs for each row more, as a share of the step
 ROW_COST = 0.02
 # what an unmeasured draft costs, as a share of the step
@@ -72,6 +74,21 @@ class DraftPolicy:
         self.plain = Timings()
         self.drafts = Timings()
         self.checks = Timings()
+        self._interval, self._longest_interval = ASK_INTERVALS
+        self._num_plain = 0
+        self._is_asking = False
+        self._is_refusing = False
+        self._is_drafting = False
+
+    def begin_step(self) -> None:
+        """The lengths asked for from now on are those of one more step."""
+        if self._is_drafting:
+            self._interval = ASK_INTERVALS[0]
+        elif self._is_asking and self._is_refusing:
+            self._interval = min(2 * self._interval, self._longest_interval)
+        self._num_plain = 0 if self._is_asking else self._num_plain + self._is_refusing
+        self._is_asking = self._num_plain >= self._interval
+        self._is_drafting = self._is_refusing = False
 
     def draft_len(
         self, wanted: int | Literal["auto"], acceptance: Acceptance, num_sequences: int
@@ -79,7 +96,7 @@ class DraftPolicy:
         """Tokens to draft for one of ``num_sequences`` sequences of the next step.
 
         A number is followed as it is. "auto" takes the length with the most tokens per second,
-        where it beats plain decoding; where none does, one draft at long intervals asks again.
+        where it beats plain decoding; where none does, one draft at growing intervals asks again.
         """
         if wanted != "auto":
             return wanted
@@ -96,9 +113,11 @@ class DraftPolicy:
             if found < last:
                 break  # longer ones gain less and less
             last = found
-        if not best and acceptance.num_plain >= PROBE_INTERVAL:
-            return 1
-        return best
+        if best:
+            self._is_drafting = True
+            return best
+        self._is_refusing = True
+        return int(self._is_asking)
 
     def _seconds(self, length: int, num_sequences: int, plain: float) -> float:
         draft = self.drafts.estimate(num_sequences)

@@ -162,7 +162,6 @@ class EngineCore:
 
     def _append(self, sequence: Sequence, chosen: list[ChosenToken]) -> None:
         """Give a sequence its next token, or its first one to each of ``n`` siblings."""
-        sequence.acceptance.num_plain += 1
         if len(chosen) == 1:
             self._append_one(sequence, chosen[0])
             return

@@ -258,6 +258,7 @@ class Scheduler:
 
     def _add_drafts(self, step: StepPlan) -> None:
         """Let sequences draft with the tokens and blocks that nobody else wants in this step."""
+        self._draft_policy.begin_step()
         for unit, chunk in step.chunks():
             wanted = self._num_drafts(chunk, step.num_chunks)
             stop = chunk.stop

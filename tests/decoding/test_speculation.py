@@ -1,6 +1,6 @@
 import pytest
 
-from multiexit_engine.decoding.speculation import PROBE_INTERVAL, DraftPolicy, Timings
+from multiexit_engine.decoding.speculation import ASK_INTERVALS, DraftPolicy, Timings
 from multiexit_engine.request import Acceptance
 
 
@@ -39,14 +39,46 @@ def test_drafts_that_cost_more_than_they_save_are_not_made():
     assert policy(check=3.0).draft_len("auto", acceptance(0.5), 8) == 0
 
 
-def test_a_sequence_that_drafts_no_more_asks_again_at_long_intervals():
-    poor = acceptance(0.0)
-    assert policy(draft=0.9).draft_len("auto", poor, 1) == 0
-    for _ in range(PROBE_INTERVAL):
-        poor.record(0, 0)
-    assert policy(draft=0.9).draft_len("auto", poor, 1) == 1
-    poor.record(1, 0)
-    assert policy(draft=0.9).draft_len("auto", poor, 1) == 0
+def steps_with_drafts(made, acceptances, num_steps):
+    """The steps in which sequences draft, and how many tokens each of them."""
+    found = {}
+    for step in range(num_steps):
+        made.begin_step()
+        lengths = [made.draft_len("auto", own, len(acceptances)) for own in acceptances]
+        if any(lengths):
+            found[step] = lengths
+    return found
+
+
+def test_where_drafts_do_not_pay_all_sequences_ask_again_together():
+    poor = [acceptance(0.0), acceptance(0.1), acceptance(0.2)]
+    found = steps_with_drafts(policy(draft=0.9), poor, 500)
+    assert list(found.values()) == [[1, 1, 1]] * len(found)
+
+
+def test_the_intervals_between_questions_double_up_to_the_longest():
+    shortest, longest = ASK_INTERVALS
+    found = list(steps_with_drafts(policy(draft=0.9), [acceptance(0.0)], 9000))
+    gaps = [later - earlier - 1 for earlier, later in zip(found, found[1:], strict=False)]
+    assert found[0] == shortest
+    assert gaps == [min(shortest * 2 ** (i + 1), longest) for i in range(len(gaps))]
+    assert gaps[-1] == longest
+
+
+def test_after_drafts_that_paid_the_intervals_are_short_again():
+    made, poor = policy(draft=0.9), acceptance(0.0)
+    steps_with_drafts(made, [poor], 2000)
+    made.drafts = policy(draft=0.1).drafts
+    assert steps_with_drafts(made, [acceptance(0.9)], 2)
+    made.drafts = policy(draft=0.9).drafts
+    (asked, *_) = steps_with_drafts(made, [poor], 2 * ASK_INTERVALS[0])
+    assert asked <= ASK_INTERVALS[0] + 1
+
+
+def test_nobody_is_asked_while_nobody_wants_drafts():
+    made = policy(draft=0.9)
+    steps_with_drafts(made, [], 1000)
+    assert not steps_with_drafts(made, [acceptance(0.0)], ASK_INTERVALS[0])
 
 
 def test_the_rate_follows_the_latest_checks():
