@@ -60,8 +60,10 @@ static inline void keep_in_register(V& vector) {
 #endif
 }
 
-// The place in memory that is fetched while a block of rows is multiplied: the next block.
+// The place in memory that is fetched while a block of rows is multiplied: the next block. What only
+// one pass reads leaves no trace in the L2 and L3 caches, which then keep what a step reads again.
 struct Ahead {
+  bool is_read_once;
   const char* place;
   int64_t stride;
 };
@@ -103,7 +105,7 @@ static inline void tile(const typename Factor<W>::Input* x, const W* weight, int
     typename F::Vector weights[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(place, 0, 3);
+      ahead.is_read_once ? __builtin_prefetch(place, 0, 0) : __builtin_prefetch(place, 0, 3);
       place += ahead.stride;
       weights[r] = F::get(weight + r * columns + i);
     }
@@ -181,7 +183,7 @@ static void product_of(const void* input, int64_t tokens, const Matrix& matrix, 
   for (int64_t start = first; start < first + count; start += rows) {
     const int64_t many = start + rows < first + count ? rows : first + count - start;
     const W* weight = static_cast<const W*>(matrix.row(start));
-    Ahead ahead = {reinterpret_cast<const char*>(weight + many * columns) + kPrefetchAhead,
+    Ahead ahead = {passes == 1, reinterpret_cast<const char*>(weight + many * columns) + kPrefetchAhead,
                    F::kStep * int64_t{sizeof(W)} / passes};
     for (int64_t part = 0; part < passes; ++part) {
       const int64_t from = tokens * part / passes, to = tokens * (part + 1) / passes;

@@ -140,7 +140,7 @@ static inline void quantized_tile(const float* x, const QuantizedRows& rows, con
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       // The next tile in the order of its addresses, see product.inl.
-      if (r % kRowsOfLine == 0) __builtin_prefetch(ahead + r * Codes::kBytes + kPrefetchAhead, 0, 3);
+      if (r % kRowsOfLine == 0) __builtin_prefetch(ahead + r * Codes::kBytes + kPrefetchAhead, 0, 0);
       Vec weight[kBlockVecs];
       Codes::dequantize(rows.codes + r * rows.row_bytes + block * Codes::kBytes, scales[r * kWidth], weight);
       if (block < whole) {

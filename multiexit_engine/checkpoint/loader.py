@@ -5,11 +5,12 @@ Weight matrices become quantized here, one at a time, from the numbers as they a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from multiexit_engine.checkpoint.huge_pages import HugePages
 from multiexit_engine.checkpoint.weights import Weights
 from multiexit_engine.errors import CheckpointError
 from multiexit_engine.quantization import Quantization, Weight, quantize
@@ -17,12 +18,18 @@ from multiexit_engine.quantization import Quantization, Weight, quantize
 
 @dataclass(frozen=True)
 class TensorLoader:
-    """Loads weights for one device and dtype; a tensor that fits already is not copied."""
+    """Loads weights for one device and dtype.
+
+    Matrices for the CPU are copied, into huge pages, also where their type fits: a page of the
+    file's mapping that is read for every token takes memory all the same. Of other tensors one
+    that fits is not copied.
+    """
 
     weights: Weights
     device: torch.device
     dtype: torch.dtype
     quantization: Quantization | None = None
+    _pages: HugePages = field(default_factory=HugePages, repr=False)
 
     def load(self, name: str, *shape: int) -> Tensor:
         """The contiguous tensor ``name``; raises CheckpointError when missing or misshapen."""
@@ -37,7 +44,7 @@ class TensorLoader:
         return self._compress(name, self._checked(name, (columns, rows)).t())
 
     def load_stacked(self, names: list[str], rows: list[int], columns: int) -> Weight:
-        """Several weight matrices as one, above each other; one alone is not copied."""
+        """Several weight matrices as one, above each other."""
         shapes: list[tuple[int, ...]] = [(count, columns) for count in rows]
         return self._compress(" and ".join(names), self._joined(names, shapes))
 
@@ -53,12 +60,19 @@ class TensorLoader:
         if self.quantization is None:
             return self._place(tensor)
         try:
-            return quantize(tensor, self.quantization)
+            weight = quantize(tensor, self.quantization)
         except ValueError as error:
             raise CheckpointError(f"tensor {name!r}: {error}") from error
+        codes, scales = (self._paged(part, part.dtype) for part in (weight.codes, weight.scales))
+        return replace(weight, codes=codes, scales=scales)
 
     def _place(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cpu" and tensor.ndim == 2:
+            return self._paged(tensor, self.dtype)
         return tensor.to(self.device, self.dtype).contiguous()
+
+    def _paged(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._pages.empty(tensor.shape, dtype).copy_(tensor)
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.weights.get(name)
