@@ -32,9 +32,10 @@ from multiexit_engine.outputs import (
     RequestPiece,
     ScoreOutput,
 )
-from multiexit_engine.params import DecodingMode, Original, SamplingParams
+from multiexit_engine.params import DecodingMode, EarlyExit, Original, SamplingParams
 from multiexit_engine.request import Request
 from multiexit_engine.runtime.core import EngineCore
+from multiexit_engine.runtime.exit_readings import ExitReadings
 from multiexit_engine.runtime.intake import Intake, Prompt, as_prompts, one_for_each
 from multiexit_engine.runtime.progress import Progress
 from multiexit_engine.runtime.report import request_output
@@ -89,7 +90,7 @@ class Engine:
         self._scheduler = Scheduler(config, draft_policy)
         runner = ModelRunner(self._model, kv_cache, config, draft_policy)
         self._core = EngineCore(config, self._scheduler, runner, tokenizer)
-        self._intake = Intake(config, model, self._model.heads, tokenizer, decoding)
+        self._intake = Intake(config, self._model, tokenizer, decoding, checkpoint.folder)
         self._feeds = Feeds(self._core)
         self._ids = itertools.count()
         self._random = random.Random(config.seed)
@@ -283,21 +284,17 @@ class Engine:
     def logits(self, prompt: Prompt, decoding: DecodingMode | None = None) -> Tensor:
         """[tokens, vocab] float32 scores of a mode at every position of a prompt.
 
-        Logits for ``Original`` and ``Exit``, log-probabilities for ``Contrast``, and whatever a
-        custom contrast function gives. Runs alone.
+        Logits for heads, log-probabilities for ``Contrast``, or a function's results. Runs alone.
 
         Raises:
             ValueError: the prompt or mode is wrong, or is longer than max_model_len.
             RuntimeError: requests are in flight.
         """
-        if self.has_unfinished():
-            raise RuntimeError("logits() runs alone: finish or abort the other requests first")
-        token_ids = self._intake.token_ids(prompt)
-        limit = self.config.max_model_len
-        if len(token_ids) > limit:
-            raise ValueError(f"prompt has {len(token_ids)} tokens: the model reads {limit}")
-        request = self._intake.scoring_request(self._new_id(), token_ids, 1, decoding)
-        return self._core.prompt_scores(request)
+        return self._core.prompt_scores(self._alone(prompt, decoding))
+
+    def exit_readings(self, prompt: Prompt, decoding: EarlyExit) -> ExitReadings:
+        """What each exit of a mode measures at every position of a prompt. As ``logits``."""
+        return self._core.exit_readings(self._alone(prompt, decoding))
 
     def add_request(
         self,
@@ -341,6 +338,14 @@ class Engine:
     def stats(self) -> EngineStats:
         """How full the engine is, and what it has done."""
         return self._core.stats()
+
+    def _alone(self, prompt: Prompt, decoding: DecodingMode | None) -> Request:
+        if self.has_unfinished():
+            raise RuntimeError("this runs alone: finish or abort the other requests first")
+        token_ids, limit = self._intake.token_ids(prompt), self.config.max_model_len
+        if len(token_ids) > limit:
+            raise ValueError(f"prompt has {len(token_ids)} tokens: the model reads {limit}")
+        return self._intake.scoring_request(self._new_id(), token_ids, 1, decoding)
 
     def _step(self, report: Callable[[Request], _Reported]) -> list[_Reported]:
         changed = self._core.step()

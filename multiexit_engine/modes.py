@@ -213,29 +213,45 @@ class EarlyExit:
             at the whole vocabulary only where those pass. None looks at all at once. A row leaves
             only if the whole vocabulary passes; it may stay although that would pass where the
             exit's best token is not on the list.
+        calibrated: in the place of ``threshold``: the one that ``multiexit calibrate`` found to
+            keep this share of full depth's tokens.
 
     Source: Schuster et al. 2022, arXiv:2207.07061 (measures); Zhou et al. 2020, arXiv:2006.04152
         (patience); Chen et al. 2023, arXiv:2312.04916, section 4 (keys and values computed later).
     """
 
-    threshold: float
+    threshold: float | None = None
     measure: Measure = "max_prob"
     layers: tuple[int, ...] | None = None
     min_layer: int = 1
     shortlist: int | None = None
+    calibrated: float | None = None
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise reject("EarlyExit.measure", self.measure, f"one of {', '.join(MEASURES)}")
-        if not is_finite(self.threshold):
-            raise reject("EarlyExit.threshold", self.threshold, "a finite number")
-        if self.measure == "patience" and self.threshold < 2:
-            raise reject("EarlyExit.threshold", self.threshold, "2 or more with 'patience'")
+        self._check_threshold()
         if not is_int(self.min_layer) or self.min_layer < 1:
             raise reject("EarlyExit.min_layer", self.min_layer, "a layer number, 1 or more")
         if self.layers is not None:
             object.__setattr__(self, "layers", _ascending("EarlyExit.layers", self.layers))
         self._check_shortlist()
+
+    def _check_threshold(self) -> None:
+        if (self.threshold is None) == (self.calibrated is None):
+            raise ValueError(
+                f"EarlyExit.threshold={self.threshold!r}, calibrated={self.calibrated!r}: give one "
+                "of them"
+            )
+        if self.calibrated is not None:
+            if not is_finite(self.calibrated) or not 0 < self.calibrated < 1:
+                raise reject(
+                    "EarlyExit.calibrated", self.calibrated, "a share of tokens, in (0, 1)"
+                )
+        elif not is_finite(self.threshold):
+            raise reject("EarlyExit.threshold", self.threshold, "a finite number")
+        elif self.measure == "patience" and self.threshold < 2:  # type: ignore[operator]
+            raise reject("EarlyExit.threshold", self.threshold, "2 or more with 'patience'")
 
     def _check_shortlist(self) -> None:
         if self.shortlist is None:

@@ -258,6 +258,7 @@ def test_every_mode_survives_its_command_line_form(mode):
             "early_exit:0.9,margin,layers=4; 8,shortlist=2048",
             EarlyExit(0.9, "margin", (4, 8), shortlist=2048),
         ),
+        ("early_exit:calibrated=0.95", EarlyExit(calibrated=0.95)),
         ("early_exit:2,patience,null,3", EarlyExit(2, "patience", min_layer=3)),
         (
             "self_speculative:6,target=contrast( 24, 12, alpha=0.2 )",
@@ -316,7 +317,9 @@ def test_command_line_forms(text, mode):
         ("parallel:none,collapse_repeats=1", "Parallel.collapse_repeats=1"),
         ("self_speculative:6,draft_vocab=0", "SelfSpeculative.draft_vocab=0"),
         ("self_speculative:6,draft_vocab=all", "SelfSpeculative.draft_vocab='all'"),
-        ("early_exit", "'threshold'"),
+        ("early_exit", "threshold=None, calibrated=None: give one"),
+        ("early_exit:0.9,calibrated=0.9", "threshold=0.9, calibrated=0.9: give one"),
+        ("early_exit:calibrated=1", "EarlyExit.calibrated=1: must be a share"),
         ("early_exit:nan", "EarlyExit.threshold"),
         ("early_exit:1,patience", "EarlyExit.threshold=1: must be 2 or more with 'patience'"),
         ("early_exit:0.9,surprise", "EarlyExit.measure='surprise': must be one of max_prob"),

@@ -2,6 +2,7 @@
 
 from multiexit_engine.cli.app import app
 from multiexit_engine.cli.bench import bench
+from multiexit_engine.cli.calibrate import calibrate
 from multiexit_engine.cli.demo import demo
 from multiexit_engine.cli.generate import generate
 from multiexit_engine.cli.info import info
@@ -12,7 +13,7 @@ from multiexit_engine.cli.train import train
 
 __all__ = ["app"]
 
-for command in (generate, score, serve, info, demo):
+for command in (generate, score, calibrate, serve, info, demo):
     app.command()(command)
 app.command(
     "lm-eval",

@@ -82,6 +82,7 @@ def similarity(before: Tensor, after: Tensor) -> Tensor:
 
 def passes(mode: EarlyExit, value: float) -> bool:
     """Whether a measured value lets its row leave; NaN never does."""
+    assert mode.threshold is not None, "the intake replaces what is calibrated by its threshold"
     return value <= mode.threshold if mode.measure == "entropy" else value >= mode.threshold
 
 

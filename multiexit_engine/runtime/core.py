@@ -6,12 +6,14 @@ Works on requests whose arguments were checked; knows nothing of texts' origin o
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from multiexit_engine.batch import BeamCandidates, CheckedDrafts, StepOutput
+from multiexit_engine.batch import BeamCandidates, CheckedDrafts, ScheduledBatch, StepOutput
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.beam import BeamSearch
 from multiexit_engine.decoding.plan import resolve_mode
@@ -19,8 +21,11 @@ from multiexit_engine.ops import use_backend
 from multiexit_engine.outputs import EngineStats, FinishReason
 from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
 from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
+from multiexit_engine.runtime.exit_readings import ExitReadings, join_readings
 from multiexit_engine.runtime.runner import ModelRunner
 from multiexit_engine.runtime.scheduler import Scheduler
+
+T = TypeVar("T")
 
 
 class EngineCore:
@@ -89,15 +94,22 @@ class EngineCore:
         Raises:
             RequestFailed: its contrast function failed.
         """
+        return torch.cat(self._run_alone(request, self.runner.prompt_scores))
+
+    def exit_readings(self, request: Request) -> ExitReadings:
+        """What exits measure at every position of a scoring request, run alone to its end."""
+        return join_readings(self._run_alone(request, self.runner.exit_readings))
+
+    def _run_alone(self, request: Request, run: Callable[[ScheduledBatch], T]) -> list[T]:
         self.add(request)
         try:
             parts = []
             while (batch := self.scheduler.schedule()) is not None:
                 with self._backend():
-                    parts.append(self.runner.prompt_scores(batch))
+                    parts.append(run(batch))
                 self.scheduler.advance(batch)
                 self._finish_scored({request.request_id: request})
-            return torch.cat(parts)
+            return parts
         finally:
             self.forget(request.request_id)
 

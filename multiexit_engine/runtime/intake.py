@@ -6,11 +6,14 @@ Knows the model's limits and the tokenizer; nothing of the requests that already
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
-from multiexit_engine.config import EngineConfig, ModelConfig
+from multiexit_engine.checkpoint.calibration import read_calibrations
+from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.plan import resolve_mode
-from multiexit_engine.layers.exit_heads import ExitHeads
+from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import DecodingMode, EarlyExit, SamplingParams, SelfSpeculative
 from multiexit_engine.request import Request
 
@@ -23,16 +26,17 @@ class Intake:
     def __init__(
         self,
         engine_config: EngineConfig,
-        model_config: ModelConfig,
-        heads: ExitHeads,
+        model: MultiExitModel,
         tokenizer: Any | None,
         default_mode: DecodingMode,
+        folder: Path | None = None,
     ) -> None:
         self._engine_config = engine_config
-        self._model_config = model_config
-        self._heads = heads
+        self._model_config = model.config
+        self._heads = model.heads
         self._tokenizer = tokenizer
         self._default_mode = default_mode
+        self._folder = folder
         self.depth_of(default_mode)
 
     def request(
@@ -46,8 +50,7 @@ class Intake:
         """A generating request; raises ValueError naming what is wrong and what is allowed."""
         if not isinstance(sampling, SamplingParams):
             raise ValueError(f"sampling={sampling!r}: must be SamplingParams")
-        mode = self._default_mode if decoding is None else decoding
-        depth = self.depth_of(mode)
+        mode, depth = self._mode_and_depth(decoding)
         token_ids = self.token_ids(prompt)
         limit = self._engine_config.max_model_len
         if len(token_ids) >= limit:
@@ -82,13 +85,13 @@ class Intake:
         self, request_id: str, token_ids: list[int], score_from: int, decoding: DecodingMode | None
     ) -> Request:
         """A request that only scores ``token_ids[score_from:]``, which must fit the model."""
-        mode = self._default_mode if decoding is None else decoding
+        mode, depth = self._mode_and_depth(decoding)
         return Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
             sampling=SamplingParams(max_new_tokens=1),
             decoding=mode,
-            depth=self.depth_of(mode),
+            depth=depth,
             seed=0,
             score_from=score_from,
         )
@@ -102,6 +105,31 @@ class Intake:
         for head in resolved.heads:
             self._heads.require(head)
         return resolved.depth
+
+    def _mode_and_depth(self, decoding: DecodingMode | None) -> tuple[DecodingMode, int]:
+        """A request's mode, with a threshold where it asks for a calibrated one."""
+        mode = self._default_mode if decoding is None else decoding
+        depth = self.depth_of(mode)
+        if isinstance(mode, EarlyExit) and mode.calibrated is not None:
+            mode = self._with_threshold(mode)
+        return mode, depth
+
+    def _with_threshold(self, mode: EarlyExit) -> EarlyExit:
+        layers = tuple(head.layer for head in resolve_mode(mode, self._model_config).exits)
+        found = [] if self._folder is None else read_calibrations(self._folder)
+        for item in found:
+            if item.fits(mode, layers):
+                return replace(mode, threshold=item.threshold, calibrated=None)
+        known = "; ".join(
+            f"{item.agreement} for {item.measure} at layers {list(item.layers)}"
+            + (f" with shortlist={item.shortlist}" if item.shortlist else "")
+            for item in found
+        )
+        raise ValueError(
+            f"EarlyExit.calibrated={mode.calibrated}: no threshold was found for {mode.measure} at "
+            f"layers {list(layers)} with shortlist={mode.shortlist}; run `multiexit calibrate`. "
+            f"Beside the model there are: {known or 'none'}"
+        )
 
     def token_ids(self, prompt: Prompt, name: str = "prompt") -> list[int]:
         """The tokens of a prompt: at least one, all in the vocabulary."""

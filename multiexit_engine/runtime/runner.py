@@ -24,6 +24,7 @@ from multiexit_engine.request import ChosenToken, ScoredToken
 from multiexit_engine.runtime.choosing import Choice, LogitRow, LogitSlice, TokenChooser
 from multiexit_engine.runtime.drafting import Drafter, Drafts
 from multiexit_engine.runtime.early_exits import EarlyExits, EarlyRows
+from multiexit_engine.runtime.exit_readings import ExitReadings, read_exits
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.step_clock import StepClock
 
@@ -99,6 +100,12 @@ class ModelRunner:
         scores = torch.cat([scores for scores, _ in results])
         places = torch.tensor([row.position for part in parts for row in part.rows])
         return scores[places.argsort().to(scores.device)]
+
+    @torch.inference_mode()
+    def exit_readings(self, batch: ScheduledBatch) -> ExitReadings:
+        """What the exits of a request's mode measure at its positions; see ``read_exits``."""
+        self._copy_blocks(batch)
+        return read_exits(self.model, self.kv_cache, self._states, batch)
 
     def _copy_blocks(self, batch: ScheduledBatch) -> None:
         self.kv_cache.copy_blocks(batch.block_copies)
