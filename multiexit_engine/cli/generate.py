@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.text import Text
 
-from multiexit_engine.cli.app import USER_ERROR, console, show_error
+from multiexit_engine.cli.app import USER_ERROR, console, error_console, show_error
 from multiexit_engine.cli.exit_page import Section, exit_page
 from multiexit_engine.cli.exit_view import Piece, coloured_legend, coloured_text, text_pieces
 from multiexit_engine.cli.options import ENGINE, SAMPLING, with_options
@@ -20,6 +20,7 @@ from multiexit_engine.engine import Engine
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.outputs import CompletionOutput, RequestOutput
 from multiexit_engine.params import DecodingMode, SamplingParams, parse_decoding
+from multiexit_engine.serve.offline import generate_file
 
 Model = Annotated[str, typer.Option(help="A local folder, a hub id, or 'demo'.")]
 Decoding = Annotated[
@@ -39,6 +40,12 @@ def generate(
     input: Annotated[
         str | None, typer.Option(help="File with one prompt on each line; - for standard input.")
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answer the JSON lines of --input here; goes on where a killed run stood."
+        ),
+    ] = None,
     model: Model = "demo",
     decoding: Decoding = "original",
     json: Annotated[bool, typer.Option("--json", help="One JSON object for each prompt.")] = False,
@@ -53,6 +60,12 @@ def generate(
     if json and show_exits:
         raise ValueError("--json and --show-exits: give one of them")
     params, mode = SamplingParams(**sampling), parse_decoding(decoding)
+    if output is not None:
+        if input in (None, "-") or prompt is not None or json or show_exits or exits_html:
+            raise ValueError("--output: goes with --input FILE, and without PROMPT or views")
+        source = Path(str(input)).resolve(strict=True)
+        _answer_file(Engine.from_pretrained(model, **engine), source, output, sampling, mode)
+        return
     prompts = read_prompts(prompt, input)
     loaded = Engine.from_pretrained(model, **engine)
     coloured = show_exits or exits_html is not None
@@ -60,16 +73,16 @@ def generate(
         _stream(loaded, prompts[0], params, mode)
         return
     outputs = loaded.generate(prompts, params, mode)
-    for output in outputs:
+    for result in outputs:
         if json:
-            typer.echo(_json(output))
+            typer.echo(_json(result))
         elif show_exits:
-            _show_exits(loaded, output)
+            _show_exits(loaded, result)
         else:
-            _show(output, with_heading=len(outputs) > 1)
+            _show(result, with_heading=len(outputs) > 1)
     if exits_html is not None:
         exits_html.write_text(_exits_page(loaded, outputs, f"{model}, {decoding}"), "utf-8")
-    if any(output.error for output in outputs):
+    if any(result.error for result in outputs):
         raise typer.Exit(USER_ERROR)
 
 
@@ -86,6 +99,17 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
     if not prompts:
         raise ValueError(f"{file or 'standard input'} has no prompt: every line is one")
     return prompts
+
+
+def _answer_file(
+    engine: Engine, source: Path, target: Path, sampling: dict[str, Any], mode: DecodingMode
+) -> None:
+    report = generate_file(engine, source, target, sampling, mode)
+    kept = f", {report.num_kept} were there before" if report.num_kept else ""
+    error_console.print(f"{report.num_done} lines answered in {target}{kept}", soft_wrap=True)
+    if report.num_failed:
+        show_error(f"{report.num_failed} lines could not be run: see their field error")
+        raise typer.Exit(USER_ERROR)
 
 
 def _stream(engine: Engine, prompt: str, params: SamplingParams, mode: DecodingMode) -> None:

@@ -37,10 +37,10 @@ class Page:
         exec(compile(self.programs[number], "page", "exec"), {"__name__": "page"})
 
 
-def run_command(line: str) -> str:
+def run_command(line: str, status: int = 0) -> str:
     """The output of a `multiexit` command, run in this process."""
     program, *arguments = shlex.split(line)
     assert program == "multiexit"
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, f"{line}: {result.output}"
+    assert result.exit_code == status, f"{line}: {result.output}"
     return result.stdout
