@@ -24,6 +24,7 @@ from multiexit_engine.config import (
 )
 from multiexit_engine.decoding.speculation import DraftPolicy
 from multiexit_engine.errors import CheckpointError, RequestFailed
+from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.models.registry import build_model
 from multiexit_engine.outputs import (
     CompletionOutput,
@@ -32,11 +33,14 @@ from multiexit_engine.outputs import (
     RequestPiece,
     ScoreOutput,
 )
-from multiexit_engine.params import DecodingMode, EarlyExit, Original, SamplingParams
+from multiexit_engine.params import DecodingMode, EarlyExit, Original, Parallel, SamplingParams
 from multiexit_engine.request import Request
 from multiexit_engine.runtime.core import EngineCore
+from multiexit_engine.runtime.core_protocol import Core
 from multiexit_engine.runtime.exit_readings import ExitReadings
 from multiexit_engine.runtime.intake import Intake, Prompt, as_prompts, one_for_each
+from multiexit_engine.runtime.parallel_core import ParallelCore
+from multiexit_engine.runtime.parallel_intake import ParallelIntake
 from multiexit_engine.runtime.progress import Progress
 from multiexit_engine.runtime.report import request_output
 from multiexit_engine.runtime.runner import ModelRunner
@@ -65,9 +69,9 @@ class Engine:
         self,
         checkpoint: Checkpoint,
         config: EngineConfig,
-        decoding: DecodingMode,
+        decoding: DecodingMode | None,
     ) -> None:
-        if checkpoint.config.encoder is not None:
+        if checkpoint.config.model_type != "elmer" and checkpoint.config.encoder is not None:
             raise CheckpointError(
                 f"model_type {checkpoint.config.model_type!r} is read, but not yet served"
             )
@@ -76,7 +80,22 @@ class Engine:
         tokenizer: Any = checkpoint.load_tokenizer()
         self.tokenizer = tokenizer
         self._model = build_model(checkpoint, config.device, config.dtype, config.quantization)
-        model = self._model.config
+        self._core: Core
+        self._intake: Intake
+        if isinstance(self._model, ElmerModel):
+            mode = decoding or Parallel("soft" if self._model.has_feedback else "none")
+            self._core = ParallelCore(config, self._model, tokenizer)
+            self._intake = ParallelIntake(config, self._model, tokenizer, mode)
+        else:
+            self._core = self._autoregressive_core(tokenizer)
+            mode = Original() if decoding is None else decoding
+            self._intake = Intake(config, self._model, tokenizer, mode, checkpoint.folder)
+        self._feeds = Feeds(self._core)
+        self._ids = itertools.count()
+        self._random = random.Random(config.seed)
+
+    def _autoregressive_core(self, tokenizer: Any) -> EngineCore:
+        config, model = self.config, self._model.config
         kv_cache = PagedKVCache(
             model.num_layers,
             config.num_kv_blocks,
@@ -89,11 +108,7 @@ class Engine:
         draft_policy = DraftPolicy()
         self._scheduler = Scheduler(config, draft_policy)
         runner = ModelRunner(self._model, kv_cache, config, draft_policy)
-        self._core = EngineCore(config, self._scheduler, runner, tokenizer)
-        self._intake = Intake(config, self._model, tokenizer, decoding, checkpoint.folder)
-        self._feeds = Feeds(self._core)
-        self._ids = itertools.count()
-        self._random = random.Random(config.seed)
+        return EngineCore(config, self._scheduler, runner, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -128,7 +143,8 @@ class Engine:
             backend: "reference" runs every op in plain PyTorch; "native" demands the fast kernels
                 and fails where there are none; "auto" takes those of the CPU where they are built,
                 and the reference on CUDA.
-            decoding: mode of the requests that name none; the model's own head by default.
+            decoding: mode of the requests that name none; by default the model's own head, with
+                ELMER's decoder one pass, with feedback where the checkpoint has it.
             vocab_projection_mode: how exits project, for checkpoints that do not say.
             lm_head_layer_indices: exit layers, instead of the checkpoint's own list.
             architecture: model family, instead of the checkpoint's model_type.
@@ -169,7 +185,7 @@ class Engine:
             seed=seed,
             quantization=quantization,
         )
-        return cls(opened, config, Original() if decoding is None else decoding)
+        return cls(opened, config, decoding)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -294,7 +310,9 @@ class Engine:
 
     def exit_readings(self, prompt: Prompt, decoding: EarlyExit) -> ExitReadings:
         """What each exit of a mode measures at every position of a prompt. As ``logits``."""
-        return self._core.exit_readings(self._alone(prompt, decoding))
+        request = self._alone(prompt, decoding)
+        assert isinstance(self._core, EngineCore), "another intake refuses the mode"
+        return self._core.exit_readings(request)
 
     def add_request(
         self,
@@ -333,7 +351,7 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return self._scheduler.has_unfinished
+        return self._core.has_unfinished
 
     def stats(self) -> EngineStats:
         """How full the engine is, and what it has done."""
@@ -374,7 +392,7 @@ class Engine:
             request = self._intake.request(
                 name, prompt, sampling, decoding, self._random.getrandbits(63)
             )
-            self._scheduler.check_fits(request)
+            self._core.check_fits(request)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from error
         return request

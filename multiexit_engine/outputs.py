@@ -149,6 +149,8 @@ class EngineStats:
         num_free_kv_blocks: those that nobody holds; they may still serve as prefix cache.
         prefix_query_tokens: prompt tokens looked up in the prefix cache.
         prefix_hit_tokens: those found there.
+        rows_per_layer: under ``Parallel`` for each decoder layer the positions that ran it.
+        keyed_rows_per_layer: those of which it made keys and values, exited ones included.
     """
 
     num_running: int
@@ -163,6 +165,8 @@ class EngineStats:
     num_free_kv_blocks: int
     prefix_query_tokens: int
     prefix_hit_tokens: int
+    rows_per_layer: tuple[int, ...] = ()
+    keyed_rows_per_layer: tuple[int, ...] = ()
 
 
 def join_completions(pieces: Sequence[CompletionOutput]) -> CompletionOutput:

@@ -42,6 +42,8 @@ class Parallel:
             tokens stay as they are.
         refine: further passes. Each keeps the tokens with the largest probability, whose states
             stay frozen, and computes the others again; their share falls evenly to zero.
+        gate_bias: whether what "confidence" tests includes the bias that the checkpoint may add to
+            logits; tokens always do.
 
     Source: Li et al. 2022, arXiv:2210.13304, and ELMER's code; ``refine`` follows the schedule of
         Mask-Predict, Ghazvininejad et al. 2019, arXiv:1904.09324, section 4.
@@ -54,6 +56,7 @@ class Parallel:
     length: Length = None
     collapse_repeats: bool = False
     refine: int = 0
+    gate_bias: bool = True
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -66,6 +69,10 @@ class Parallel:
         self._check_length()
         if not isinstance(self.collapse_repeats, bool):
             raise reject("Parallel.collapse_repeats", self.collapse_repeats, "True or False")
+        if not isinstance(self.gate_bias, bool):
+            raise reject("Parallel.gate_bias", self.gate_bias, "True or False")
+        if not self.gate_bias and self.exit != "confidence":
+            raise reject("Parallel.gate_bias", False, "True unless exit='confidence'")
         if not is_int(self.refine) or self.refine < 0:
             raise reject("Parallel.refine", self.refine, "a number of passes, 0 or more")
         if self.refine and self.exit == "soft":

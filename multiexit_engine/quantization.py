@@ -129,17 +129,22 @@ def as_tensor(weight: Weight, dtype: torch.dtype) -> Tensor:
     return dequantize(weight, dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
 
 
+def row_span(weight: Weight, start: int, stop: int) -> Weight:
+    """A view of the rows ``start`` to ``stop - 1`` of a matrix, which has them."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight[start:stop]
+    return QuantizedWeight(
+        weight.codes[start:stop], weight.scales[start:stop], weight.columns, weight.quantization
+    )
+
+
 def first_rows(weight: Weight, rows: int) -> Weight:
     """A view of the first rows of a matrix; ValueError where it has not so many, or for none."""
     if not 1 <= rows <= weight.shape[0]:
         raise ValueError(
             f"{rows} rows of a matrix: it has {weight.shape[0]}, take 1 to all of them"
         )
-    if not isinstance(weight, QuantizedWeight):
-        return weight[:rows]
-    return QuantizedWeight(
-        weight.codes[:rows], weight.scales[:rows], weight.columns, weight.quantization
-    )
+    return row_span(weight, 0, rows)
 
 
 def _quantize_rows(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:

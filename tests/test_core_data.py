@@ -314,6 +314,7 @@ def test_command_line_forms(text, mode):
         ("parallel:none,length=4;-1.5", "Parallel.length=-1.5"),
         ("parallel:soft,refine=1", "Parallel.refine=1: must be 0 with 'soft'"),
         ("parallel:none,refine=-1", "Parallel.refine=-1"),
+        ("parallel:none,gate_bias=false", "Parallel.gate_bias=False"),
         ("parallel:none,collapse_repeats=1", "Parallel.collapse_repeats=1"),
         ("self_speculative:6,draft_vocab=0", "SelfSpeculative.draft_vocab=0"),
         ("self_speculative:6,draft_vocab=all", "SelfSpeculative.draft_vocab='all'"),

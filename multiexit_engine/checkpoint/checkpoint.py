@@ -6,6 +6,7 @@ The only room that reads transformers' files, and the one where exits of IBM's l
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,11 @@ from multiexit_engine.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# the one tensor that ELMER's fine-tuned models have beside BART's
+ELMER_MARK = "concat_head.weight"
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
@@ -94,10 +100,16 @@ def open_checkpoint(
     folder = checkpoint_folder(name_or_path, revision)
     values = _read_json(folder / "config.json")
     model_type = _model_type(folder, values, architecture)
+    weights = Weights(folder, FAMILIES[model_type].prefix)
+    model_type = _elmer_or(model_type, weights, architecture)
+    if model_type == "elmer" and (lm_head_layer_indices is not None or mode is not None):
+        raise ValueError(
+            "lm_head_layer_indices and vocab_projection_mode: with ELMER's decoder positions leave "
+            "at any layer through the model's own head, so neither is to be given"
+        )
     config = read_model_config(model_type, values)
     config = _with_generation_tokens(config, folder)
     family = FAMILIES[model_type]
-    weights = Weights(folder, family.prefix)
     layers, projection = resolve_exits(config, values, weights, lm_head_layer_indices, mode or None)
     config = replace(config, exit_layers=layers, projection=projection)
     return Checkpoint(folder, config, weights, weights.get(family.embedding).dtype)
@@ -130,6 +142,21 @@ def _model_type(folder: Path, values: dict[str, Any], architecture: str | None) 
         f"{folder / 'config.json'}: model_type {found!r} is not supported; supported are "
         f"{allowed}. If the model is built like one of these, give architecture="
     )
+
+
+def _elmer_or(model_type: str, weights: Weights, architecture: str | None) -> str:
+    """ELMER where only the tensors tell it from BART, unless the caller wants BART."""
+    if model_type != "bart" or ELMER_MARK not in weights:
+        return model_type
+    if architecture is None:
+        return "elmer"
+    logger.warning(
+        "the checkpoint holds %s: its decoder was trained by ELMER to see all positions at once. "
+        "As architecture='bart' it writes one token after the other, which it never learned; "
+        "leave architecture= out to open it as ELMER",
+        ELMER_MARK,
+    )
+    return model_type
 
 
 def _with_generation_tokens(config: ModelConfig, folder: Path) -> ModelConfig:

@@ -6,7 +6,7 @@ Knows transformers' config classes; nothing of weights or exits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +29,7 @@ class Family:
         layers: name of the field that counts the layers of the decoder.
         heads: name of the field that counts the attention heads of the decoder.
         encoder: the encoder of a transformers config; None for a decoder-only family.
+        config_type: model type of transformers' config class, where it is not the family's own.
     """
 
     prefix: str
@@ -37,6 +38,7 @@ class Family:
     layers: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
     encoder: Callable[[Any], EncoderConfig] | None = None
+    config_type: str | None = None
 
 
 def _everything(config: Any) -> tuple[int | None, ...]:
@@ -78,6 +80,14 @@ def _qwen_windows(config: Any) -> tuple[int | None, ...]:
     return tuple(known[kind] for kind in kinds)
 
 
+_BART = Family(
+    "model.",
+    "model.shared.weight",
+    _bart_windows,
+    layers="decoder_layers",
+    heads="decoder_attention_heads",
+    encoder=_bart_encoder,
+)
 FAMILIES: dict[str, Family] = {
     "gpt2": Family("transformer.", "transformer.wte.weight", _everything),
     "gpt_neo": Family("transformer.", "transformer.wte.weight", _gpt_neo_windows),
@@ -85,14 +95,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("model.", "model.embed_tokens.weight", _mistral_windows),
     "qwen2": Family("model.", "model.embed_tokens.weight", _qwen_windows),
     "qwen3": Family("model.", "model.embed_tokens.weight", _qwen_windows),
-    "bart": Family(
-        "model.",
-        "model.shared.weight",
-        _bart_windows,
-        layers="decoder_layers",
-        heads="decoder_attention_heads",
-        encoder=_bart_encoder,
-    ),
+    "bart": _BART,
+    "elmer": replace(_BART, config_type="bart"),
 }
 
 
@@ -105,7 +109,8 @@ def read_model_config(model_type: str, values: dict[str, Any]) -> ModelConfig:
     family = FAMILIES[model_type]
     _refuse_unsupported(values, family)
     try:
-        config = CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
+        kind = family.config_type or model_type
+        config = CONFIG_MAPPING[kind].from_dict({**values, "model_type": kind})
         _check_sizes(config, family)
         rotary = hasattr(config, "rope_parameters")
         num_heads = getattr(config, family.heads)

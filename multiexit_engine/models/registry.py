@@ -11,6 +11,7 @@ from multiexit_engine.config import ModelConfig
 from multiexit_engine.errors import CheckpointError
 from multiexit_engine.models.bart import build_bart
 from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.models.elmer import build_elmer
 from multiexit_engine.models.gpt2 import build_gpt2
 from multiexit_engine.models.gpt_neo import build_gpt_neo
 from multiexit_engine.models.llama import build_llama
@@ -24,6 +25,7 @@ BUILDERS: dict[str, Callable[[ModelConfig, TensorLoader], MultiExitModel]] = {
     "qwen2": build_llama,
     "qwen3": build_llama,
     "bart": build_bart,
+    "elmer": build_elmer,
 }
 
 

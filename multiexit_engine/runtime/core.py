@@ -58,6 +58,14 @@ class EngineCore:
         self._beams: dict[str, BeamSearch] = {}
         self._texts: dict[Sequence, Detokenizer] = {}
 
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def check_fits(self, request: Request) -> None:
+        """Raise ValueError if the request could never run, however empty the engine is."""
+        self.scheduler.check_fits(request)
+
     def add(self, request: Request, *, streamed: bool = False) -> None:
         """Queue a checked request; ``streamed`` keeps its text current after every step."""
         self.scheduler.check_fits(request)

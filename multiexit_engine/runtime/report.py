@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from multiexit_engine.outputs import CompletionOutput, Logprob, RequestOutput, RequestPiece
 from multiexit_engine.request import ChosenToken, Request, ScoredToken, Sequence
-from multiexit_engine.runtime.core import EngineCore
+from multiexit_engine.runtime.core_protocol import Core
 
 
-def request_output(core: EngineCore, request: Request) -> RequestOutput:
+def request_output(core: Core, request: Request) -> RequestOutput:
     """The state of a request, its texts included."""
     return RequestOutput(
         request_id=request.request_id,
@@ -22,7 +22,7 @@ def request_output(core: EngineCore, request: Request) -> RequestOutput:
 
 
 def request_piece(
-    core: EngineCore, request: Request, outputs: list[CompletionOutput], *, with_prompt: bool
+    core: Core, request: Request, outputs: list[CompletionOutput], *, with_prompt: bool
 ) -> RequestPiece:
     """What a step added to a request, ``outputs`` being what it added to its completions."""
     return RequestPiece(
@@ -37,13 +37,13 @@ def request_piece(
     )
 
 
-def completion_piece(core: EngineCore, sequence: Sequence, start: int) -> CompletionOutput:
+def completion_piece(core: Core, sequence: Sequence, start: int) -> CompletionOutput:
     """A completion from its output token ``start`` on, with the text that became certain."""
     is_shown = sequence.is_finished or sequence.request.request_id in core.streamed
     return _completion(core, sequence, start, _text_piece(core, sequence) if is_shown else "")
 
 
-def _text_piece(core: EngineCore, sequence: Sequence) -> str:
+def _text_piece(core: Core, sequence: Sequence) -> str:
     """The text that became certain since the last call; all of the rest once it is finished."""
     text = core.text(sequence)
     if text is None:
@@ -53,7 +53,7 @@ def _text_piece(core: EngineCore, sequence: Sequence) -> str:
     return text.take()
 
 
-def _whole_text(core: EngineCore, sequence: Sequence) -> str:
+def _whole_text(core: Core, sequence: Sequence) -> str:
     text = core.text(sequence)
     if text is None:
         return ""
@@ -62,7 +62,7 @@ def _whole_text(core: EngineCore, sequence: Sequence) -> str:
     return text.text
 
 
-def _completion(core: EngineCore, sequence: Sequence, start: int, text: str) -> CompletionOutput:
+def _completion(core: Core, sequence: Sequence, start: int, text: str) -> CompletionOutput:
     request = sequence.request
     has_score = request.sampling.logprobs is not None or request.is_beam_search
     return CompletionOutput(
@@ -79,19 +79,19 @@ def _completion(core: EngineCore, sequence: Sequence, start: int, text: str) -> 
     )
 
 
-def _logprobs(core: EngineCore, sequence: Sequence, start: int) -> list[dict[int, Logprob]] | None:
+def _logprobs(core: Core, sequence: Sequence, start: int) -> list[dict[int, Logprob]] | None:
     if sequence.request.sampling.logprobs is None:
         return None
     return [_alternatives(core, token) for token in sequence.chosen[start:]]
 
 
-def _prompt_logprobs(core: EngineCore, request: Request) -> list[dict[int, Logprob] | None] | None:
+def _prompt_logprobs(core: Core, request: Request) -> list[dict[int, Logprob] | None] | None:
     if request.sampling.prompt_logprobs is None:
         return None
     return [None, *(_alternatives(core, token) for token in request.scored)]
 
 
-def _alternatives(core: EngineCore, token: ChosenToken | ScoredToken) -> dict[int, Logprob]:
+def _alternatives(core: Core, token: ChosenToken | ScoredToken) -> dict[int, Logprob]:
     found = {
         token_id: Logprob(logprob, rank, _decoded(core, token_id))
         for rank, (token_id, logprob) in enumerate(token.alternatives, 1)
@@ -101,5 +101,5 @@ def _alternatives(core: EngineCore, token: ChosenToken | ScoredToken) -> dict[in
     return found
 
 
-def _decoded(core: EngineCore, token_id: int) -> str | None:
+def _decoded(core: Core, token_id: int) -> str | None:
     return None if core.tokenizer is None else core.tokenizer.decode([token_id])

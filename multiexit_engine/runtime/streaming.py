@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.outputs import CompletionOutput, RequestPiece
 from multiexit_engine.request import Request, Sequence
-from multiexit_engine.runtime.core import EngineCore
+from multiexit_engine.runtime.core_protocol import Core
 from multiexit_engine.runtime.report import completion_piece, request_piece
 
 
 class Feed:
     """What of one request was not yet given out."""
 
-    def __init__(self, core: EngineCore, request: Request) -> None:
+    def __init__(self, core: Core, request: Request) -> None:
         self._core = core
         self._request = request
         self._num_given: dict[int, int] = {}
@@ -52,7 +52,7 @@ class Feed:
 class Feeds:
     """The feeds of all requests whose pieces are asked for."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: Core) -> None:
         self._core = core
         self._feeds: dict[str, Feed] = {}
 
@@ -68,7 +68,7 @@ class Feeds:
         self._feeds.pop(request_id, None)
 
 
-def stream_request(core: EngineCore, request: Request) -> Iterator[CompletionOutput]:
+def stream_request(core: Core, request: Request) -> Iterator[CompletionOutput]:
     """What each step adds to each completion; aborts the request when the caller leaves early.
 
     Raises:

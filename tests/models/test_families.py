@@ -76,4 +76,5 @@ def test_a_span_of_layers_equals_its_layers_one_by_one(pair):
 def test_every_family_that_can_be_read_can_be_built():
     assert BUILDERS.keys() == FAMILIES.keys()
     tested = {**CASES, **ENCODER_DECODERS}
-    assert {model_type for model_type, _ in tested.values()} == BUILDERS.keys()
+    # transformers has no ELMER; its tests stand in tests/golden and tests/engine
+    assert {model_type for model_type, _ in tested.values()} == BUILDERS.keys() - {"elmer"}

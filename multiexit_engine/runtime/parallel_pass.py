@@ -1,0 +1,315 @@
+"""One batch of non-autoregressive answers, computed row by row only where rows still go on.
+
+Rows of all answers lie packed. A row that left keeps its state; the layers above make only its key
+and value, and none where its whole answer has left. Joins the model's pieces and the rules of
+exits; knows nothing of requests or queues.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.decoding.parallel import rows_to_refine, sure_rows, tested_layers
+from multiexit_engine.models.elmer import ElmerModel
+from multiexit_engine.ops import head_logits, head_statistics, head_tokens
+from multiexit_engine.parallel_mode import Parallel
+
+
+@dataclass(eq=False)
+class Answer:
+    """One answer of a given length to one source of the batch.
+
+    Attributes:
+        source: which source of the batch; answers stand in the order of their sources.
+        mode: where its positions leave.
+        length: its positions.
+        token_ids: found so far, one for each position.
+        log_probs: of the tokens, natural, in the prediction that gave them.
+        exit_layers: 1-based, where each position left.
+    """
+
+    source: int
+    mode: Parallel
+    length: int
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    exit_layers: list[int] = field(default_factory=list)
+
+    def score(self, num_tokens: int) -> float:
+        """Mean log-probability of its first tokens; -inf where one is not a number."""
+        mean = math.fsum(self.log_probs[:num_tokens]) / max(1, num_tokens)
+        return -math.inf if math.isnan(mean) else mean
+
+
+@dataclass
+class LayerRows:
+    """Work that was done, in rows, one number for each decoder layer.
+
+    Attributes:
+        computed: rows that ran the layer.
+        keyed: rows of which it made keys and values for its self-attention.
+    """
+
+    computed: list[int]
+    keyed: list[int]
+
+    @classmethod
+    def none(cls, num_layers: int) -> LayerRows:
+        """Of a model that has done nothing yet."""
+        return cls([0] * num_layers, [0] * num_layers)
+
+
+class ParallelBatch:
+    """Answers to packed sources: ``run`` computes them, and refines those that ask for it.
+
+    Args:
+        model: whose answers they are.
+        sources: token ids, at least one each.
+        answers: in the order of their sources, one or more for each.
+        rows: counts the work.
+    """
+
+    def __init__(
+        self,
+        model: ElmerModel,
+        sources: Sequence[Sequence[int]],
+        answers: Sequence[Answer],
+        rows: LayerRows,
+    ) -> None:
+        self._model = model
+        self._answers = answers
+        self._rows = rows
+        self._num_layers = model.config.num_layers
+        self._source_lens = [len(source) for source in sources]
+        flat = [token for source in sources for token in source]
+        device = model.start(1).embedded.device
+        self._encoded = model.encode(torch.tensor(flat, device=device), self._source_lens)
+        starts = [model.start(answer.length) for answer in answers]
+        self._embedded = torch.cat([start.embedded for start in starts])
+        self._attended = torch.cat([start.attended for start in starts])
+        self._hidden = self._embedded.clone()
+        self._owner = [i for i, answer in enumerate(answers) for _ in range(answer.length)]
+        self._position = [place for answer in answers for place in range(answer.length)]
+        self._first = list(accumulate((a.length for a in answers[:-1]), initial=0))
+        num_rows = len(self._owner)
+        self._token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._log_probs = torch.zeros(num_rows, device=device)
+        self._exit_layers = [0] * num_rows
+        self._untested: list[int] = []
+        self._cross: _Cross | None = None
+
+    def run(self) -> None:
+        """Compute every answer, its further passes included."""
+        self._pass(list(range(len(self._owner))), is_first=True)
+        for turn in range(1, max(answer.mode.refine for answer in self._answers) + 1):
+            again = self._rows_of_turn(turn)
+            if again:
+                index = self._index(again)
+                self._hidden[index] = self._embedded[index]
+                self._pass(again, is_first=False)
+
+    def logits(self) -> Tensor:
+        """[rows, vocab] float32, of every position where it left; after ``run``."""
+        return head_logits(*self._model.predict(self._hidden))
+
+    def _pass(self, rows: list[int], *, is_first: bool) -> None:
+        self._cross = None
+        for layer in range(self._num_layers):
+            self._run_layer(layer, rows, is_first=is_first)
+            rows = self._leave(layer + 1, rows)
+            if not rows:
+                break
+        self._read_untested()
+        self._hand_out()
+
+    def _run_layer(self, layer: int, rows: list[int], *, is_first: bool) -> None:
+        """Advance ``rows`` by one layer; all others of their answers give keys and values."""
+        counts = self._counts(rows)
+        self._rows.computed[layer] += len(rows)
+        if layer == 0 and is_first:
+            attended = self._attended
+        else:
+            self._feed_back(layer, rows)
+            attended = self._self_attend(layer, rows, counts)
+        cross = self._cross_at(layer, counts, rows)
+        query_lens = self._per_source(counts, cross.sources)
+        source_lens = [self._source_lens[source] for source in cross.sources]
+        key, value = cross.keys_values[:, layer - cross.start].unbind(1)
+        hidden = self._model.read_source(layer, attended, key, value, query_lens, source_lens)
+        if len(rows) == len(self._owner):
+            self._hidden = hidden
+        else:
+            self._hidden[self._index(rows)] = hidden
+
+    def _self_attend(self, layer: int, rows: list[int], counts: list[int]) -> Tensor:
+        """Among the rows of the answers that still go on."""
+        alive = [i for i, count in enumerate(counts) if count]
+        lens = [self._answers[i].length for i in alive]
+        self._rows.keyed[layer] += sum(lens)
+        query_lens = [counts[i] for i in alive]
+        if len(rows) == sum(lens) == len(self._owner):
+            return self._model.self_attend(layer, self._hidden, None, query_lens, lens)
+        if sum(lens) == len(self._owner):
+            hidden, own = self._hidden, rows
+        else:
+            kept = [row for i in alive for row in self._span(i)]
+            place = {row: new for new, row in enumerate(kept)}
+            hidden, own = self._hidden[self._index(kept)], [place[row] for row in rows]
+        index = None if len(own) == hidden.shape[0] else self._index(own)
+        return self._model.self_attend(layer, hidden, index, query_lens, lens)
+
+    def _feed_back(self, layer: int, rows: list[int]) -> None:
+        """Give soft rows what they predict so far, without the bias, as ELMER does."""
+        soft = [row for row in rows if self._mode(row).exit == "soft"]
+        if layer == 0 or not soft:
+            return
+        is_all = len(soft) == len(self._owner)
+        index = self._index(soft)
+        hidden = self._hidden if is_all else self._hidden[index]
+        operands = self._model.predict(hidden)
+        token_ids, _ = _best_tokens(operands.hidden, operands.weight, None)
+        mixed = self._model.feed_back(operands.hidden, token_ids).to(hidden.dtype)
+        if is_all:
+            self._hidden = mixed
+        else:
+            self._hidden[index] = mixed
+
+    def _cross_at(self, layer: int, counts: list[int], rows: list[int]) -> _Cross:
+        """Keys and values of the sources for a layer; for several at once where all will run."""
+        cross = self._cross
+        if cross is None or layer >= cross.stop:
+            sources = sorted({a.source for a, n in zip(self._answers, counts, strict=True) if n})
+            stop = min(self._sure_depth(layer, row) for row in rows)
+            encoded = self._encoded
+            if len(sources) < len(self._source_lens):
+                starts = list(accumulate(self._source_lens, initial=0))
+                kept = [row for s in sources for row in range(starts[s], starts[s + 1])]
+                encoded = encoded[self._index(kept)]
+            keys_values = self._model.cross_span(encoded, layer, stop)
+            cross = self._cross = _Cross(keys_values, layer, stop, sources)
+        return cross
+
+    def _sure_depth(self, layer: int, row: int) -> int:
+        """The layer that a row is certain to reach, from 0-based ``layer`` on."""
+        mode = self._mode(row)
+        if mode.exit == "prescribed" and mode.layers is not None:
+            # the deepest row of an answer needs them all
+            return max(layer + 1, max(mode.layers))
+        tested = tested_layers(mode, self._num_layers)
+        return min((k for k in tested if k > layer), default=self._num_layers)
+
+    def _leave(self, layer: int, rows: list[int]) -> list[int]:
+        """Let rows leave after a 1-based layer; gives those that go on."""
+        if layer == self._num_layers:
+            left = set(rows)
+        else:
+            left = {row for row in rows if self._prescribed(row) == layer}
+        self._untested += sorted(left)
+        tested = [
+            row
+            for row in rows
+            if row not in left and layer in tested_layers(self._mode(row), self._num_layers)
+        ]
+        left.update(self._sure([row for row in tested if self._mode(row).gate_bias]))
+        left.update(self._sure_unbiased([row for row in tested if not self._mode(row).gate_bias]))
+        for row in left:
+            self._exit_layers[row] = layer
+        return [row for row in rows if row not in left]
+
+    def _sure(self, rows: list[int]) -> list[int]:
+        """Those of the rows whose own prediction is sure enough, which gives their tokens."""
+        if not rows:
+            return []
+        index = self._index(rows)
+        found = head_statistics(*self._model.predict(self._hidden[index]))
+        is_sure = sure_rows(found, [self._mode(row) for row in rows])
+        self._token_ids[index] = torch.where(is_sure, found.tokens, self._token_ids[index])
+        log_probs = found.log_probs.to(self._log_probs.dtype)
+        self._log_probs[index] = torch.where(is_sure, log_probs, self._log_probs[index])
+        return [row for row, sure in zip(rows, is_sure.tolist(), strict=True) if sure]
+
+    def _sure_unbiased(self, rows: list[int]) -> list[int]:
+        """As ``_sure`` by logits without their bias, which gives no tokens."""
+        if not rows:
+            return []
+        operands = self._model.predict(self._hidden[self._index(rows)])
+        found = head_statistics(operands.hidden, operands.weight)
+        is_sure = sure_rows(found, [self._mode(row) for row in rows])
+        sure = [row for row, is_sure in zip(rows, is_sure.tolist(), strict=True) if is_sure]
+        self._untested += sure
+        return sure
+
+    def _read_untested(self) -> None:
+        """The tokens of all rows that left without a test, in one product."""
+        rows, self._untested = sorted(self._untested), []
+        if not rows:
+            return
+        index = self._index(rows)
+        found = _best_tokens(*self._model.predict(self._hidden[index]))
+        self._token_ids[index], self._log_probs[index] = found
+
+    def _hand_out(self) -> None:
+        token_ids, log_probs = self._token_ids.tolist(), self._log_probs.tolist()
+        for i, answer in enumerate(self._answers):
+            own = slice(self._first[i], self._first[i] + answer.length)
+            answer.token_ids = token_ids[own]
+            answer.log_probs = log_probs[own]
+            answer.exit_layers = self._exit_layers[own]
+
+    def _rows_of_turn(self, turn: int) -> list[int]:
+        rows: list[int] = []
+        for i, answer in enumerate(self._answers):
+            if turn <= answer.mode.refine:
+                places = rows_to_refine(answer.log_probs, turn, answer.mode.refine)
+                rows += [self._first[i] + place for place in places]
+        return rows
+
+    def _prescribed(self, row: int) -> int | None:
+        mode = self._mode(row)
+        if mode.exit != "prescribed" or mode.layers is None:
+            return None
+        return mode.layers[self._position[row]]
+
+    def _mode(self, row: int) -> Parallel:
+        return self._answers[self._owner[row]].mode
+
+    def _span(self, answer: int) -> range:
+        return range(self._first[answer], self._first[answer] + self._answers[answer].length)
+
+    def _counts(self, rows: list[int]) -> list[int]:
+        counts = [0] * len(self._answers)
+        for row in rows:
+            counts[self._owner[row]] += 1
+        return counts
+
+    def _per_source(self, counts: list[int], sources: Sequence[int]) -> list[int]:
+        found = dict.fromkeys(sources, 0)
+        for answer, count in zip(self._answers, counts, strict=True):
+            if count:
+                found[answer.source] += count
+        return list(found.values())
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64).to(self._encoded.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Cross:
+    """Keys and values of some sources for the 0-based layers ``start`` to ``stop - 1``."""
+
+    keys_values: Tensor
+    start: int
+    stop: int
+    sources: list[int]
+
+
+def _best_tokens(hidden: Tensor, weight: object, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[rows] int64 and [rows]: the most likely token of each row, and its log-probability."""
+    nothing = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    return head_tokens(hidden, weight, bias, nothing.float(), nothing, nothing)  # type: ignore[arg-type]
