@@ -2,6 +2,7 @@
 
 from multiexit_engine.cli.app import app
 from multiexit_engine.cli.bench import bench
+from multiexit_engine.cli.bench_exits import exits
 from multiexit_engine.cli.calibrate import calibrate
 from multiexit_engine.cli.demo import demo
 from multiexit_engine.cli.generate import generate
@@ -19,5 +20,6 @@ app.command(
     "lm-eval",
     context_settings={"ignore_unknown_options": True, "help_option_names": []},
 )(lm_eval)
+bench.command()(exits)
 app.add_typer(bench)
 app.add_typer(train)
