@@ -5,6 +5,7 @@
 #include "cpu/attention.h"
 #include "cpu/block.h"
 #include "cpu/dense.h"
+#include "cpu/head_statistics.h"
 #include "cpu/heads.h"
 #include "cpu/packed_attention.h"
 
@@ -87,6 +88,17 @@ void choose(int threads, Address hidden, int dtype, int64_t rows, const Matrix& 
   const float* input = as_float(at<void>(hidden), static_cast<DType>(dtype),
                                 rows * weight.columns, Scratch::kInput);
   head_tokens(threads, input, rows, {weight, at(bias)}, choice);
+}
+
+void measure_head(int threads, Address hidden, int dtype, int64_t rows, const Matrix& weight,
+                  Address bias, Address tokens, Address log_probs, Address second_log_probs,
+                  Address log_sum_exp, Address entropy) {
+  Release nogil;
+  const float* input = as_float(at<void>(hidden), static_cast<DType>(dtype),
+                                rows * weight.columns, Scratch::kInput);
+  head_statistics(threads, input, rows, {weight, at(bias)},
+                  {at<int64_t>(tokens), at(log_probs), at(second_log_probs), at(log_sum_exp),
+                   at(entropy)});
 }
 
 HeadPair pair_of(int dtype, Address upper_hidden, const Matrix& upper, Address lower_hidden,
@@ -209,6 +221,7 @@ PYBIND11_MODULE(_C, m) {
       }));
 
   m.def("head_logits", &project);
+  m.def("head_statistics", &measure_head);
   m.def("head_tokens", &choose);
   m.def("contrast_heads", &contrast);
   m.def("contrast_tokens", &choose_contrast);

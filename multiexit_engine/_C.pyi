@@ -71,6 +71,19 @@ class Choice:
 def head_logits(
     threads: int, hidden: int, dtype: int, rows: int, weight: Matrix, bias: int, out: int
 ) -> None: ...
+def head_statistics(
+    threads: int,
+    hidden: int,
+    dtype: int,
+    rows: int,
+    weight: Matrix,
+    bias: int,
+    tokens: int,
+    log_probs: int,
+    second_log_probs: int,
+    log_sum_exp: int,
+    entropy: int,
+) -> None: ...
 def head_tokens(
     threads: int, hidden: int, dtype: int, rows: int, weight: Matrix, bias: int, choice: Choice
 ) -> None: ...

@@ -46,6 +46,13 @@ struct RowStatistics {
   int64_t argmax;
 };
 
+struct Distribution {
+  float max, second;
+  float sum;    // of exp(x - max)
+  float drops;  // of exp(x - max) * (x - max)
+  int64_t argmax;
+};
+
 struct NoisyBest {
   float value;
   int64_t token;
@@ -88,6 +95,10 @@ struct Kernels {
 
   // Of count > 0 numbers; NaN among them makes the sum NaN; of equals the first is the argmax.
   RowStatistics (*statistics)(const float* x, int64_t count);
+
+  // Of count > 0 numbers, with -inf as the second of one; NaN or +inf among them makes the sums NaN;
+  // of equals the first is the argmax.
+  Distribution (*distribution)(const float* x, int64_t count);
 
   // Of scores / heat + Gumbel noise of the tokens first, first + 1, ...; of equals the first, but
   // NaN before all.

@@ -7,6 +7,7 @@
 #include "rows.inl"
 #include "transpose.inl"
 #include "attention.inl"
+#include "distribution.inl"
 #include "noise.inl"
 #include "packed.inl"
 
@@ -30,6 +31,7 @@ static const Kernels table = {
     unite,
     normalise_part,
     statistics,
+    distribution,
     noisy_best,
     sum,
     softmax,

@@ -13,6 +13,7 @@ class Scratch {
     kInput, kResidual, kNormed, kWide, kUp, kMixed, kRounded,  // blocks
     kScores, kParts, kTasks,  // attention
     kLogits, kLower, kLowerInput, kLowerRounded, kSummaries, kCandidates, kUpper, kShared, kNoisy, kContrasted,  // heads
+    kPieces, kDistributions,  // statistics of heads
     kDequantized,  // weights
     kPacked,       // attention among packed rows
     kSlots

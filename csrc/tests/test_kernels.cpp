@@ -4,11 +4,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <vector>
 
 #include "cpu/attention.h"
 #include "cpu/block.h"
+#include "cpu/head_statistics.h"
 #include "cpu/heads.h"
 
 using namespace multiexit::cpu;
@@ -207,6 +209,20 @@ void heads(int64_t vocab) {
   for (int64_t v = 1; v < vocab; ++v)
     if (logits[v] > logits[best]) best = v;
   expect_near(tokens[0], best, "greedy token");
+  std::vector<int64_t> likely(rows);
+  std::vector<float> first(rows), second(rows), log_sum(rows), entropy(rows);
+  head_statistics(2, hidden.data(), rows, {matrix, nullptr},
+                  {likely.data(), first.data(), second.data(), log_sum.data(), entropy.data()});
+  double mass = 0.0, surprise = 0.0;
+  for (int64_t v = 0; v < vocab; ++v) mass += std::exp(double(logits[v]));
+  for (int64_t v = 0; v < vocab; ++v)
+    surprise += std::exp(double(logits[v])) / mass * (std::log(mass) - logits[v]);
+  expect_near(likely[0], best, "likely token");
+  expect_near(first[0], logits[best] - std::log(mass), "its log-probability");
+  expect_near(log_sum[0], std::log(mass), "log of the sum of exponentials");
+  expect_near(entropy[0], surprise, "entropy");
+  std::nth_element(logits.begin(), logits.begin() + 1, logits.begin() + vocab, std::greater<>());
+  if (vocab > 1) expect_near(second[0], logits[1] - std::log(mass), "second log-probability");
   contrast_tokens(2, pair, rows, choice);
   contrast_heads(2, pair, rows, contrasted.data());
   for (int64_t row = 0; row < rows; ++row) {

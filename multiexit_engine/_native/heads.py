@@ -10,7 +10,8 @@ from torch import Tensor
 
 from multiexit_engine import _C
 from multiexit_engine._native.tensors import DTYPES, address, matrix, vector
-from multiexit_engine.quantization import Weight
+from multiexit_engine.ops.heads import HeadStatistics
+from multiexit_engine.quantization import Weight, first_rows
 
 
 def head_logits(hidden: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -25,6 +26,30 @@ def head_logits(hidden: Tensor, weight: Weight, bias: Tensor | None = None) -> T
         matrix(weight),
         address(shift),
         out.data_ptr(),
+    )
+    return out
+
+
+def head_statistics(
+    hidden: Tensor, weight: Weight, bias: Tensor | None = None, shortlist: int | None = None
+) -> HeadStatistics:
+    """See ``multiexit_engine.ops.head_statistics``."""
+    if shortlist is not None:
+        weight = first_rows(weight, shortlist)
+        bias = None if bias is None else bias[:shortlist]
+    hidden, shift = hidden.contiguous(), vector(bias)
+    rows = hidden.shape[0]
+    out = HeadStatistics(
+        torch.empty(rows, dtype=torch.int64), *(torch.empty(rows) for _ in range(4))
+    )
+    _C.head_statistics(
+        torch.get_num_threads(),
+        hidden.data_ptr(),
+        DTYPES[hidden.dtype],
+        rows,
+        matrix(weight),
+        address(shift),
+        *(values.data_ptr() for values in out),
     )
     return out
 

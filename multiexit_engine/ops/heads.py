@@ -109,3 +109,13 @@ def head_statistics(
     numbers = best[:, 0], others.amax(-1), log_sum_exp, entropy
     broken = entropy.isnan()
     return HeadStatistics(tokens, *(each.masked_fill(broken, torch.nan) for each in numbers))
+
+
+head_statistics.backend(
+    "cpu",
+    "multiexit_engine._native:head_statistics",
+    device="cpu",
+    supports=lambda hidden, weight, bias=None, shortlist=None: (
+        is_plain(hidden, weight) and is_streamable(weight)
+    ),
+)
