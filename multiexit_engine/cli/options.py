@@ -140,7 +140,8 @@ def _parsing(hint: Any) -> tuple[Any, Callable[[Any], Any], str]:
         if origin is tuple and set(get_args(kinds[place])) == {int, ...}:
             return str, _numbers, " Written 5,6."
         if origin is tuple:
-            return list[str], tuple, " May be repeated."
+            (item, *_) = get_args(kinds[place])
+            return list[Path] if item is Path else list[str], tuple, " May be repeated."
         if isinstance(origin, type) and issubclass(origin, Mapping):
             return list[str], _biases, " Written 5=-1.5; may be repeated."
         if isinstance(origin, type) and issubclass(origin, Enum):

@@ -14,10 +14,14 @@ from multiexit_engine.cli.app import console, error_console
 from multiexit_engine.cli.options import options_of_dataclass, with_options
 from multiexit_engine.train import (
     CausalTrainingConfig,
+    ElmerProgress,
+    ElmerReport,
+    ElmerTrainingConfig,
     HeadTrainingConfig,
     TrainingProgress,
     TrainingReport,
     train_causal,
+    train_elmer,
     train_exit_heads,
 )
 
@@ -29,8 +33,7 @@ train = typer.Typer(name="train", help="Train models with exits.", no_args_is_he
 def causal(config: dict[str, Any]) -> None:
     """Train a small GPT-2 with exits from nothing, on a folder or archive of texts."""
     wanted = CausalTrainingConfig(**config)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=error_console) as progress:
+    with _progress() as progress:
         task = progress.add_task("reading", total=1.0)
 
         def show(state: TrainingProgress) -> None:
@@ -40,6 +43,27 @@ def causal(config: dict[str, Any]) -> None:
 
         report = train_causal(wanted, show)
     console.print(_table(report))
+    typer.echo(f"written to {wanted.output}")
+
+
+@train.command()
+@with_options(config=options_of_dataclass(ElmerTrainingConfig))
+def elmer(config: dict[str, Any]) -> None:
+    """Train a small ELMER, which writes all tokens at once, from nothing, on pairs of texts."""
+    wanted = ElmerTrainingConfig(**config)
+    with _progress() as progress:
+        task = progress.add_task("reading", total=1.0)
+
+        def show(state: ElmerProgress) -> None:
+            part = "pre-training" if state.part == "pre-training" else "fine-tuning"
+            text = (
+                f"{part}, step {state.step}, {state.tokens_per_second:.0f} tokens/s, "
+                f"loss {state.loss:.3f}"
+            )
+            progress.update(task, completed=state.share_done, description=text)
+
+        report = train_elmer(wanted, show)
+    console.print(_text_table(report))
     typer.echo(f"written to {wanted.output}")
 
 
@@ -54,6 +78,23 @@ def heads(config: dict[str, Any]) -> None:
     losses = ", ".join(f"exit {layer}: {loss:.3f}" for layer, loss in sorted(last.items()))
     console.print(f"losses of the last step: {losses}")
     typer.echo(f"written to {wanted.output}")
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=error_console)
+
+
+def _text_table(report: ElmerReport) -> Table:
+    table = Table(title=f"{report.validation_pairs} held-out pairs after {report.steps} steps")
+    table.add_column("exit")
+    for name in ("BLEU", "ROUGE-L", "mean exit layer"):
+        table.add_column(name, justify="right")
+    table.add_row("copy of the source", f"{report.copy.bleu:.1f}", f"{report.copy.rouge_l:.1f}", "")
+    for mode, figures in report.modes.items():
+        numbers = (figures.bleu, figures.rouge_l, figures.mean_exit_layer)
+        table.add_row(mode, *(f"{number:.1f}" for number in numbers))
+    return table
 
 
 def _table(report: TrainingReport) -> Table:

@@ -1,17 +1,24 @@
-"""Training of multi-exit models: small ones from text, exit heads for finished ones.
+"""Training of multi-exit models: small ones from text, ELMERs from pairs, heads for finished ones.
 
-Built on transformers' networks; it does not know the engine that serves what it makes.
+Built on transformers' networks and, for ELMER, one of its own; it does not know the engine that
+serves what it makes.
 """
 
 from multiexit_engine.train.causal import TrainingReport, train_causal
 from multiexit_engine.train.causal_config import CausalTrainingConfig, TrainingProgress
+from multiexit_engine.train.elmer import ElmerReport, train_elmer
+from multiexit_engine.train.elmer_config import ElmerProgress, ElmerTrainingConfig
 from multiexit_engine.train.heads import HeadTrainingConfig, train_exit_heads
 
 __all__ = [
     "CausalTrainingConfig",
+    "ElmerProgress",
+    "ElmerReport",
+    "ElmerTrainingConfig",
     "HeadTrainingConfig",
     "TrainingProgress",
     "TrainingReport",
     "train_causal",
+    "train_elmer",
     "train_exit_heads",
 ]

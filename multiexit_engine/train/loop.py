@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from multiexit_engine.train.causal_config import CausalTrainingConfig, TrainingProgress
 from multiexit_engine.train.corpus import BlockSampler
 from multiexit_engine.train.exits import MultiExitNetwork, exit_loss_weights
-from multiexit_engine.train.optimizers import RateSchedule, causal_optimizers
+from multiexit_engine.train.optimizers import RateSchedule, layer_optimizers
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class TrainingLoop:
         self._weights = exit_loss_weights(
             network.layers, config.num_layers, config.early_exit_weight
         ).to(self._device)
-        self._optimizers = causal_optimizers(
+        self._optimizers = layer_optimizers(
             network,
             config.matrix_learning_rate,
             config.other_learning_rate,

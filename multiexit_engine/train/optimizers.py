@@ -13,24 +13,24 @@ from torch import nn, optim
 def split_parameters(
     named: Iterable[tuple[str, nn.Parameter]],
 ) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters to train as (matrices of blocks, embeddings, vectors and exit matrices)."""
+    """Parameters to train as (matrices of layers, embeddings, vectors and exit matrices)."""
     matrices, embeddings, others = [], [], []
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        if parameter.ndim == 2 and ".h." in name:
+        if parameter.ndim == 2 and (".h." in name or ".layers." in name):
             matrices.append(parameter)
-        elif "wte" in name or "wpe" in name:
+        elif any(part in name for part in ("wte", "wpe", "shared", "embed_positions")):
             embeddings.append(parameter)
         else:
             others.append(parameter)
     return matrices, embeddings, others
 
 
-def causal_optimizers(
+def layer_optimizers(
     network: nn.Module, matrix_rate: float, other_rate: float, weight_decay: float
 ) -> list[optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for everything else; decay on matrices only."""
+    """Muon for the matrices of the layers, AdamW for everything else; decay on matrices only."""
     matrices, embeddings, others = split_parameters(network.named_parameters())
     return [
         optim.Muon(
