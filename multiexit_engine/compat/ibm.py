@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from multiexit_engine.compat.generation_options import GenerationOptions, resolve_options
 from multiexit_engine.compat.ibm_config import (
@@ -60,6 +61,10 @@ class MultiExitForCausalLM:
         multi_exit_config: what it was loaded with.
     """
 
+    # what a pipeline shows of its model
+    input_modalities = ("text",)
+    output_modalities = ("text",)
+
     def __init__(
         self,
         engine: Engine,
@@ -72,10 +77,20 @@ class MultiExitForCausalLM:
         self.generation_config = generation_config
         self.multi_exit_config = multi_exit_config
         self._decoding = multi_exit_config.decoding
+        # the names that pipelines know; others run as well, but after a logged error
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("multiexit", type(self).__name__)
 
     @property
     def device(self) -> torch.device:
         return self.engine.config.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.engine.config.dtype
+
+    def can_generate(self) -> bool:
+        """True: transformers' pipeline("text-generation") asks."""
+        return True
 
     def eval(self) -> Self:
         """Itself: a loaded model is always in evaluation mode."""
