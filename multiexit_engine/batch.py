@@ -52,10 +52,12 @@ class ScheduledBatch:
     Attributes:
         scheduled: in order of falling ``request.depth``.
         block_copies: (source, target) KV blocks to copy before anything is written.
+        unread: sequences whose source has to be encoded into their source blocks first.
     """
 
     scheduled: tuple[ScheduledSequence, ...]
     block_copies: tuple[tuple[int, int], ...] = ()
+    unread: tuple[Sequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -23,7 +23,7 @@ from multiexit_engine.config import (
     VocabularyProjectionMode,
 )
 from multiexit_engine.decoding.speculation import DraftPolicy
-from multiexit_engine.errors import CheckpointError, RequestFailed
+from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.models.registry import build_model
 from multiexit_engine.outputs import (
@@ -49,7 +49,7 @@ from multiexit_engine.runtime.scoring import (
     ScoreItem,
     as_items,
     score_output,
-    token_ids_of,
+    scored_text,
     windows,
 )
 from multiexit_engine.runtime.settings import make_engine_config
@@ -71,10 +71,6 @@ class Engine:
         config: EngineConfig,
         decoding: DecodingMode | None,
     ) -> None:
-        if checkpoint.config.model_type != "elmer" and checkpoint.config.encoder is not None:
-            raise CheckpointError(
-                f"model_type {checkpoint.config.model_type!r} is read, but not yet served"
-            )
         self.config = config
         self.checkpoint = checkpoint
         tokenizer: Any = checkpoint.load_tokenizer()
@@ -260,7 +256,8 @@ class Engine:
 
         Args:
             items: texts, token-id lists, or (context, continuation) tuples of either; one or many.
-                Of a pair only the continuation is scored.
+                Of a pair only the continuation is scored. An encoder-decoder takes (source, target)
+                tuples only.
             decoding: one for all, or one for each item.
             stride: for texts longer than the model: tokens scored by each window after the first,
                 the rest of the window being context. By default windows hardly overlap.
@@ -275,13 +272,13 @@ class Engine:
             raise ValueError(f"stride={stride}: must be in 1..{limit - 1}")
         many = as_items(items)
         modes = one_for_each(decoding, len(many), "decoding")
-        cut = [token_ids_of(item, self._intake, f"items[{i}]") for i, item in enumerate(many)]
+        texts = [scored_text(item, self._intake, f"items[{i}]") for i, item in enumerate(many)]
         parts = [
             [
-                self._intake.scoring_request(self._new_id(), w.token_ids, w.score_from, mode)
-                for w in windows(token_ids, score_from, limit, stride)
+                self._intake.scoring_request(self._new_id(), *window, mode, text.source)
+                for window in windows(text.token_ids, text.score_from, limit, stride)
             ]
-            for (token_ids, score_from), mode in zip(cut, modes, strict=True)
+            for text, mode in zip(texts, modes, strict=True)
         ]
         requests = [request for part in parts for request in part]
         for request in requests:
@@ -293,8 +290,8 @@ class Engine:
             if request.error is not None:
                 raise RequestFailed(request.error)
         return [
-            score_output(token_ids, score_from, [t for request in part for t in request.scored])
-            for (token_ids, score_from), part in zip(cut, parts, strict=True)
+            score_output(text, [token for request in part for token in request.scored])
+            for text, part in zip(texts, parts, strict=True)
         ]
 
     def logits(self, prompt: Prompt, decoding: DecodingMode | None = None) -> Tensor:
@@ -360,6 +357,8 @@ class Engine:
     def _alone(self, prompt: Prompt, decoding: DecodingMode | None) -> Request:
         if self.has_unfinished():
             raise RuntimeError("this runs alone: finish or abort the other requests first")
+        if self._intake.has_encoder:
+            raise ValueError("this reads one text: give score() a (source, target) tuple instead")
         token_ids, limit = self._intake.token_ids(prompt), self.config.max_model_len
         if len(token_ids) > limit:
             raise ValueError(f"prompt has {len(token_ids)} tokens: the model reads {limit}")

@@ -74,6 +74,9 @@ class SamplingParams:
         bad_words: sequences of token ids, or strings, that must not be generated.
         stop: strings that end the text; they are not part of it.
         stop_token_ids: further tokens that end the text.
+        forced_bos_token_id: the first token of every output; None for the checkpoint's, if any.
+        forced_eos_token_id: the last token of an output that grows to its full length; None for the
+            checkpoint's, if any, which ignore_eos switches off.
         ignore_eos: the model's ending tokens do not end the text.
         seed: of this request's random numbers; the same seed gives the same tokens in any batch.
         n: number of continuations; under beam search the n best of num_beams.
@@ -100,6 +103,8 @@ class SamplingParams:
     bad_words: tuple[str | tuple[int, ...], ...] = ()
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
     ignore_eos: bool = False
     seed: int | None = None
     n: int = 1
@@ -171,6 +176,10 @@ class SamplingParams:
                 raise reject(name, getattr(self, name), "True or False")
 
     def _check_token_lists(self) -> None:
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            value = getattr(self, name)
+            if value is not None and (not is_int(value) or value < 0):
+                raise reject(name, value, "None or a token id, 0 or more")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise reject("stop", text, "non-empty strings")

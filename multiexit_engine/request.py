@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
@@ -168,6 +169,9 @@ class Request:
         prompt: the text, if a text was given.
         source_token_ids: what an encoder reads; the prompt is then what the decoder begins with.
             Empty for a decoder-only model.
+        forced_bos_token_id: what the first output token has to be, if anything.
+        forced_eos_token_id: what the last one has to be when the output grows to its full length.
+        max_output_tokens: that length.
         score_from: for a scoring request, the first position whose token is scored (>= 1); None
             for a generating one. A scoring request ends with its prefill.
         sequences: one until the prompt is computed, then one for each of ``n`` or of the beams.
@@ -187,6 +191,9 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()
     prompt: str | None = None
     source_token_ids: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    max_output_tokens: int | None = None
     score_from: int | None = None
     sequences: list[Sequence] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
@@ -198,6 +205,22 @@ class Request:
     def width(self) -> int:
         """Sequences that it occupies at once after its prompt."""
         return max(self.sampling.n, self.sampling.num_beams)
+
+    def forced_token_id(self, num_output_tokens: int) -> int | None:
+        """What has to follow so many output tokens, None when the model may choose."""
+        if self.forced_eos_token_id is not None and num_output_tokens + 1 == self.max_output_tokens:
+            return self.forced_eos_token_id
+        return self.forced_bos_token_id if num_output_tokens == 0 else None
+
+    @property
+    def given_token_ids(self) -> list[int]:
+        """The tokens that the caller gave: the source where there is one, else the prompt."""
+        return list(self.source_token_ids) or self.prompt_token_ids
+
+    @property
+    def prefix_salt(self) -> bytes:
+        """What keys and values depend on besides the tokens before them."""
+        return array("q", self.source_token_ids).tobytes()
 
     @property
     def ending_token_ids(self) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ class TokenRow(NamedTuple):
         seed: of its random numbers.
         eos_token_ids: tokens that may not come before ``min_new_tokens``.
         bad_words: sequences of token ids that must not be completed.
+        forced_token_id: the only token that may be chosen, if there is one.
     """
 
     params: SamplingParams
@@ -36,6 +37,7 @@ class TokenRow(NamedTuple):
     seed: int
     eos_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    forced_token_id: int | None = None
 
 
 @dataclass(slots=True)
@@ -64,7 +66,8 @@ def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
 
     In this order: logit_bias, repetition_penalty (prompt and output), presence and frequency
     penalty (output only), then -inf for tokens that would repeat an n-gram, complete a bad word or
-    end the text before min_new_tokens. A row's result does not depend on the other rows.
+    end the text before min_new_tokens; last, 0 for a forced token and -inf for all others. A row's
+    result does not depend on the other rows.
 
     Args:
         scores: [rows, vocab] float32 scores of the rows' modes; left as they are.
@@ -84,12 +87,15 @@ def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     _penalise_repetition(scores, asking)
     _penalise_presence(scores, asking)
     _ban(scores, asking)
+    _force(scores, asking)
     return scores
 
 
 def is_processed(row: TokenRow) -> bool:
     """Whether ``process_scores`` changes this row."""
-    return asks_for_processing(row.params, len(row.output_token_ids), row.bad_words)
+    return row.forced_token_id is not None or asks_for_processing(
+        row.params, len(row.output_token_ids), row.bad_words
+    )
 
 
 def asks_for_processing(
@@ -146,6 +152,17 @@ def _ban(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
         edits.add(index, list(_banned(row)))
     if edits.rows:
         scores[edits.places(scores.device)] = -math.inf
+
+
+def _force(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
+    forced = [
+        (index, row.forced_token_id) for index, row in rows if row.forced_token_id is not None
+    ]
+    if not forced:
+        return
+    places = torch.tensor(forced).to(scores.device, non_blocking=True)
+    scores[places[:, 0]] = -math.inf
+    scores[places[:, 0], places[:, 1]] = 0
 
 
 def _banned(row: TokenRow) -> Iterator[int]:

@@ -217,6 +217,7 @@ class TokenChooser:
             not request.is_beam_search
             and _num_choices(row) == 1
             and gives_tokens(row.mode, self._heads)
+            and request.forced_token_id(row.num_output_tokens) is None
             and not needs_scores(request.sampling, row.num_output_tokens, request.bad_words)
         )
 
@@ -302,6 +303,7 @@ def token_row(row: LogitRow, copy: int = 0) -> TokenRow:
         seed=sequence_seed(request.seed, index),
         eos_token_ids=request.ending_token_ids,
         bad_words=request.bad_words,
+        forced_token_id=request.forced_token_id(row.num_output_tokens),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from multiexit_engine.checkpoint.calibration import read_calibrations
 from multiexit_engine.config import EngineConfig
@@ -52,6 +52,9 @@ class Intake:
             raise ValueError(f"sampling={sampling!r}: must be SamplingParams")
         mode, depth = self._mode_and_depth(decoding)
         token_ids = self.token_ids(prompt)
+        source: list[int] = []
+        if self._model_config.encoder is not None:
+            source, token_ids = self.checked_source(token_ids), self._decoder_prompt()
         limit = self._engine_config.max_model_len
         if len(token_ids) >= limit:
             raise ValueError(
@@ -59,6 +62,11 @@ class Intake:
                 f"{limit - 1} (max_model_len={limit}); shorten it"
             )
         self._check_sampling(sampling)
+        if source and sampling.prompt_logprobs is not None:
+            raise ValueError(
+                f"prompt_logprobs={sampling.prompt_logprobs}: must be None, since the encoder "
+                "reads the prompt and gives its tokens no probability"
+            )
         if sampling.num_beams > 1 and isinstance(mode, SelfSpeculative):
             raise ValueError(
                 f"num_beams={sampling.num_beams}: SelfSpeculative drafts one continuation; use "
@@ -79,10 +87,59 @@ class Intake:
             eos_token_ids=() if sampling.ignore_eos else self._model_config.eos_token_ids,
             bad_words=self._bad_words(sampling),
             prompt=prompt if isinstance(prompt, str) else None,
+            source_token_ids=tuple(source),
+            forced_bos_token_id=self._forced("bos", sampling),
+            forced_eos_token_id=self._forced("eos", sampling),
+            max_output_tokens=min(sampling.max_new_tokens, limit - len(token_ids)),
         )
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether prompts are sources, which an encoder reads."""
+        return self._model_config.encoder is not None
+
+    def checked_source(self, token_ids: list[int], name: str = "prompt") -> list[int]:
+        """The tokens themselves; raises ValueError when the encoder cannot read so many."""
+        assert self._model_config.encoder is not None
+        limit = self._model_config.encoder.max_source_len
+        if len(token_ids) > limit:
+            raise ValueError(
+                f"{name} has {len(token_ids)} tokens: the encoder of this model reads {limit}; "
+                "shorten it"
+            )
+        return token_ids
+
+    def target(self, token_ids: list[int], name: str) -> list[int]:
+        """What the decoder reads to give the probabilities of a target, which must fit."""
+        limit = self._engine_config.max_model_len
+        whole = self._decoder_prompt() + token_ids
+        if len(whole) > limit:
+            raise ValueError(
+                f"{name} has {len(token_ids)} tokens: behind the decoder's start token it may have "
+                f"{limit - 1} (max_model_len={limit}); shorten it"
+            )
+        return whole
+
+    def _decoder_prompt(self) -> list[int]:
+        encoder = self._model_config.encoder
+        assert encoder is not None and encoder.decoder_start_token_id is not None
+        return [encoder.decoder_start_token_id]
+
+    def _forced(self, end: Literal["bos", "eos"], sampling: SamplingParams) -> int | None:
+        name = f"forced_{end}_token_id"
+        asked: int | None = getattr(sampling, name)
+        if asked is not None or (end == "eos" and sampling.ignore_eos):
+            return asked
+        own: int | None = getattr(self._model_config, name)
+        return own
+
     def scoring_request(
-        self, request_id: str, token_ids: list[int], score_from: int, decoding: DecodingMode | None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        score_from: int,
+        decoding: DecodingMode | None,
+        source: Sequence[int] = (),
     ) -> Request:
         """A request that only scores ``token_ids[score_from:]``, which must fit the model."""
         mode, depth = self._mode_and_depth(decoding)
@@ -94,6 +151,7 @@ class Intake:
             depth=depth,
             seed=0,
             score_from=score_from,
+            source_token_ids=tuple(source),
         )
 
     def depth_of(self, mode: DecodingMode) -> int:
@@ -165,6 +223,8 @@ class Intake:
             )
         vocab_size = self._model_config.vocab_size
         given = {
+            "forced_bos_token_id": _given(sampling.forced_bos_token_id),
+            "forced_eos_token_id": _given(sampling.forced_eos_token_id),
             "stop_token_ids": sampling.stop_token_ids,
             "logit_bias": tuple(sampling.logit_bias or ()),
             "bad_words": tuple(t for w in sampling.bad_words if not isinstance(w, str) for t in w),
@@ -210,6 +270,10 @@ def one_for_each(value: Any, count: int, name: str) -> list[Any]:
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} items for {count} prompts: give one or as many")
     return list(value)
+
+
+def _given(token: int | None) -> tuple[int, ...]:
+    return () if token is None else (token,)
 
 
 def _integers(value: object) -> list[int] | None:

@@ -24,11 +24,18 @@ def check_fits(request: Request, config: EngineConfig) -> None:
         )
     length = _longest(request, config)
     needed = -(-length // config.block_size) * sampling.num_beams
+    num_source = len(request.source_token_ids)
+    needed += -(-num_source // config.block_size)
     if needed > config.num_kv_blocks:
         raise ValueError(
-            f"{length} tokens (prompt and output) with num_beams={sampling.num_beams} need "
-            f"{needed} KV blocks of {config.block_size}: the cache has {config.num_kv_blocks}"
+            f"{length} tokens (prompt and output){_beside(num_source)} with "
+            f"num_beams={sampling.num_beams} need {needed} KV blocks of "
+            f"{config.block_size}: the cache has {config.num_kv_blocks}"
         )
+
+
+def _beside(num_source: int) -> str:
+    return f" beside a source of {num_source}" if num_source else ""
 
 
 def _longest(request: Request, config: EngineConfig) -> int:

@@ -43,6 +43,8 @@ def num_kv_blocks(
             )
         return count
     blocks_per_sequence = -(-max_model_len // block_size)
+    if model.encoder is not None:
+        blocks_per_sequence += -(-model.encoder.max_source_len // block_size)
     affordable = _free_bytes(device) // block_bytes
     return max(blocks_per_sequence, min(max_batch_size * blocks_per_sequence, affordable))
 

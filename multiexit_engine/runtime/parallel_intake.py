@@ -5,6 +5,7 @@ Knows the model's limits and the tokenizer; nothing of the requests that already
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -51,10 +52,21 @@ class ParallelIntake(Intake):
         self._check_sampling(sampling)
         return self._request(request_id, prompt, sampling, decoding, seed)
 
+    @property
+    def has_encoder(self) -> bool:
+        """No: here the one text that is given is all there is, so nothing has to be a pair."""
+        return False
+
     def scoring_request(
-        self, request_id: str, token_ids: list[int], score_from: int, decoding: DecodingMode | None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        score_from: int,
+        decoding: DecodingMode | None,
+        source: Sequence[int] = (),
     ) -> Request:
         """A request whose logits are asked for; its tokens are the source."""
+        assert not source, "its tokens are the source"
         sampling = SamplingParams(ignore_eos=True)
         request = self._request(request_id, token_ids, sampling, decoding, 0)
         request.score_from = score_from

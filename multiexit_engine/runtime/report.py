@@ -12,7 +12,7 @@ def request_output(core: Core, request: Request) -> RequestOutput:
     return RequestOutput(
         request_id=request.request_id,
         prompt=request.prompt,
-        prompt_token_ids=list(request.prompt_token_ids),
+        prompt_token_ids=list(request.given_token_ids),
         outputs=[_completion(core, s, 0, _whole_text(core, s)) for s in request.sequences],
         prompt_logprobs=_prompt_logprobs(core, request),
         finished=request.is_finished,
@@ -27,7 +27,7 @@ def request_piece(
     """What a step added to a request, ``outputs`` being what it added to its completions."""
     return RequestPiece(
         request_id=request.request_id,
-        prompt_token_ids=request.prompt_token_ids,
+        prompt_token_ids=request.given_token_ids,
         outputs=outputs,
         prompt_logprobs=_prompt_logprobs(core, request) if with_prompt else None,
         finished=request.is_finished,

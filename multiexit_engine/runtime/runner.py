@@ -26,6 +26,7 @@ from multiexit_engine.runtime.drafting import Drafter, Drafts
 from multiexit_engine.runtime.early_exits import EarlyExits, EarlyRows
 from multiexit_engine.runtime.exit_readings import ExitReadings, read_exits
 from multiexit_engine.runtime.flight import Flight
+from multiexit_engine.runtime.sources import read_sources
 from multiexit_engine.runtime.step_clock import StepClock
 
 
@@ -61,7 +62,7 @@ class ModelRunner:
     def run(self, batch: ScheduledBatch) -> StepOutput:
         """Compute one step: write keys and values, choose tokens, score prompt tokens."""
         clock = StepClock(self.config.device)
-        self._copy_blocks(batch)
+        self._prepare_blocks(batch)
         drafts = Drafts({index: [] for index, item in _items(batch) if item.num_drafts})
         choice_rows, target_rows = _choice_rows(batch, drafts), _target_rows(batch)
         early = self._early_exits.rows([*choice_rows, *target_rows])
@@ -87,7 +88,7 @@ class ModelRunner:
     @torch.inference_mode()
     def prompt_scores(self, batch: ScheduledBatch) -> Tensor:
         """[tokens, vocab] float32 raw scores of every position of one request, in its mode."""
-        self._copy_blocks(batch)
+        self._prepare_blocks(batch)
         rows = _all_rows(batch)
         early = self._early_exits.rows(rows)
         parts = self._chooser.scored_slices(_with_fixed_heads(rows))
@@ -104,12 +105,15 @@ class ModelRunner:
     @torch.inference_mode()
     def exit_readings(self, batch: ScheduledBatch) -> ExitReadings:
         """What the exits of a request's mode measure at its positions; see ``read_exits``."""
-        self._copy_blocks(batch)
+        self._prepare_blocks(batch)
         return read_exits(self.model, self.kv_cache, self._states, batch)
 
-    def _copy_blocks(self, batch: ScheduledBatch) -> None:
+    def _prepare_blocks(self, batch: ScheduledBatch) -> None:
+        """Copy the blocks that are to be written, and fill those of sources."""
         self.kv_cache.copy_blocks(batch.block_copies)
         self._states.copy_blocks(batch.block_copies)
+        if batch.unread:
+            read_sources(self.model, self.kv_cache, batch.unread)
 
     def _run_layers(
         self,

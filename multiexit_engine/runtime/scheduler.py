@@ -15,9 +15,9 @@ from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.cache.block_manager import BlockManager
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.speculation import DraftPolicy
-from multiexit_engine.modes import SelfSpeculative
 from multiexit_engine.outputs import FinishReason
 from multiexit_engine.request import Joining, Request, Sequence, SequenceStatus
+from multiexit_engine.runtime.draft_lengths import num_drafts_of
 from multiexit_engine.runtime.limits import check_fits
 from multiexit_engine.runtime.queues import Queues, Unit
 from multiexit_engine.runtime.step_plan import StepPlan
@@ -170,6 +170,7 @@ class Scheduler:
             token_ids=list(sequence.token_ids),
             num_computed_tokens=sequence.num_computed_tokens,
             block_table=self._blocks.fork(sequence.block_table),
+            source_table=self._blocks.fork(sequence.source_table),
             status=SequenceStatus.RUNNING,
             chosen=list(sequence.chosen),
             cumulative_logprob=sequence.cumulative_logprob,
@@ -216,7 +217,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError if blocks, seats or queues contradict each other."""
         queues = self._queues
-        self._blocks.check_integrity(sequence.block_table for sequence in self._units)
+        tables = [table for s in self._units for table in (s.block_table, s.source_table)]
+        self._blocks.check_integrity(tables)
         units = [*queues.running, *queues.waiting]
         assert set(units) == set(self._units.values()), "a unit is lost"
         assert all(u.order < v.order for u, v in zip(units, units[1:], strict=False)), "order"
@@ -225,7 +227,8 @@ class Scheduler:
         assert queues.num_seats_left >= 0, f"{queues.num_seats_left} seats left"
         for sequence in (s for unit in queues.waiting for s in unit.sequences):
             assert sequence.status is SequenceStatus.WAITING, sequence.status
-            assert not sequence.block_table, "a waiting sequence owns blocks"
+            owned = sequence.block_table + sequence.source_table
+            assert not owned, "a waiting sequence owns blocks"
             assert not sequence.num_computed_tokens, "a waiting sequence has computed tokens"
 
     def _continue_running(self, step: StepPlan) -> None:
@@ -260,7 +263,7 @@ class Scheduler:
         """Let sequences draft with the tokens and blocks that nobody else wants in this step."""
         self._draft_policy.begin_step()
         for unit, chunk in step.chunks():
-            wanted = self._num_drafts(chunk, step.num_chunks)
+            wanted = num_drafts_of(chunk, step.num_chunks, self._draft_policy, self._config)
             stop = chunk.stop
             for num_drafts in range(min(wanted, step.num_tokens_left), 0, -1):
                 table = chunk.sequence.block_table
@@ -269,21 +272,6 @@ class Scheduler:
                     step.add_copies(unit, copies)
                     step.extend(unit, chunk, num_drafts)
                     break
-
-    def _num_drafts(self, chunk: ScheduledSequence, num_sequences: int) -> int:
-        """Drafts that a sequence could use: none before its first token, none beyond its end."""
-        sequence, request = chunk.sequence, chunk.sequence.request
-        mode = request.decoding
-        if not isinstance(mode, SelfSpeculative) or request.score_from is not None:
-            return 0
-        if chunk.num_tokens > 1 or not chunk.reaches_end or not sequence.num_output_tokens:
-            return 0
-        most = min(
-            request.sampling.max_new_tokens - sequence.num_output_tokens,
-            self._config.max_model_len - sequence.num_tokens,
-        )
-        length = self._draft_policy.draft_len(mode.draft_len, sequence.acceptance, num_sequences)
-        return min(length, most - 1)
 
     def _find_blocks(self, unit: Unit, sequence: Sequence, stop: int, step: StepPlan) -> bool:
         """Own the blocks of the tokens up to ``stop``; False if the unit itself had to give way."""
@@ -314,8 +302,12 @@ class Scheduler:
         unit = self._queues.waiting[0]
         if unit.seats > self._queues.num_seats_left or len(unit.sequences) > step.num_tokens_left:
             return False
-        if not self._take_blocks(unit):
+        source = self._living_source(unit.request)
+        num_unread = 0 if source else len(unit.request.source_token_ids)
+        if not step.has_room_for_source(num_unread) or not self._take_blocks(unit, source):
             return False
+        if num_unread:
+            step.add_unread(unit.sequences[0])
         self._queues.admit_first()
         for sequence in unit.sequences:
             sequence.status = SequenceStatus.RUNNING
@@ -323,8 +315,13 @@ class Scheduler:
         self._compute(unit, step.num_tokens_left, step)
         return True
 
-    def _take_blocks(self, unit: Unit) -> bool:
-        """Own blocks for all known tokens of a unit, or leave everything as it is.
+    def _living_source(self, request: Request) -> list[int]:
+        """The source blocks of a running sibling, which others of the request can share."""
+        siblings = (s for unit in self._living[request.request_id] for s in unit.sequences)
+        return next((s.source_table for s in siblings if s.source_table), [])
+
+    def _take_blocks(self, unit: Unit, source: list[int]) -> bool:
+        """Own blocks for all known tokens of a unit and its source, or leave everything as it is.
 
         Blocks for the whole prompt are taken at once: a prompt that ran out of blocks halfway
         would have wasted the steps before. Beside others it also leaves a block for each sequence
@@ -334,7 +331,8 @@ class Scheduler:
             unit.prefix_keys = [self._reusable_keys(sequence) for sequence in unit.sequences]
         tables = [self._blocks.match_keys(k, unit.request.depth) for k in unit.prefix_keys]
         needed = sum(self._blocks.num_blocks_for(s.num_tokens) for s in unit.sequences)
-        needed -= sum(map(len, tables))
+        num_source_tokens = 0 if source else len(unit.request.source_token_ids)
+        needed += self._blocks.num_blocks_for(num_source_tokens) - sum(map(len, tables))
         if self._queues.running:
             taken = self._config.max_batch_size - self._queues.num_seats_left
             needed += taken + unit.seats - 1
@@ -346,6 +344,10 @@ class Scheduler:
             sequence.block_table = table
             sequence.num_computed_tokens = len(table) * self._config.block_size
             self._blocks.make_writable(table, sequence.num_computed_tokens, sequence.num_tokens)
+        for sequence in unit.sequences:
+            sequence.source_table = self._blocks.fork(source)
+            self._blocks.make_writable(sequence.source_table, 0, num_source_tokens)
+            source, num_source_tokens = sequence.source_table, 0
         unit.prefix_keys = None
         return True
 
@@ -360,7 +362,7 @@ class Scheduler:
         first = request.first_position_with_logprobs
         if first is not None and first + len(request.scored) < len(request.prompt_token_ids):
             stop = first + len(request.scored) - 1
-        return self._blocks.prefix_keys(sequence.token_ids[:stop])
+        return self._blocks.prefix_keys(sequence.token_ids[:stop], request.prefix_salt)
 
     def _note_admission(self, unit: Unit) -> None:
         if unit.was_admitted:
@@ -374,12 +376,12 @@ class Scheduler:
 
     def _commit(self, sequence: Sequence, start: int, stop: int) -> None:
         """Let others find the blocks that became full with the tokens ``[start, stop)``."""
-        depth = sequence.request.depth
-        self._blocks.commit(sequence.block_table, sequence.token_ids, start, stop, depth)
+        depth, salt = sequence.request.depth, sequence.request.prefix_salt
+        self._blocks.commit(sequence.block_table, sequence.token_ids, start, stop, depth, salt)
 
     def _release_blocks(self, sequence: Sequence) -> None:
-        self._blocks.free(sequence.block_table)
-        sequence.block_table = []
+        self._blocks.free(sequence.block_table + sequence.source_table)
+        sequence.block_table, sequence.source_table = [], []
 
     def _end(self, sequence: Sequence) -> None:
         """Finish a sequence; one that the scheduler does not know only changes its status."""

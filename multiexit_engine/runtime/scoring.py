@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 from multiexit_engine.outputs import ScoreOutput
 from multiexit_engine.request import ScoredToken
@@ -14,7 +14,21 @@ ScoreItem: TypeAlias = Prompt | tuple[Prompt, Prompt]
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class ScoredText:
+    """An item as tokens.
+
+    Attributes:
+        token_ids: of which those from ``score_from`` on are scored.
+        score_from: place of the first of them.
+        source: what the encoder reads; empty for a decoder-only model.
+    """
+
+    token_ids: list[int]
+    score_from: int
+    source: tuple[int, ...] = ()
+
+
+class Window(NamedTuple):
     """Tokens that the model reads at once; those from ``score_from`` on are scored."""
 
     token_ids: list[int]
@@ -30,27 +44,35 @@ def as_items(items: ScoreItem | Sequence[ScoreItem]) -> list[ScoreItem]:
     return list(items)  # type: ignore[arg-type]
 
 
-def token_ids_of(item: ScoreItem, intake: Intake, name: str) -> tuple[list[int], int]:
-    """All tokens of an item and the place where its scored part begins.
+def scored_text(item: ScoreItem, intake: Intake, name: str) -> ScoredText:
+    """The tokens of an item and the place where its scored part begins.
 
     A pair of texts is tokenised together, so that a token may not be cut where the texts meet: the
-    scored part begins after as many tokens as the context alone has.
+    scored part begins after as many tokens as the context alone has. For an encoder-decoder a pair
+    is source and target, the scored tokens being all of the target's own.
 
     Raises:
         ValueError: the item is neither text, nor token ids, nor a pair of either kind.
     """
     pair = _as_pair(item, name)
+    if intake.has_encoder:
+        if pair is None:
+            raise ValueError(f"{name}: an encoder-decoder scores (source, target) tuples")
+        source = intake.checked_source(intake.token_ids(pair[0], f"{name}[0]"), f"{name}[0]")
+        target = intake.token_ids(pair[1], f"{name}[1]")
+        return ScoredText(intake.target(target, f"{name}[1]"), 1, tuple(source))
     if pair is None:
-        return intake.token_ids(cast(Prompt, item), name), 0
+        return ScoredText(intake.token_ids(cast(Prompt, item), name), 0)
     context, continuation = pair
     if isinstance(context, str) and isinstance(continuation, str):
         context_ids = intake.encode(context, f"{name}[0]")
         whole = intake.token_ids(context + continuation, name)
-        return whole, min(len(context_ids), len(whole) - 1)
+        return ScoredText(whole, min(len(context_ids), len(whole) - 1))
     if isinstance(context, str) or isinstance(continuation, str):
         raise ValueError(f"{name}: context and continuation must both be text or both token ids")
     context_ids = intake.encode(context, f"{name}[0]")
-    return context_ids + intake.token_ids(continuation, f"{name}[1]"), len(context_ids)
+    token_ids = context_ids + intake.token_ids(continuation, f"{name}[1]")
+    return ScoredText(token_ids, len(context_ids))
 
 
 def _as_pair(item: ScoreItem, name: str) -> tuple[Prompt, Prompt] | None:
@@ -86,17 +108,15 @@ def windows(
     return found
 
 
-def score_output(
-    token_ids: Sequence[int], score_from: int, scored: Sequence[ScoredToken]
-) -> ScoreOutput:
+def score_output(text: ScoredText, scored: Sequence[ScoredToken]) -> ScoreOutput:
     """The result of an item from the scored tokens of all its windows."""
     logprobs: list[float | None] = [token.logprob for token in scored]
     greedy = [token.is_greedy for token in scored]
-    if score_from == 0:
+    if text.score_from == 0:
         logprobs.insert(0, None)
         greedy.insert(0, False)
     return ScoreOutput(
-        token_ids=list(token_ids[score_from:]),
+        token_ids=text.token_ids[text.score_from :],
         token_logprobs=logprobs,
         is_greedy=greedy,
         total=sum(token.logprob for token in scored),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
+from multiexit_engine.request import Sequence
 from multiexit_engine.runtime.queues import Unit
 
 
@@ -16,10 +17,13 @@ class StepPlan:
 
     Attributes:
         num_tokens_left: of the step's budget.
+        num_source_tokens_left: of a second budget of the same size, for what encoders read.
     """
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens_left = num_tokens
+        self.num_source_tokens_left = num_tokens
+        self._unread: list[Sequence] = []
         self._chunks: dict[Unit, list[ScheduledSequence]] = {}
         self._copies: dict[Unit, list[tuple[int, int]]] = {}
 
@@ -29,6 +33,15 @@ class StepPlan:
 
     def add_copies(self, unit: Unit, copies: list[tuple[int, int]]) -> None:
         self._copies.setdefault(unit, []).extend(copies)
+
+    def has_room_for_source(self, num_tokens: int) -> bool:
+        """Whether a source of this length may still be encoded; the first one of a step may."""
+        return not self._unread or num_tokens <= self.num_source_tokens_left
+
+    def add_unread(self, sequence: Sequence) -> None:
+        """Encode the source of a sequence that was admitted in this step, so stays in it."""
+        self._unread.append(sequence)
+        self.num_source_tokens_left -= len(sequence.request.source_token_ids)
 
     @property
     def num_chunks(self) -> int:
@@ -56,4 +69,4 @@ class StepPlan:
         chunks = [chunk for chunks in self._chunks.values() for chunk in chunks]
         chunks.sort(key=lambda chunk: -chunk.sequence.request.depth)
         copies = tuple(pair for pairs in self._copies.values() for pair in pairs)
-        return ScheduledBatch(tuple(chunks), copies)
+        return ScheduledBatch(tuple(chunks), copies, tuple(self._unread))

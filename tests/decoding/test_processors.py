@@ -126,3 +126,10 @@ def test_a_row_does_not_depend_on_the_others():
     for index, item in enumerate(rows):
         alone = process_scores(scores[index : index + 1], [item])
         assert torch.equal(together[index : index + 1], alone)
+
+
+def test_a_forced_token_is_all_that_is_left_of_its_row():
+    free = row(SamplingParams())
+    found = process_scores(torch.ones(2, VOCAB), [free, free._replace(forced_token_id=2)])
+    assert found[0].tolist() == [1.0] * VOCAB
+    assert found[1].tolist() == [-math.inf, -math.inf, 0.0, *[-math.inf] * (VOCAB - 3)]

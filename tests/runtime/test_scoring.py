@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multiexit_engine.request import ScoredToken
-from multiexit_engine.runtime.scoring import score_output, windows
+from multiexit_engine.runtime.scoring import ScoredText, score_output, windows
 
 
 @given(st.integers(2, 60), st.integers(0, 59), st.integers(2, 16), st.integers(1, 15) | st.none())
@@ -28,7 +28,7 @@ def test_a_long_context_is_cut_on_the_left():
 
 
 def test_the_first_token_of_a_text_has_no_log_probability():
-    output = score_output([5, 6], 0, [ScoredToken(6, -1.5, 1, True)])
+    output = score_output(ScoredText([5, 6], 0), [ScoredToken(6, -1.5, 1, True)])
     assert (output.token_logprobs, output.is_greedy, output.total) == (
         [None, -1.5],
         [False, True],

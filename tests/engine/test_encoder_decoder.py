@@ -1,0 +1,205 @@
+"""Requests with a source: mixed with each other, preempted, aborted, badly made."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from multiexit_engine import (
+    Contrast,
+    DoLa,
+    Engine,
+    Exit,
+    FinishReason,
+    Original,
+    SamplingParams,
+    SelfSpeculative,
+)
+from multiexit_engine.cli.app import app
+from tests.tiny import byte_tokenizer
+
+BART = Path(__file__).parents[1] / "golden" / "elmer" / "t1"
+DIRECT = {
+    "lm_head_layer_indices": (1, 2, 3, 4),
+    "vocab_projection_mode": "SHARED_PROJECTION_DIRECT",
+}
+MODES = [
+    Original(),
+    Exit(2),
+    Contrast("original", 2),
+    SelfSpeculative(1, draft_len=3),
+    SelfSpeculative(2, draft_len=2, target=Contrast(4, 1)),
+    DoLa((1, 2)),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    copy = tmp_path_factory.mktemp("bart") / "t1"
+    shutil.copytree(BART, copy)
+    byte_tokenizer().save_pretrained(copy)
+    return copy
+
+
+def new_engine(folder, **options):
+    return Engine.from_pretrained(
+        folder, architecture="bart", dtype="float32", device="cpu", **DIRECT, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return new_engine(folder)
+
+
+def mixed_requests(count):
+    draw = random.Random(5)
+    requests = []
+    for i in range(count):
+        source = [draw.randrange(3, 400) for _ in range(draw.randint(1, 60))]
+        kind = i % 4
+        params = SamplingParams(
+            max_new_tokens=draw.randint(1, 40),
+            temperature=0.0 if kind < 2 else 1.5,
+            no_repeat_ngram_size=3 if i % 5 == 0 else 0,
+            seed=i,
+            n=3 if kind == 3 else 1,
+            num_beams=3 if kind == 1 and i % 8 == 1 else 1,
+        )
+        mode = MODES[i % len(MODES)]
+        if params.num_beams > 1 and isinstance(mode, SelfSpeculative):
+            mode = Exit(3)
+        requests.append((source, params, mode))
+    return requests
+
+
+def tokens(output):
+    return [completion.token_ids for completion in output.outputs]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    engine = new_engine(folder, prefix_caching=False, backend="reference")
+    requests = mixed_requests(32)
+    return requests, [tokens(engine.generate([p], s, m)[0]) for p, s, m in requests]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"backend": "reference", "block_size": 5},
+        {"block_size": 4, "max_num_batched_tokens": 9, "max_batch_size": 7},
+        {"block_size": 2, "kv_cache_memory": 90 * 4 * 2 * 2 * 64 * 4},
+    ],
+    ids=["plain", "reference", "few tokens a step", "preempted"],
+)
+def test_a_batch_gives_each_request_what_it_gets_alone(folder, alone, options):
+    engine = new_engine(folder, **options)
+    requests, wanted = alone
+    outputs = engine.generate(*map(list, zip(*requests, strict=True)))
+    assert [tokens(output) for output in outputs] == wanted
+    assert engine.stats().num_free_kv_blocks == engine.stats().num_kv_blocks
+    assert bool(engine.stats().num_preemptions) == ("kv_cache_memory" in options)
+    engine._scheduler.check_integrity()
+
+
+def test_equal_beginnings_after_other_sources_share_nothing(folder):
+    engine = new_engine(folder, block_size=2)
+    params = SamplingParams(max_new_tokens=9, ignore_eos=True)
+    sources = [[5, 6, 7], [300, 20]]
+    fresh = [tokens(new_engine(folder).generate([s], params)[0]) for s in sources]
+    assert [tokens(engine.generate([s], params)[0]) for s in sources * 2] == fresh * 2
+
+
+def test_an_aborted_request_gives_its_source_blocks_back(engine):
+    name = engine.add_request([5] * 40, SamplingParams(max_new_tokens=30, ignore_eos=True, n=1))
+    engine.step()
+    assert engine.stats().num_free_kv_blocks < engine.stats().num_kv_blocks - 2
+    assert engine.abort(name).outputs[0].finish_reason is FinishReason.ABORT
+    assert engine.stats().num_free_kv_blocks == engine.stats().num_kv_blocks
+
+
+def test_self_speculation_gives_the_tokens_of_its_target(engine):
+    params = SamplingParams(max_new_tokens=30)
+    for target in (Original(), Exit(3), Contrast(4, 2)):
+        plain = engine.generate([[9, 8, 7, 6]], params, target)[0]
+        drafted = engine.generate([[9, 8, 7, 6]], params, SelfSpeculative(1, target=target))[0]
+        assert tokens(drafted) == tokens(plain)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_forced_tokens_begin_and_end_outputs_as_in_transformers(engine, num_beams):
+    theirs = transformers.BartForConditionalGeneration.from_pretrained(BART).eval()
+    source = [7, 50, 120, 9]
+    wanted = theirs.generate(
+        torch.tensor([source]),
+        max_new_tokens=8,
+        num_beams=num_beams,
+        forced_bos_token_id=33,
+        forced_eos_token_id=44,
+        do_sample=False,
+    )[0].tolist()
+    params = SamplingParams(
+        max_new_tokens=8, num_beams=num_beams, forced_bos_token_id=33, forced_eos_token_id=44
+    )
+    found = engine.generate([source], params)[0].outputs[0].token_ids
+    assert [2, *found] == wanted
+    assert (found[0], found[-1], len(found)) == (33, 44, 8)
+
+
+def test_the_token_forced_by_the_checkpoint_ends_full_outputs(engine):
+    source = [9, 8, 7]
+    forced = engine.generate([source], SamplingParams(max_new_tokens=5))[0].outputs[0]
+    free = engine.generate([source], SamplingParams(max_new_tokens=5, ignore_eos=True))[0]
+    assert forced.token_ids[-1] == 2
+    assert free.outputs[0].token_ids[-1] != 2
+
+
+@pytest.mark.parametrize(
+    ("source", "params", "message"),
+    [
+        ([], {}, "prompt is empty"),
+        ([5] * 65, {}, "65 tokens: the encoder of this model reads 64"),
+        ([5, 400], {}, r"prompt\[1\]=400"),
+        ([5], {"prompt_logprobs": 1}, "the encoder reads the prompt"),
+        ([5], {"forced_bos_token_id": 400}, "forced_bos_token_id: token 400"),
+    ],
+)
+def test_what_cannot_run_is_named(engine, source, params, message):
+    with pytest.raises(ValueError, match=message):
+        engine.generate([source], SamplingParams(max_new_tokens=2, **params))
+
+
+def test_what_needs_a_single_text_is_refused_by_name(engine):
+    with pytest.raises(ValueError, match="encoder-decoder scores \\(source, target\\) tuples"):
+        engine.score([[1, 2, 3]])
+    with pytest.raises(ValueError, match="this reads one text"):
+        engine.logits([1, 2, 3])
+    with pytest.raises(ValueError, match=r"items\[0\]\[1\] has 64 tokens: .* 63"):
+        engine.score([([1], [5] * 64)])
+
+
+def test_a_source_that_can_never_fit_is_named(folder):
+    engine = new_engine(folder, block_size=2, kv_cache_memory=20 * 4 * 2 * 2 * 64 * 4)
+    with pytest.raises(ValueError, match="beside a source of 40 .* need 25 KV blocks"):
+        engine.generate([[5] * 40], SamplingParams(max_new_tokens=9))
+
+
+def test_the_output_shows_the_source_as_its_prompt(engine):
+    output = engine.generate(["abc"], SamplingParams(max_new_tokens=4))[0]
+    assert output.prompt == "abc"
+    assert output.prompt_token_ids == engine.tokenizer("abc")["input_ids"]
+
+
+def test_the_command_line_generates(folder):
+    ran = CliRunner().invoke(
+        app,
+        ["generate", "abc", "--model", str(folder), "--architecture", "bart"]
+        + ["--max-new-tokens", "5"],
+    )
+    assert ran.exit_code == 0, ran.output
