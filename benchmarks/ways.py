@@ -14,6 +14,7 @@ from report import alternate, median
 from roster import Peer, is_installed, python_of, start_peer
 
 from multiexit_engine import _C, DecodingMode, Engine, SamplingParams
+from multiexit_engine.checkpoint.huge_pages import HugePages
 
 KV_BYTES = 512 << 20
 READS_PER_TURN = 4
@@ -139,8 +140,11 @@ def start_peers(
 
 
 def plain_read_way() -> tuple[Way, int]:
-    """Numbers summed as they stream by, with the bytes of one turn: the ceiling of this machine."""
-    numbers = torch.ones(64 << 20)
+    """Numbers summed as they stream by, with the bytes of one turn: the ceiling of this machine.
+
+    They lie in huge pages, as the engine's weights do; ordinary ones are some 6 % slower to read.
+    """
+    numbers = HugePages().empty(torch.Size((64 << 20,)), torch.float32).fill_(1)
     threads = torch.get_num_threads()
 
     def run() -> Answer:
