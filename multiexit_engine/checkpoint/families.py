@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +29,7 @@ class Family:
         windows: the attention window of each layer, from a transformers config.
         layers: name of the field that counts the layers of the decoder.
         heads: name of the field that counts the attention heads of the decoder.
+        positions: the longest text of a transformers config.
         encoder: the encoder of a transformers config; None for a decoder-only family.
         config_type: model type of transformers' config class, where it is not the family's own.
     """
@@ -37,6 +39,7 @@ class Family:
     windows: Callable[[Any], tuple[int | None, ...]]
     layers: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
+    positions: Callable[[Any], int] = attrgetter("max_position_embeddings")
     encoder: Callable[[Any], EncoderConfig] | None = None
     config_type: str | None = None
 
@@ -80,6 +83,24 @@ def _qwen_windows(config: Any) -> tuple[int | None, ...]:
     return tuple(known[kind] for kind in kinds)
 
 
+def _t5_windows(config: Any) -> tuple[int | None, ...]:
+    return (None,) * int(config.num_decoder_layers)
+
+
+def _t5_positions(config: Any) -> int:
+    """Distances have no end; texts of the published models' training had 512 tokens."""
+    return int(getattr(config, "n_positions", None) or 512)
+
+
+def _t5_encoder(config: Any) -> EncoderConfig:
+    return EncoderConfig(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        head_dim=config.d_kv,
+        max_source_len=_t5_positions(config),
+    )
+
+
 _BART = Family(
     "model.",
     "model.shared.weight",
@@ -96,6 +117,15 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("model.", "model.embed_tokens.weight", _qwen_windows),
     "qwen3": Family("model.", "model.embed_tokens.weight", _qwen_windows),
     "bart": _BART,
+    "t5": Family(
+        "",
+        "shared.weight",
+        _t5_windows,
+        layers="num_decoder_layers",
+        heads="num_heads",
+        positions=_t5_positions,
+        encoder=_t5_encoder,
+    ),
     "elmer": replace(_BART, config_type="bart"),
 }
 
@@ -123,10 +153,10 @@ def read_model_config(model_type: str, values: dict[str, Any]) -> ModelConfig:
             num_heads=num_heads,
             num_kv_heads=_num_kv_heads(config, num_heads),
             head_dim=head_dim,
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=family.positions(config),
             attention_windows=family.windows(config),
             tie_word_embeddings=config.tie_word_embeddings,
-            bos_token_id=config.bos_token_id,
+            bos_token_id=getattr(config, "bos_token_id", None),
             pad_token_id=config.pad_token_id,
             rope=read_rope(config, head_dim) if rotary else None,
             encoder=None if family.encoder is None else family.encoder(config),
@@ -164,8 +194,9 @@ def _check_sizes(config: Any, family: Family) -> None:
     names = ["vocab_size", "hidden_size", family.layers, family.heads]
     if family.encoder is not None:
         names += ["num_hidden_layers", "num_attention_heads"]
-    for name in (*names, "max_position_embeddings"):
-        value = getattr(config, name)
+    sizes = {name: getattr(config, name) for name in names}
+    sizes["max_position_embeddings"] = family.positions(config)
+    for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise CheckpointError(f"config.json: {name}={value!r} must be an integer, 1 or more")
 

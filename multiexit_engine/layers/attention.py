@@ -13,6 +13,7 @@ from multiexit_engine.layers.linear import Linear
 from multiexit_engine.layers.norm import RMSNorm
 from multiexit_engine.layers.rotary import Rotary
 from multiexit_engine.ops.attention import paged_attention
+from multiexit_engine.ops.biased_attention import biased_paged_attention
 from multiexit_engine.ops.kv import write_kv
 from multiexit_engine.ops.packed_attention import packed_attention
 
@@ -29,6 +30,7 @@ class SelfAttention(nn.Module):
         rotary: turns queries and keys, where positions are not in the embedding.
         query_norm: of each query head, before the rotation.
         key_norm: of each key head, before the rotation.
+        bias: [heads, reach] for distances, as ``biased_paged_attention`` wants it.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class SelfAttention(nn.Module):
         rotary: Rotary | None = None,
         query_norm: RMSNorm | None = None,
         key_norm: RMSNorm | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.bias = bias
         self.layer = layer
         self.head_dim = config.head_dim
         self.widths = [n * config.head_dim for n in (config.num_heads, *2 * (config.num_kv_heads,))]
@@ -83,7 +87,12 @@ class SelfAttention(nn.Module):
             query, key = self.rotary(query, key, batch.positions)
         key_cache, value_cache = kv_cache.key(self.layer), kv_cache.value(self.layer)
         write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
-        attended = paged_attention(
-            query, key_cache, value_cache, batch.layout, self.scale, self.window
-        )
+        if self.bias is None:
+            attended = paged_attention(
+                query, key_cache, value_cache, batch.layout, self.scale, self.window
+            )
+        else:
+            attended = biased_paged_attention(
+                query, key_cache, value_cache, batch.layout, self.scale, self.bias
+            )
         return self.output(attended.flatten(1))  # type: ignore[no-any-return]

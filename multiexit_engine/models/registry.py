@@ -15,6 +15,7 @@ from multiexit_engine.models.elmer import build_elmer
 from multiexit_engine.models.gpt2 import build_gpt2
 from multiexit_engine.models.gpt_neo import build_gpt_neo
 from multiexit_engine.models.llama import build_llama
+from multiexit_engine.models.t5 import build_t5
 from multiexit_engine.quantization import Quantization
 
 BUILDERS: dict[str, Callable[[ModelConfig, TensorLoader], MultiExitModel]] = {
@@ -25,6 +26,7 @@ BUILDERS: dict[str, Callable[[ModelConfig, TensorLoader], MultiExitModel]] = {
     "qwen2": build_llama,
     "qwen3": build_llama,
     "bart": build_bart,
+    "t5": build_t5,
     "elmer": build_elmer,
 }
 

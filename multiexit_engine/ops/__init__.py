@@ -2,6 +2,10 @@
 
 from multiexit_engine.ops.activation import activation, gated_activation
 from multiexit_engine.ops.attention import paged_attention
+from multiexit_engine.ops.biased_attention import (
+    biased_packed_attention,
+    biased_paged_attention,
+)
 from multiexit_engine.ops.blocks import decoder_blocks
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.dola import js_divergences, relative_top_logits
@@ -21,6 +25,8 @@ __all__ = [
     "HeadStatistics",
     "Op",
     "activation",
+    "biased_packed_attention",
+    "biased_paged_attention",
     "contrast_heads",
     "contrast_logits",
     "contrast_tokens",

@@ -142,6 +142,18 @@ BART = {
     "decoder_ffn_dim": 56,
     "max_position_embeddings": 40,
 }
+T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 48,
+    "d_kv": 12,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_decoder_layers": 4,
+    "num_heads": 3,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 11,
+    "decoder_start_token_id": 0,
+}
 ENCODER_DECODERS: dict[str, tuple[str, dict]] = {
     "bart": ("bart", BART),
     "bart with every switch": (
@@ -152,6 +164,11 @@ ENCODER_DECODERS: dict[str, tuple[str, dict]] = {
             "activation_function": "relu",
             "tie_word_embeddings": False,
         },
+    ),
+    "t5": ("t5", T5),
+    "t5 gated and untied": (
+        "t5",
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
 }
 

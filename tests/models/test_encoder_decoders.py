@@ -144,6 +144,8 @@ def test_decoder_logits_equal_transformers_however_targets_are_cut(pair, chunk):
 
 def test_one_pass_equals_transformers_without_its_causal_mask(pair):
     theirs, ours = pair
+    if ours.config.model_type == "t5":
+        pytest.skip("T5 is not run in one pass")
     token_ids, target_lens = packed(TARGETS)
     with torch.inference_mode():
         positions = torch.cat([torch.arange(count) for count in target_lens])
