@@ -27,7 +27,7 @@ Decoding = Annotated[
     str,
     typer.Option(
         help="original, exit:LAYER, contrast:UPPER,LOWER[,alpha=0.1], dola:LAYERS or "
-        "self_speculative:EXIT[,target=MODE(...)]; see `info`."
+        "self_speculative:EXIT[,target=MODE(...)]; with ELMER's decoder parallel:EXIT; see `info`."
     ),
 ]
 
