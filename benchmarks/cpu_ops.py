@@ -21,7 +21,14 @@ from torch.nn import functional
 
 from multiexit_engine import _C
 from multiexit_engine.batch import SequenceLayout
-from multiexit_engine.ops import contrast_tokens, head_tokens, linear, paged_attention, use_backend
+from multiexit_engine.ops import (
+    contrast_tokens,
+    head_statistics,
+    head_tokens,
+    linear,
+    paged_attention,
+    use_backend,
+)
 
 HIDDEN, VOCAB = 768, 50257
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,6 +66,7 @@ def heads(dtype: torch.dtype) -> dict[str, Way]:
                 hidden, weight, hidden, lower, alpha, heat, zeros, zeros
             ),
         )
+    ways["head_statistics"] = weight.nbytes, lambda: head_statistics(hidden, weight)
     return ways
 
 
