@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from multiexit_engine import (
     Contrast,
     DoLa,
+    EarlyExit,
     Engine,
     Exit,
     FinishReason,
@@ -34,6 +35,7 @@ MODES = [
     SelfSpeculative(1, draft_len=3),
     SelfSpeculative(2, draft_len=2, target=Contrast(4, 1)),
     DoLa((1, 2)),
+    EarlyExit(0.05, layers=(1, 2)),
 ]
 
 
