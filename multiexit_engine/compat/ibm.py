@@ -230,6 +230,11 @@ class AutoMultiExitModel:
             lm_head_layer_indices=layers,
             **options,
         )
+        if engine.model_config.encoder is not None:
+            raise ValueError(
+                f"{model_name_or_path}: this interface continues prompts; the model is an "
+                "encoder-decoder, which Engine.from_pretrained opens with the same exits and modes"
+            )
         folder = str(engine.checkpoint.folder)
         config = AutoConfig.from_pretrained(folder)
         return MultiExitForCausalLM(

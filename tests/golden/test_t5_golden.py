@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from multiexit_engine import Engine, SamplingParams
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.compat.ibm import AutoMultiExitModel, MultiExitConfiguration
 from tests.golden.test_acd_golden import decoding_of
 
 FOLDER = Path(__file__).with_name("acd_t5")
@@ -173,3 +174,11 @@ def test_distributions_after_a_given_beginning_are_equal(case):
             scores = engine.score(items, decoding_of(config))
             found = torch.tensor([score.token_logprobs[-1] for score in scores])
             torch.testing.assert_close(found, wanted[tokens], atol=TOLERANCE, rtol=0)
+
+
+def test_the_ibm_interface_refuses_encoder_decoders_by_name():
+    with pytest.raises(ValueError, match="the model is an encoder-decoder"):
+        AutoMultiExitModel.from_pretrained(
+            str(FOLDER / CASES["t5_layer"]["checkpoint"]),
+            multi_exit_config=MultiExitConfiguration(use_original_head=True),
+        )
