@@ -261,8 +261,12 @@ class EngineCore:
     def _finish_scored(self, changed: dict[str, Request]) -> None:
         for request in changed.values():
             sequence = request.sequences[0]
-            is_computed = sequence.num_computed_tokens == len(request.prompt_token_ids)
-            if request.score_from is not None and is_computed and not sequence.is_finished:
+            if request.score_from is None or sequence.is_finished:
+                continue
+            # the last token is scored by the one before it: a step may not have reached it yet
+            num_tokens = len(request.prompt_token_ids)
+            is_scored = request.score_from + len(request.scored) >= num_tokens
+            if is_scored or sequence.num_computed_tokens == num_tokens:
                 self._finish(sequence, FinishReason.STOP)
 
     def _advance_beams(self, request: Request, candidates: BeamCandidates) -> None:

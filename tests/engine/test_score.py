@@ -67,3 +67,12 @@ def test_a_bad_item_is_refused(engine, item):
 def test_the_first_token_of_a_lone_text_has_no_score(engine):
     (score,) = engine.score([[5]])
     assert (score.token_logprobs, score.total) == ([None], 0)
+
+
+@pytest.mark.parametrize("step_tokens", [len(TEXT) - 1, (len(TEXT) - 1) // 2, 7, 1])
+def test_a_text_whose_last_token_stands_alone_in_a_step_is_scored(engine, folder, step_tokens):
+    # its score comes from the token before it, so the last step has nothing left to score
+    small = Engine.from_pretrained(
+        folder, dtype="float32", device="cpu", max_num_batched_tokens=step_tokens
+    )
+    assert small.score([TEXT])[0].total == pytest.approx(engine.score([TEXT])[0].total, abs=1e-4)
