@@ -15,11 +15,14 @@ constexpr int kBlockVecs = kBlock / kWidth;
 // Tokens that are multiplied as codes stream by. More of them take rows that were dequantized once
 // into the cache: from there on conversions would cost more than a store and a load.
 #if defined(MULTIEXIT_AVX512)
-constexpr int kStreamTokens = 4, kStreamRows = 4, kSingleRows = 8;
+constexpr int kStreamTokens = 8, kSingleRows = 8;
+constexpr int stream_rows(int tokens) { return tokens <= 4 ? 4 : tokens <= 6 ? 3 : 2; }
 #elif defined(MULTIEXIT_AVX2)
-constexpr int kStreamTokens = 3, kStreamRows = 2, kSingleRows = 4;
+constexpr int kStreamTokens = 3, kSingleRows = 4;
+constexpr int stream_rows(int) { return 2; }
 #else
-constexpr int kStreamTokens = 2, kStreamRows = 2, kSingleRows = 2;
+constexpr int kStreamTokens = 2, kSingleRows = 2;
+constexpr int stream_rows(int) { return 2; }
 #endif
 
 constexpr int64_t kDequantizedBytes = 64 << 10;  // a small part of the L2 cache
@@ -172,7 +175,7 @@ static inline void quantized_tile(const float* x, const QuantizedRows& rows, con
 template <class Codes, int T>
 static void quantized_tiles(const float* x, const QuantizedRows& rows, int64_t count,
                             const float* bias, float* out, int64_t out_stride) {
-  constexpr int R = T == 1 ? kSingleRows : kStreamRows;
+  constexpr int R = T == 1 ? kSingleRows : stream_rows(T);
   int64_t r = 0;
   for (; r + R <= count; r += R)
     quantized_tile<Codes, R, T>(x, rows.from(r), bias ? bias + r : nullptr, out + r, out_stride);
