@@ -1,7 +1,7 @@
 """An engine for asyncio: one thread steps, any number of coroutines wait for its pieces.
 
-Knows the engine's face; nothing of HTTP. All that touches the engine happens in its thread, all
-that touches a submission happens in the event loop.
+Knows the engine's face; nothing of HTTP. All that touches the engine happens in its thread (but
+compiling grammars, which any thread may do), all that touches a submission in the event loop.
 """
 
 from __future__ import annotations
@@ -144,6 +144,10 @@ class AsyncEngine:
         """
         loop = self._started()
         self._check_room(len(prompts))
+        if sampling is not None and sampling.structured_outputs is not None:
+            # may take a second, which no other request should wait for
+            await asyncio.to_thread(self._engine.compile_structure, sampling)
+            self._check_room(len(prompts))
         names = [f"request-{next(self._ids)}" for _ in prompts]
         submission = Submission(names, self._abort, streamed=streamed)
         now = perf_counter()

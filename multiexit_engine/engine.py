@@ -329,6 +329,14 @@ class Engine:
         self._core.add(request, streamed=streamed)
         return request.request_id
 
+    def compile_structure(self, sampling: SamplingParams) -> None:
+        """Compile the form in ``structured_outputs``, so that adding a request finds it ready.
+
+        Any thread may call it, also while the engine steps. Raises ValueError as ``generate``.
+        """
+        if sampling.structured_outputs is not None:
+            self._intake.grammars.grammar(sampling.structured_outputs)
+
     def step(self) -> list[RequestOutput]:
         """Run one step; gives the requests that it changed. Finished ones are then forgotten."""
         return self._step(lambda request: request_output(self._core, request))

@@ -24,6 +24,7 @@ from multiexit_engine.modes import (
     SelfSpeculative,
 )
 from multiexit_engine.parallel_mode import Parallel
+from multiexit_engine.structured import StructuredOutputs, structured_outputs_from
 
 __all__ = [
     "MODES",
@@ -37,6 +38,7 @@ __all__ = [
     "Parallel",
     "SamplingParams",
     "SelfSpeculative",
+    "StructuredOutputs",
     "decoding_from_json",
     "decoding_to_json",
     "parse_decoding",
@@ -86,6 +88,9 @@ class SamplingParams:
         logprobs: report this many best alternatives for each token; -1 for the whole vocabulary.
         prompt_logprobs: the same for the tokens of the prompt.
         skip_special_tokens: leave special tokens out of the text.
+        structured_outputs: the form of the text, such as {"regex": "[ab]+"} or
+            {"json": {...a schema...}}: tokens that would break it are never chosen, and the text
+            ends where it is whole. Under a limit of tokens it may end before.
     """
 
     max_new_tokens: int = 20
@@ -114,6 +119,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -133,6 +139,9 @@ class SamplingParams:
             object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         elif self.logit_bias is not None:
             raise reject("logit_bias", self.logit_bias, "None or {token id: finite number}")
+        given = self.structured_outputs
+        if given is not None and not isinstance(given, StructuredOutputs):
+            object.__setattr__(self, "structured_outputs", structured_outputs_from(given))
 
     def _check_counts(self) -> None:
         least = {
@@ -200,6 +209,8 @@ class SamplingParams:
                 f"min_new_tokens={self.min_new_tokens}: must not exceed "
                 f"max_new_tokens={self.max_new_tokens}"
             )
+        if self.structured_outputs is not None:
+            self._check_with_structure()
         if self.num_beams > 1:
             if self.temperature > 0:
                 raise reject("temperature", self.temperature, "0 under beam search (num_beams>1)")
@@ -211,6 +222,14 @@ class SamplingParams:
                 raise reject("logprobs", self.logprobs, "None under beam search: beams have scores")
         elif self.temperature == 0 and self.n > 1:
             raise reject("n", self.n, "1 when temperature=0: greedy continuations are all equal")
+
+    def _check_with_structure(self) -> None:
+        if self.num_beams > 1:
+            raise reject("num_beams", self.num_beams, "1 with structured_outputs")
+        if self.ignore_eos:
+            raise reject(
+                "ignore_eos", True, "False with structured_outputs: the form ends the text"
+            )
 
     @property
     def is_greedy(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
+from multiexit_engine.grammar import Grammar
 from multiexit_engine.outputs import FinishReason
 from multiexit_engine.params import DecodingMode, SamplingParams
 
@@ -112,6 +113,7 @@ class Sequence:
         drafted: for each output token whether it was drafted and accepted.
         confidences: for each output token of ``EarlyExit`` what its exit measured.
         acceptance: what became of its drafts.
+        grammar: what its text may go on with, where its form is given.
     """
 
     request: Request
@@ -128,6 +130,7 @@ class Sequence:
     drafted: list[bool] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
     acceptance: Acceptance = field(default_factory=Acceptance)
+    grammar: Grammar | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -166,6 +169,7 @@ class Request:
         seed: of its random numbers: the given one, or one that the engine drew.
         eos_token_ids: the model's ending tokens, none when the request ignores them.
         bad_words: what must not be generated, as token ids.
+        grammar: the beginning of its text, where its form is given.
         prompt: the text, if a text was given.
         source_token_ids: what an encoder reads; the prompt is then what the decoder begins with.
             Empty for a decoder-only model.
@@ -189,6 +193,7 @@ class Request:
     seed: int
     eos_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
     prompt: str | None = None
     source_token_ids: tuple[int, ...] = ()
     forced_bos_token_id: int | None = None

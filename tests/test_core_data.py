@@ -18,6 +18,7 @@ from multiexit_engine.params import (
     Parallel,
     SamplingParams,
     SelfSpeculative,
+    StructuredOutputs,
     decoding_from_json,
     decoding_to_json,
     parse_decoding,
@@ -53,6 +54,7 @@ REJECTED = {
     "logprobs": ("x", -2, 1.0, True),
     "prompt_logprobs": ("x", -2, 1.0, True),
     "skip_special_tokens": (1, None, "yes"),
+    "structured_outputs": (5, "x", {}, {"choice": [""]}, {"regex": 1}, {"regex": "a", "json": {}}),
 }
 ACCEPTED = {
     "max_new_tokens": (1, 10**6),
@@ -81,6 +83,7 @@ ACCEPTED = {
     "logprobs": (None, -1, 0, 5),
     "prompt_logprobs": (None, -1, 0, 5),
     "skip_special_tokens": (True, False),
+    "structured_outputs": (None, StructuredOutputs(regex="a")),
 }
 
 
@@ -110,6 +113,8 @@ def test_an_allowed_value_is_kept(name, value):
         ({"stop": "end"}, ("end",)),
         ({"stop": ["a", "b"]}, ("a", "b")),
         ({"stop": None}, ()),
+        ({"structured_outputs": {"regex": "a"}}, StructuredOutputs(regex="a")),
+        ({"structured_outputs": '{"choice": ["a"]}'}, StructuredOutputs(choice=("a",))),
         ({"stop_token_ids": [1, 2]}, (1, 2)),
         ({"bad_words": "no"}, ("no",)),
         ({"bad_words": [[1, 2], "no"]}, ((1, 2), "no")),

@@ -20,6 +20,7 @@ import typer
 
 from multiexit_engine.engine import Engine
 from multiexit_engine.params import SamplingParams
+from multiexit_engine.structured import StructuredOutputs, structured_outputs_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,8 @@ def _parsing(hint: Any) -> tuple[Any, Callable[[Any], Any], str]:
             return list[str], _biases, " Written 5=-1.5; may be repeated."
         if isinstance(origin, type) and issubclass(origin, Enum):
             return str, functools.partial(_member, origin), ""
+    if StructuredOutputs in kinds:
+        return str, structured_outputs_from, " Written as JSON."
     for plain in (bool, Path, float, int):
         if plain in kinds:
             return plain, _same, ""

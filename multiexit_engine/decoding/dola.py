@@ -5,6 +5,7 @@ Knows what the heads multiply; nothing of layers, modes or requests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -22,6 +23,7 @@ def dola_scores(
     candidates: Sequence[HeadOperands],
     relative_tops: Sequence[float],
     jsd: str,
+    allowed: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """Scores of every row against its own premature layer.
 
@@ -32,6 +34,8 @@ def dola_scores(
         candidates: of the premature heads, for the same rows; a single one is not compared.
         relative_tops: plausibility threshold of each row.
         jsd: "exact" or "reference", see ``js_divergences``.
+        allowed: for each row [vocab] bool, or None, the tokens that may be chosen, or nothing at
+            all: plausible are then those near the best of these.
 
     Returns:
         [rows, vocab] float32, see ``relative_top_logits``.
@@ -48,7 +52,8 @@ def dola_scores(
         rows = slice(start, start + at_once)
         logits = _logits([_rows(head, rows) for head in (mature, *candidates)])
         base = _most_different(logits[0], logits[1:], jsd)
-        parts.append(relative_top_logits(logits[0], base, tops[rows]))
+        mature_logits = _only(logits[0], allowed[rows])
+        parts.append(relative_top_logits(mature_logits, base, tops[rows]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -65,6 +70,16 @@ def _logits(heads: Sequence[HeadOperands]) -> Tensor:
         logits = head_logits(hidden, own[0].weight, own[0].bias)
         parts.append(logits.view(len(own), -1, logits.shape[1]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _only(logits: Tensor, allowed: Sequence[Tensor | None]) -> Tensor:
+    """[rows, vocab] logits, -inf where a token is not allowed."""
+    if all(own is None for own in allowed):
+        return logits
+    rows = zip(logits, allowed, strict=True)
+    return torch.stack(
+        [row if own is None else row.masked_fill(~own, -math.inf) for row, own in rows]
+    )
 
 
 def _most_different(mature: Tensor, candidates: Tensor, jsd: str) -> Tensor:

@@ -5,7 +5,7 @@ Follows an exit plan; knows nothing of requests, of the sampler, or of how hidde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,10 @@ class Draws(NamedTuple):
 
 
 def mode_scores(
-    plan: ExitPlan, taps: Mapping[int, Tensor], heads: ExitHeads
+    plan: ExitPlan,
+    taps: Mapping[int, Tensor],
+    heads: ExitHeads,
+    allowed: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, dict[int, str]]:
     """The distribution of every logit row in its own mode.
 
@@ -52,6 +55,8 @@ def mode_scores(
         taps: for each layer of ``plan.rows_at`` the raw block outputs [rows kept there,
             hidden_size], in the order of ``plan.rows_at``.
         heads: gives normalised hidden states and weights.
+        allowed: for each row [vocab] bool, or None, the tokens that may be chosen, or nothing at
+            all. Only DoLa looks at it: what it rules out depends on the best token.
 
     Returns:
         [rows, vocab] float32: logits of a single head, normalised log-probabilities of a contrast,
@@ -62,7 +67,7 @@ def mode_scores(
     Source: ``MultiExitMixin.forward`` of IBM's autocontrastive-gen, at every position.
     """
     failures: dict[int, str] = {}
-    parts = [_group_scores(group, plan, taps, heads, failures) for group in plan.groups]
+    parts = [_group_scores(group, plan, taps, heads, allowed, failures) for group in plan.groups]
     if len(parts) == 1:
         return parts[0], failures
     scores = parts[0].new_empty(plan.num_rows, parts[0].shape[1])
@@ -185,6 +190,7 @@ def _group_scores(
     plan: ExitPlan,
     taps: Mapping[int, Tensor],
     heads: ExitHeads,
+    allowed: Sequence[Tensor | None],
     failures: dict[int, str],
 ) -> Tensor:
     upper = heads.operands(group.upper, _hidden(group.rows, group.upper.layer, plan, taps))
@@ -193,7 +199,8 @@ def _group_scores(
             heads.operands(head, _hidden(group.rows, head.layer, plan, taps))
             for head in group.candidates
         ]
-        return dola_scores(upper, candidates, group.alphas, group.jsd)
+        own = [allowed[row] for row in group.rows] if allowed else []
+        return dola_scores(upper, candidates, group.alphas, group.jsd, own)
     if group.lower is None:
         return head_logits(*upper)
     lower = heads.operands(group.lower, _hidden(group.rows, group.lower.layer, plan, taps))

@@ -256,10 +256,14 @@ def plan_exits(modes: Sequence[DecodingMode], config: ModelConfig) -> ExitPlan:
 
 
 class ExitPlanner:
-    """``plan_exits`` of one model; keeps a few plans, since most steps run the same requests."""
+    """``plan_exits`` of one model; keeps a few plans, since most steps run the same requests.
+
+    Attributes:
+        config: of the model.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
-        self._config = config
+        self.config = config
         self._kept: dict[tuple[int, ...], tuple[list[DecodingMode], ExitPlan]] = {}
 
     def plan(self, modes: list[DecodingMode]) -> ExitPlan:
@@ -269,7 +273,7 @@ class ExitPlanner:
         if key not in self._kept:
             if len(self._kept) == KEPT_PLANS:
                 self._kept.clear()
-            self._kept[key] = modes, plan_exits(modes, self._config)
+            self._kept[key] = modes, plan_exits(modes, self.config)
         return self._kept[key][1]
 
 

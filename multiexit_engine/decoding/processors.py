@@ -29,6 +29,7 @@ class TokenRow(NamedTuple):
         eos_token_ids: tokens that may not come before ``min_new_tokens``.
         bad_words: sequences of token ids that must not be completed.
         forced_token_id: the only token that may be chosen, if there is one.
+        allowed: [vocab] bool, the only tokens that may come; None for all.
     """
 
     params: SamplingParams
@@ -38,6 +39,7 @@ class TokenRow(NamedTuple):
     eos_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     forced_token_id: int | None = None
+    allowed: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -66,8 +68,8 @@ def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
 
     In this order: logit_bias, repetition_penalty (prompt and output), presence and frequency
     penalty (output only), then -inf for tokens that would repeat an n-gram, complete a bad word or
-    end the text before min_new_tokens; last, 0 for a forced token and -inf for all others. A row's
-    result does not depend on the other rows.
+    end the text before min_new_tokens, and for those that are not allowed; last, 0 for a forced
+    token and -inf for all others. A row's result does not depend on the other rows.
 
     Args:
         scores: [rows, vocab] float32 scores of the rows' modes; left as they are.
@@ -87,8 +89,21 @@ def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     _penalise_repetition(scores, asking)
     _penalise_presence(scores, asking)
     _ban(scores, asking)
+    for index, row in asking:
+        if row.allowed is not None:
+            scores[index].masked_fill_(~row.allowed, -math.inf)
     _force(scores, asking)
     return scores
+
+
+def allowed_tokens(masks: Sequence[bytes], vocab_size: int, device: torch.device) -> Tensor:
+    """[masks, vocab] bool of bit masks: bit t % 8 of byte t // 8 is token t."""
+    if not masks:
+        return torch.empty(0, vocab_size, dtype=torch.bool, device=device)
+    bits = torch.frombuffer(bytearray().join(masks), dtype=torch.uint8)
+    bits = bits.view(len(masks), -1, 1).to(device, non_blocking=True)
+    places = torch.arange(8, dtype=torch.uint8, device=device)
+    return (bits >> places & 1).view(len(masks), -1)[:, :vocab_size].bool()
 
 
 def is_processed(row: TokenRow) -> bool:
@@ -110,6 +125,7 @@ def asks_for_processing(
         or params.no_repeat_ngram_size
         or num_output_tokens < params.min_new_tokens
         or bad_words
+        or params.structured_outputs is not None
     )
 
 

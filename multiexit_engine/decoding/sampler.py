@@ -16,7 +16,14 @@ from multiexit_engine.decoding.warpers import is_warped, warp_scores
 from multiexit_engine.ops import sample_tokens
 from multiexit_engine.params import SamplingParams
 
-__all__ = ["LogprobTensors", "TokenRow", "choose_tokens", "needs_scores", "token_logprobs"]
+__all__ = [
+    "LogprobTensors",
+    "TokenRow",
+    "choose_tokens",
+    "needs_scores",
+    "pick_tokens",
+    "token_logprobs",
+]
 
 
 class LogprobTensors(NamedTuple):
@@ -63,7 +70,14 @@ def choose_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
 
     Source: transformers' ``_sample`` with its processors; drawing by Gumbel-max.
     """
-    scores = process_scores(scores, rows)
+    return pick_tokens(process_scores(scores, rows), rows)
+
+
+def pick_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
+    """``choose_tokens`` of scores that are processed already.
+
+    A row of nothing but -inf gives some token; its score tells.
+    """
     sampled = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if not sampled:
         return scores.argmax(-1)

@@ -24,10 +24,12 @@ from multiexit_engine.decoding.exits import (
     mode_tokens,
 )
 from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner
+from multiexit_engine.decoding.processors import allowed_tokens, process_scores
 from multiexit_engine.decoding.sampler import (
     TokenRow,
     choose_tokens,
     needs_scores,
+    pick_tokens,
     token_logprobs,
 )
 from multiexit_engine.layers.exit_heads import ExitHeads
@@ -38,6 +40,7 @@ from multiexit_engine.runtime.flight import Flight
 
 NOT_A_NUMBER = "its mode gave NaN as the score of a token"
 NO_TOKEN_LEFT = "its mode and its parameters together leave no token to choose"
+NO_TOKEN_IN_FORM = "its structured_outputs and its other parameters together leave no token"
 MAX_LOGIT_ROWS = 256  # rows of a float32 [rows, vocab] tensor made at once: 51 MB at GPT-2's vocab
 
 
@@ -134,15 +137,18 @@ class TokenChooser:
         steps = range(0, len(rows), MAX_LOGIT_ROWS)
         return [self._slice(list(rows[i : i + MAX_LOGIT_ROWS])) for i in steps]
 
-    def scores(self, part: LogitSlice) -> tuple[Tensor, dict[int, str]]:
+    def scores(
+        self, part: LogitSlice, allowed: Sequence[Tensor | None] = ()
+    ) -> tuple[Tensor, dict[int, str]]:
         """See ``mode_scores``."""
-        return mode_scores(part.plan, part.taps, self._heads)
+        return mode_scores(part.plan, part.taps, self._heads, allowed)
 
     def choose(self, part: LogitSlice, output: StepOutput) -> list[tuple[LogitRow, Choice]]:
         """What each row gave; the candidates of beams go to the output."""
         if part.is_direct:
             return self._choose_directly(part)
-        scores, failures = self.scores(part)
+        allowed = self._allowed(part.rows)
+        scores, failures = self.scores(part, allowed)
         beams: dict[str, list[int]] = {}
         plain: list[int] = []
         chosen: list[tuple[LogitRow, Choice]] = []
@@ -156,7 +162,8 @@ class TokenChooser:
                 plain.append(index)
         if plain:
             rows = [part.rows[i] for i in plain]
-            chosen += zip(rows, self._choose_tokens(rows, plain, scores), strict=True)
+            own = [allowed[i] for i in plain]
+            chosen += zip(rows, self._choose_tokens(rows, plain, scores, own), strict=True)
         failed = {part.rows[i].sequence.request.request_id for i in failures}
         for request_id, indices in beams.items():
             if request_id not in failed:
@@ -172,8 +179,10 @@ class TokenChooser:
         if part.is_direct:
             draws = self._draws(part.rows)
             return draft_tokens(part.plan, part.taps, self._heads, draws, num_tokens)
-        scores, _ = self.scores(part)
-        return choose_tokens(scores, [token_row(row) for row in part.rows])
+        allowed = self._allowed(part.rows)
+        scores, _ = self.scores(part, allowed)
+        pairs = zip(part.rows, allowed, strict=True)
+        return choose_tokens(scores, [token_row(row)._replace(allowed=own) for row, own in pairs])
 
     def takes_best(self, row: LogitRow) -> bool:
         """Whether a row's token is just the best one of its mode."""
@@ -230,19 +239,24 @@ class TokenChooser:
         ]
 
     def _choose_tokens(
-        self, rows: list[LogitRow], indices: list[int], scores: Tensor
+        self,
+        rows: list[LogitRow],
+        indices: list[int],
+        scores: Tensor,
+        allowed: list[Tensor | None],
     ) -> list[Choice]:
         copies = [_num_choices(row) for row in rows]
         source = [i for i, count in zip(indices, copies, strict=True) for _ in range(count)]
         wanted = [
-            token_row(row, copy)
-            for row, count in zip(rows, copies, strict=True)
+            token_row(row, copy)._replace(allowed=own)
+            for row, count, own in zip(rows, copies, allowed, strict=True)
             for copy in range(count)
         ]
         if source != list(range(scores.shape[0])):
             scores = scores[torch.tensor(source).to(scores.device, non_blocking=True)]
-        tokens = choose_tokens(scores, wanted)
-        chosen_scores = scores.gather(1, tokens[:, None])[:, 0]
+        processed = process_scores(scores, wanted)
+        tokens = pick_tokens(processed, wanted)
+        chosen_scores = processed.gather(1, tokens[:, None])[:, 0]
         logprobs = _alternatives(scores, tokens, wanted)
         host_tokens, host_scores, *host_logprobs = _to_host([tokens, chosen_scores, *logprobs])
 
@@ -254,7 +268,7 @@ class TokenChooser:
                 choices.append(NOT_A_NUMBER)
                 continue
             if any(host_scores[i] == -math.inf for i in own):
-                choices.append(NO_TOKEN_LEFT)
+                choices.append(_why_no_token(row))
                 continue
             asked = row.sequence.request.sampling.logprobs
             choices.append([_chosen(host_tokens, host_logprobs, i, asked) for i in own])
@@ -275,6 +289,19 @@ class TokenChooser:
             output.failures[request.request_id] = NOT_A_NUMBER
             return
         output.beams.append((request, BeamCandidates(host_values, host_ids)))
+
+    def _allowed(self, rows: list[LogitRow]) -> list[Tensor | None]:
+        """[vocab] bool for each row whose text has a grammar, else None."""
+        masks: dict[int, bytes] = {}
+        for place, row in enumerate(rows):
+            if (grammar := row.sequence.grammar) is not None:
+                mask = grammar.allowed(row.drafts[: row.num_drafts])
+                if mask is not None:
+                    masks[place] = mask
+        vocab_size = self._planner.config.vocab_size
+        unpacked = allowed_tokens([*masks.values()], vocab_size, self._device)
+        found = dict(zip(masks, unpacked, strict=True))
+        return [found.get(place) for place in range(len(rows))]
 
     def _draws(self, rows: list[LogitRow]) -> Draws:
         sequences = [row.sequence for row in rows]
@@ -315,6 +342,13 @@ def sequence_seed(seed: int, index: int) -> int:
 def beam_candidate_count(request: Request, row: TokenRow) -> int:
     """Candidates per beam that always leave ``num_beams`` which do not end."""
     return max(2, 1 + len(row.eos_token_ids)) * request.sampling.num_beams
+
+
+def _why_no_token(row: LogitRow) -> str:
+    grammar = row.sequence.grammar
+    if grammar is not None and grammar.error:
+        return f"its grammar failed: {grammar.error}"
+    return NO_TOKEN_LEFT if grammar is None else NO_TOKEN_IN_FORM
 
 
 def _num_choices(row: LogitRow) -> int:

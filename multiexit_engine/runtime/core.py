@@ -72,7 +72,9 @@ class EngineCore:
         self.requests[request.request_id] = request
         if streamed:
             self.streamed.add(request.request_id)
-        request.sequences = [Sequence(request, 0, list(request.prompt_token_ids))]
+        request.sequences = [
+            Sequence(request, 0, list(request.prompt_token_ids), grammar=request.grammar)
+        ]
         if request.is_beam_search:
             self._beams[request.request_id] = self._new_beam_search(request)
         self.scheduler.add(request)
@@ -186,6 +188,9 @@ class EngineCore:
             self._append_one(sequence, chosen[0])
             return
         siblings = [self.scheduler.fork(sequence, i) for i in range(1, len(chosen))]
+        if sequence.grammar is not None:
+            for sibling in siblings:
+                sibling.grammar = sequence.grammar.fork()
         sequence.request.sequences = sequence.request.sequences + siblings
         for sibling, token in zip([sequence, *siblings], chosen, strict=True):
             self._append_one(sibling, token)
@@ -215,6 +220,8 @@ class EngineCore:
             sequence.confidences.append(token.confidence)
         self.num_generated_tokens += 1
         self.num_tokens_by_layer[sequence.exit_layers[-1]] += 1
+        if sequence.grammar is not None:
+            sequence.grammar.advance(token.token_id)
         self._follow_text(sequence, token.token_id)
         self._finish_if_ended(sequence, token.token_id)
 
@@ -240,6 +247,8 @@ class EngineCore:
             self._finish(sequence, FinishReason.STOP)
         elif text is not None and text.stop_string is not None:
             sequence.stop_reason = text.stop_string
+            self._finish(sequence, FinishReason.STOP)
+        elif sequence.grammar is not None and sequence.grammar.is_complete:
             self._finish(sequence, FinishReason.STOP)
         elif self._is_full(sequence):
             self._finish(sequence, FinishReason.LENGTH)

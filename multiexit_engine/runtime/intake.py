@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from multiexit_engine.checkpoint.calibration import read_calibrations
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.plan import resolve_mode
+from multiexit_engine.grammar import GrammarCompiler
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import DecodingMode, EarlyExit, SamplingParams, SelfSpeculative
 from multiexit_engine.request import Request
@@ -21,7 +22,11 @@ Prompt: TypeAlias = str | Sequence[int]
 
 
 class Intake:
-    """Makes checked requests for one engine."""
+    """Makes checked requests for one engine.
+
+    Attributes:
+        grammars: compiles the forms of structured outputs; any thread may use it.
+    """
 
     def __init__(
         self,
@@ -37,6 +42,9 @@ class Intake:
         self._tokenizer = tokenizer
         self._default_mode = default_mode
         self._folder = folder
+        self.grammars = GrammarCompiler(
+            tokenizer, model.config.vocab_size, model.config.eos_token_ids
+        )
         self.depth_of(default_mode)
 
     def request(
@@ -77,6 +85,7 @@ class Intake:
                 f"num_beams={sampling.num_beams}: scores of beams that left at different exits "
                 "cannot be compared; use decoding=Original() or Exit(...) for beam search"
             )
+        form = sampling.structured_outputs
         return Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -86,6 +95,7 @@ class Intake:
             seed=seed if sampling.seed is None else sampling.seed,
             eos_token_ids=() if sampling.ignore_eos else self._model_config.eos_token_ids,
             bad_words=self._bad_words(sampling),
+            grammar=None if form is None else self.grammars.grammar(form),
             prompt=prompt if isinstance(prompt, str) else None,
             source_token_ids=tuple(source),
             forced_bos_token_id=self._forced("bos", sampling),
