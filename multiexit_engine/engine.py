@@ -330,10 +330,7 @@ class Engine:
         return request.request_id
 
     def compile_structure(self, sampling: SamplingParams) -> None:
-        """Compile the form in ``structured_outputs``, so that adding a request finds it ready.
-
-        Any thread may call it, also while the engine steps. Raises ValueError as ``generate``.
-        """
+        """Compile ``structured_outputs`` for later, in any thread; raises ValueError."""
         if sampling.structured_outputs is not None:
             self._intake.grammars.grammar(sampling.structured_outputs)
 

@@ -170,6 +170,14 @@ class _StatsCollector(Collector):
                 stats.prefix_query_tokens,
             ),
             "vllm:prefix_cache_hits": ("Prompt tokens found there.", stats.prefix_hit_tokens),
+            "vllm:spec_decode_num_draft_tokens": (
+                "Drafts of self-speculation that were checked.",
+                stats.num_drafted_tokens,
+            ),
+            "vllm:spec_decode_num_accepted_tokens": (
+                "Drafts that were right.",
+                stats.num_accepted_tokens,
+            ),
             "multiexit:engine_steps": ("Steps of the engine.", stats.num_steps),
         }
         for name, (text, value) in gauges.items():

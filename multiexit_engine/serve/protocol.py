@@ -25,9 +25,9 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 # Fields of OpenAI's that clients are likely to try, and why they are not taken.
 UNSUPPORTED = {
     "suffix": "not supported: the models continue text, they do not fill it in",
-    "tools": "not supported: the server calls no tools; use response_format for JSON answers",
+    "tools": "not supported: the server calls no tools; response_format gives answers in JSON",
     "tool_choice": "not supported: the server calls no tools",
-    "functions": "not supported: the server calls no functions; use response_format",
+    "functions": "not supported: the server calls no functions; response_format gives JSON",
     "function_call": "not supported: the server calls no functions",
     "parallel_tool_calls": "not supported: the server calls no tools",
     "modalities": "not supported: text only",
@@ -51,6 +51,44 @@ class StreamOptions(Body):
     """What a stream holds beside the text."""
 
     include_usage: bool = False
+
+
+class PlainText(Body):
+    """An answer of any form."""
+
+    type: Literal["text"]
+
+
+class JsonObject(Body):
+    """An answer that is some JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    """A JSON schema as OpenAI wraps it. It is always followed strictly."""
+
+    name: Text
+    schema_: dict[Text, Any] = Field(alias="schema")
+    description: Text | None = None
+    strict: bool | None = None
+
+
+class JsonSchema(Body):
+    """An answer that follows a JSON schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class Structure(Body):
+    """The form of an answer in vLLM's words; exactly one of the fields."""
+
+    json_: dict[Text, Any] | Text | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=10_000)] | None = None
+    grammar: Text | None = None
 
 
 class SamplingBody(Body):
@@ -84,6 +122,17 @@ class SamplingBody(Body):
     num_beams: Annotated[int, Field(ge=1, le=128)] | None = None
     length_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     early_stopping: bool | Literal["never"] | None = None
+
+    response_format: (
+        Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None
+    ) = Field(None, description="The form of the answer, as OpenAI writes it.")
+    structured_outputs: Structure | None = Field(
+        None, description="The form of the answer, as vLLM writes it."
+    )
+    guided_json: dict[Text, Any] | Text | None = None
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=10_000)] | None = None
+    guided_grammar: Text | None = None
 
     decoding: dict[str, Any] | None = Field(
         None, description='Mode of this request, such as {"mode": "exit", "layer": 6}.'

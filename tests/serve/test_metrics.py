@@ -65,6 +65,14 @@ def test_exit_layers_are_a_histogram(watched):
     assert grown["multiexit:exit_layer_count",] == 7
 
 
+def test_drafts_and_those_that_were_right_are_counted(watched):
+    mode = {"mode": "self_speculative", "draft_exit": 4, "draft_len": 3}
+    body = {"prompt": "The old", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+    grown = growth(watched, decoding=mode, **body)
+    drafted = grown["vllm:spec_decode_num_draft_tokens_total",]
+    assert 0 < grown["vllm:spec_decode_num_accepted_tokens_total",] <= drafted
+
+
 def test_prefix_hits_are_counted(watched):
     prompt = "Once upon a time in a far country " * 8
     growth(watched, prompt=prompt, max_tokens=1)
