@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.checkpoint import Checkpoint, open_checkpoint
 from multiexit_engine.config import (
     BackendName,
@@ -22,7 +21,6 @@ from multiexit_engine.config import (
     ModelConfig,
     VocabularyProjectionMode,
 )
-from multiexit_engine.decoding.speculation import DraftPolicy
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.models.registry import build_model
@@ -35,6 +33,7 @@ from multiexit_engine.outputs import (
 )
 from multiexit_engine.params import DecodingMode, EarlyExit, Original, Parallel, SamplingParams
 from multiexit_engine.request import Request
+from multiexit_engine.runtime.assembly import autoregressive_core
 from multiexit_engine.runtime.core import EngineCore
 from multiexit_engine.runtime.core_protocol import Core
 from multiexit_engine.runtime.exit_readings import ExitReadings
@@ -43,8 +42,6 @@ from multiexit_engine.runtime.parallel_core import ParallelCore
 from multiexit_engine.runtime.parallel_intake import ParallelIntake
 from multiexit_engine.runtime.progress import Progress
 from multiexit_engine.runtime.report import request_output
-from multiexit_engine.runtime.runner import ModelRunner
-from multiexit_engine.runtime.scheduler import Scheduler
 from multiexit_engine.runtime.scoring import (
     ScoreItem,
     as_items,
@@ -66,45 +63,26 @@ class Engine:
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: EngineConfig,
-        decoding: DecodingMode | None,
+        self, checkpoint: Checkpoint, config: EngineConfig, decoding: DecodingMode | None
     ) -> None:
         self.config = config
         self.checkpoint = checkpoint
-        tokenizer: Any = checkpoint.load_tokenizer()
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = checkpoint.load_tokenizer()
         self._model = build_model(checkpoint, config.device, config.dtype, config.quantization)
         self._core: Core
         self._intake: Intake
         if isinstance(self._model, ElmerModel):
             mode = decoding or Parallel("soft" if self._model.has_feedback else "none")
-            self._core = ParallelCore(config, self._model, tokenizer)
-            self._intake = ParallelIntake(config, self._model, tokenizer, mode)
+            self._core = ParallelCore(config, self._model, self.tokenizer)
+            self._intake = ParallelIntake(config, self._model, self.tokenizer, mode)
         else:
-            self._core = self._autoregressive_core(tokenizer)
+            self._core = core = autoregressive_core(config, self._model, self.tokenizer)
+            self._scheduler = core.scheduler
             mode = Original() if decoding is None else decoding
-            self._intake = Intake(config, self._model, tokenizer, mode, checkpoint.folder)
+            self._intake = Intake(config, self._model, self.tokenizer, mode, checkpoint.folder)
         self._feeds = Feeds(self._core)
         self._ids = itertools.count()
         self._random = random.Random(config.seed)
-
-    def _autoregressive_core(self, tokenizer: Any) -> EngineCore:
-        config, model = self.config, self._model.config
-        kv_cache = PagedKVCache(
-            model.num_layers,
-            config.num_kv_blocks,
-            config.block_size,
-            model.num_kv_heads,
-            model.head_dim,
-            config.dtype,
-            config.device,
-        )
-        draft_policy = DraftPolicy()
-        self._scheduler = Scheduler(config, draft_policy)
-        runner = ModelRunner(self._model, kv_cache, config, draft_policy)
-        return EngineCore(config, self._scheduler, runner, tokenizer)
 
     @classmethod
     def from_pretrained(

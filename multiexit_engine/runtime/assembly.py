@@ -1,0 +1,31 @@
+"""Puts together what runs requests of models that write one token after the other."""
+
+from __future__ import annotations
+
+from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.config import EngineConfig
+from multiexit_engine.decoding.speculation import DraftPolicy
+from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.runtime.core import EngineCore
+from multiexit_engine.runtime.detokenizer import Tokenizer
+from multiexit_engine.runtime.runner import ModelRunner
+from multiexit_engine.runtime.scheduler import Scheduler
+
+
+def autoregressive_core(
+    config: EngineConfig, model: MultiExitModel, tokenizer: Tokenizer | None
+) -> EngineCore:
+    """A core with a scheduler, a runner and a KV cache of its own."""
+    shape = model.config
+    kv_cache = PagedKVCache(
+        shape.num_layers,
+        config.num_kv_blocks,
+        config.block_size,
+        shape.num_kv_heads,
+        shape.head_dim,
+        config.dtype,
+        config.device,
+    )
+    draft_policy = DraftPolicy()
+    runner = ModelRunner(model, kv_cache, config, draft_policy)
+    return EngineCore(config, Scheduler(config, draft_policy), runner, tokenizer)
