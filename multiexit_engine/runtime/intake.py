@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from multiexit_engine.checkpoint.calibration import read_calibrations
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.plan import resolve_mode
-from multiexit_engine.grammar import GrammarCompiler
+from multiexit_engine.grammar import Grammar, GrammarCompiler
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import DecodingMode, EarlyExit, SamplingParams, SelfSpeculative
 from multiexit_engine.request import Request
@@ -85,7 +85,6 @@ class Intake:
                 f"num_beams={sampling.num_beams}: scores of beams that left at different exits "
                 "cannot be compared; use decoding=Original() or Exit(...) for beam search"
             )
-        form = sampling.structured_outputs
         return Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -95,7 +94,7 @@ class Intake:
             seed=seed if sampling.seed is None else sampling.seed,
             eos_token_ids=() if sampling.ignore_eos else self._model_config.eos_token_ids,
             bad_words=self._bad_words(sampling),
-            grammar=None if form is None else self.grammars.grammar(form),
+            grammar=self._grammar(sampling),
             prompt=prompt if isinstance(prompt, str) else None,
             source_token_ids=tuple(source),
             forced_bos_token_id=self._forced("bos", sampling),
@@ -142,6 +141,17 @@ class Intake:
             return asked
         own: int | None = getattr(self._model_config, name)
         return own
+
+    def _grammar(self, sampling: SamplingParams) -> Grammar | None:
+        if sampling.structured_outputs is None:
+            return None
+        for end in ("bos", "eos"):
+            if self._forced(end, sampling) is not None:
+                raise ValueError(
+                    f"structured_outputs: forced_{end}_token_id={self._forced(end, sampling)}, of "
+                    "the request or of the model, writes a token that no form allows for"
+                )
+        return self.grammars.grammar(sampling.structured_outputs)
 
     def scoring_request(
         self,

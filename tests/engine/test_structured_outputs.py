@@ -13,6 +13,7 @@ from multiexit_engine import (
     AsyncEngine,
     Contrast,
     DoLa,
+    EarlyExit,
     Engine,
     Exit,
     Original,
@@ -52,6 +53,7 @@ MODES = [
     Contrast("original", 4, alpha=0.5),
     Contrast(6, 2, function=lambda upper, lower: upper - lower),
     DoLa((0, 2, 4), relative_top=0.9),
+    EarlyExit(0.3, layers=(2, 4)),
     SelfSpeculative(2, 4),
     SelfSpeculative(4, 3, Contrast(6, 2)),
     SelfSpeculative(2, 5, DoLa((2, 4))),
@@ -219,6 +221,12 @@ def test_a_form_that_cannot_be_compiled_is_refused_before_work(engine, value, me
     with pytest.raises(ValueError, match=message):
         engine.generate("Once", SamplingParams(structured_outputs=value))
     assert engine.stats().num_steps == steps
+
+
+def test_a_token_that_is_forced_is_refused(engine):
+    sampling = SamplingParams(structured_outputs={"regex": "a"}, forced_eos_token_id=256)
+    with pytest.raises(ValueError, match="structured_outputs: forced_eos_token_id=256"):
+        engine.generate("Once", sampling)
 
 
 @pytest.mark.parametrize("other", [{"num_beams": 2}, {"ignore_eos": True}])
