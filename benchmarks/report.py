@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -46,6 +47,12 @@ def timed(run: Callable[[], object]) -> Callable[[], float]:
 def median(values: list[float]) -> float:
     """The middle value."""
     return statistics.median(values)
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The least value that this share of the values does not exceed."""
+    ranked = sorted(values)
+    return ranked[min(len(ranked) - 1, math.ceil(share * len(ranked)) - 1)] if ranked else 0.0
 
 
 def machine() -> dict[str, Any]:

@@ -153,10 +153,11 @@ def start_peer(
     command = [os.path.abspath(python), str(SERVERS / peer.server)]
     command += [f"{name}={value}" for name, value in options.items()]
     log = checkpoint.parent / f"{peer.name}-{weights}.log"
-    return PeerProcess(command, _environment(peer, python, threads), log)
+    return PeerProcess(command, peer_environment(peer, python, threads), log)
 
 
-def _environment(peer: Peer, python: str, threads: int) -> dict[str, str]:
+def peer_environment(peer: Peer, python: str, threads: int) -> dict[str, str]:
+    """Settings with which the peer runs best on so many threads."""
     found = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if peer.name == "vllm":  # as its page on CPUs says
         found["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}" if threads > 1 else "0"
