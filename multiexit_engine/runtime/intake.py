@@ -145,11 +145,12 @@ class Intake:
     def _grammar(self, sampling: SamplingParams) -> Grammar | None:
         if sampling.structured_outputs is None:
             return None
-        for end in ("bos", "eos"):
-            if self._forced(end, sampling) is not None:
+        bos, eos = self._forced("bos", sampling), self._forced("eos", sampling)
+        for name, token in (("forced_bos_token_id", bos), ("forced_eos_token_id", eos)):
+            if token is not None:
                 raise ValueError(
-                    f"structured_outputs: forced_{end}_token_id={self._forced(end, sampling)}, of "
-                    "the request or of the model, writes a token that no form allows for"
+                    f"structured_outputs: {name}={token}, of the request or of the model, writes "
+                    "a token that no form allows for"
                 )
         return self.grammars.grammar(sampling.structured_outputs)
 
