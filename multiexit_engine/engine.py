@@ -67,19 +67,20 @@ class Engine:
     ) -> None:
         self.config = config
         self.checkpoint = checkpoint
-        self.tokenizer: Any = checkpoint.load_tokenizer()
+        tokenizer: Any = checkpoint.load_tokenizer()
+        self.tokenizer = tokenizer
         self._model = build_model(checkpoint, config.device, config.dtype, config.quantization)
         self._core: Core
         self._intake: Intake
         if isinstance(self._model, ElmerModel):
             mode = decoding or Parallel("soft" if self._model.has_feedback else "none")
-            self._core = ParallelCore(config, self._model, self.tokenizer)
-            self._intake = ParallelIntake(config, self._model, self.tokenizer, mode)
+            self._core = ParallelCore(config, self._model, tokenizer)
+            self._intake = ParallelIntake(config, self._model, tokenizer, mode)
         else:
-            self._core = core = autoregressive_core(config, self._model, self.tokenizer)
+            self._core = core = autoregressive_core(config, self._model, tokenizer)
             self._scheduler = core.scheduler
             mode = Original() if decoding is None else decoding
-            self._intake = Intake(config, self._model, self.tokenizer, mode, checkpoint.folder)
+            self._intake = Intake(config, self._model, tokenizer, mode, checkpoint.folder)
         self._feeds = Feeds(self._core)
         self._ids = itertools.count()
         self._random = random.Random(config.seed)
