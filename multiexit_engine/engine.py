@@ -110,7 +110,7 @@ class Engine:
         """An engine on a checkpoint.
 
         Args:
-            model: a local folder, a hub id, or "demo", the model that ships with the package.
+            model: a local folder, a hub id, or "demo" or "demo-elmer", which ship with the package.
             device: "auto" takes a CUDA device if there is one, else the CPU.
             dtype: "auto" takes the checkpoint's own; on a CPU float16 becomes float32, and so does
                 bfloat16 where the CPU has no instructions for it. Else "float32", "bfloat16",

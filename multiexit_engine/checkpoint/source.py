@@ -10,7 +10,8 @@ from huggingface_hub import snapshot_download
 
 from multiexit_engine.errors import CheckpointError
 
-DEMO = Path(__file__).parents[1] / "assets" / "demo"
+SHIPPED = ("demo", "demo-elmer")
+ASSETS = Path(__file__).parents[1] / "assets"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TOKENIZER_FILES = ("*.txt", "*.model", "*.jinja")
 _SAFETENSORS = ("model.safetensors", "model-*.safetensors")
@@ -24,29 +25,30 @@ def checkpoint_folder(name_or_path: str | Path, revision: str | None = None) -> 
     and weights are fetched, pickles (``.bin``) only where there are no safetensors, code never.
 
     Args:
-        name_or_path: "demo", a folder, or a hub id such as "ibm/gpt2-medium-multiexit".
+        name_or_path: "demo", "demo-elmer", a folder, or a hub id ("ibm/gpt2-medium-multiexit").
         revision: branch, tag or commit of a hub id.
 
     Raises:
         CheckpointError: there is no such folder, or the hub does not give it.
         ValueError: a revision of something that is not on the hub.
     """
-    folder = DEMO if name_or_path == "demo" else Path(name_or_path).expanduser()
+    is_shipped = name_or_path in SHIPPED
+    folder = ASSETS / name_or_path if is_shipped else Path(name_or_path).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r}: {folder} is a local folder; only hub ids have revisions"
             )
         return folder
-    if name_or_path == "demo":
-        raise CheckpointError(f"the demo model is not installed: there is no folder {DEMO}")
+    if is_shipped:
+        raise CheckpointError(f"{name_or_path} is not installed: there is no folder {folder}")
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file: give the folder that holds it")
     name = os.fspath(name_or_path)
     if isinstance(name_or_path, Path) or not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise CheckpointError(
-            f"there is no folder {name!r}; allowed are 'demo', a folder with config.json, or a "
-            "hub id such as 'ibm/gpt2-medium-multiexit'"
+            f"there is no folder {name!r}; allowed are 'demo', 'demo-elmer', a folder with "
+            "config.json, or a hub id such as 'ibm/gpt2-medium-multiexit'"
         )
     return _from_hub(name, revision)
 

@@ -5,6 +5,7 @@ It knows decoding, text and the metrics' libraries. It does not know training or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -77,8 +78,11 @@ def reference_length(num_source: int, num_target: int) -> int:
 
 
 def source_length(ratio: float, limit: int) -> Length:
-    """So many positions for each token of the source, as somebody without a reference must."""
-    return lambda num_source, num_target: min(limit, max(1, round(ratio * num_source)))
+    """So many positions for each token of the source, as somebody without a reference must.
+
+    Rounded up, as the engine's `Parallel(length=ratio)` does.
+    """
+    return lambda num_source, num_target: min(limit, max(1, math.ceil(ratio * num_source - 1e-9)))
 
 
 def write(

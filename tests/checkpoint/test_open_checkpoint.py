@@ -225,15 +225,19 @@ def test_a_hub_out_of_reach_says_what_to_do(monkeypatch):
         open_checkpoint("ibm/model")
 
 
-def test_a_missing_demo_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "DEMO", tmp_path / "demo")
-    with pytest.raises(CheckpointError, match="demo model is not installed"):
-        open_checkpoint("demo")
+@pytest.mark.parametrize("name", source.SHIPPED)
+def test_a_missing_demo_says_so(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(source, "ASSETS", tmp_path)
+    with pytest.raises(CheckpointError, match=f"{name} is not installed"):
+        open_checkpoint(name)
 
 
 def test_the_demo_is_the_folder_in_the_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "DEMO", write(tmp_path))
-    assert open_checkpoint("demo").folder == tmp_path
+    monkeypatch.setattr(source, "ASSETS", tmp_path)
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    write(folder)
+    assert open_checkpoint("demo").folder == folder
 
 
 def test_no_tokenizer_files_give_none(tmp_path):

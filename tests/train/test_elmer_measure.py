@@ -39,4 +39,4 @@ def test_words_of_another_case_are_no_repeats() -> None:
 
 
 def test_a_length_by_the_source_never_exceeds_the_limit() -> None:
-    assert [source_length(1.2, 20)(number, 0) for number in (0, 1, 10, 30)] == [1, 1, 12, 20]
+    assert [source_length(1.2, 20)(number, 0) for number in (0, 1, 10, 30)] == [1, 2, 12, 20]
