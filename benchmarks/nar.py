@@ -138,12 +138,14 @@ def elmer_soft(model: BartForConditionalGeneration, concat: Tensor, sources: Ten
     tokens[:, 0] = BOS
     hidden = decoder.embed_tokens(tokens) + decoder.embed_positions(tokens)
     hidden = decoder.layernorm_embedding(hidden)
+    # without a mask transformers would make it causal
+    everything = hidden.new_zeros(len(sources), 1, TARGET_LEN, TARGET_LEN)
     for place, layer in enumerate(decoder.layers):
         if place:
             guesses = model.lm_head(hidden).argmax(-1)
             pair = torch.cat([hidden, model.model.shared(guesses)], -1)
             hidden = torch.nn.functional.linear(pair, concat)
-        found = layer(hidden, encoder_hidden_states=encoded)
+        found = layer(hidden, everything, encoder_hidden_states=encoded)
         hidden = found[0] if isinstance(found, tuple) else found
     return (model.lm_head(hidden) + model.final_logits_bias).argmax(-1)
 
