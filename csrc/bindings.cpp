@@ -31,7 +31,7 @@ void linear(int threads, Address x, int64_t tokens, const Matrix& weight, Addres
   const int64_t size = tokens * weight.rows;
   float* result =
       is_float ? at(out) : Scratch::of_this_thread().room(Scratch::kWide, size);
-  multiply(threads, input, tokens, {weight, at(bias)}, result, [](int64_t, int64_t) {});
+  multiply(threads, input, tokens, {weight, at(bias)}, result, kNothingMore);
   if (!is_float) kernels().from_float(result, at<void>(out), kind, size);
 }
 

@@ -48,7 +48,7 @@ class Runner {
     const float* normed = normalised(block.attention_norm, block.qkv.weight.columns);
     const int64_t width = block.qkv.weight.rows;
     float* qkv = scratch_.room(Scratch::kWide, tokens_ * width);
-    multiply(threads_, normed, tokens_, block.qkv, qkv, [](int64_t, int64_t) {});
+    multiply(threads_, normed, tokens_, block.qkv, qkv, kNothingMore);
     in_chunks(threads_, tokens_, kRowsOfChunk, [&](int64_t first, int64_t count, int) {
       for (int64_t t = first; t < first + count; ++t)
         place_token(block, cache, qkv + t * width, rows_.positions[t], rows_.slots[t]);
@@ -88,10 +88,11 @@ class Runner {
   void add_product(const float* x, const Linear& linear) {
     const int64_t size = linear.weight.rows;
     float* product = scratch_.room(Scratch::kNormed, tokens_ * size);
-    multiply(threads_, x, tokens_, linear, product, [&](int64_t first, int64_t count) {
-      for (int64_t t = 0; t < tokens_; ++t)
+    const auto add = [&](int64_t token, int64_t many, int64_t first, int64_t count) {
+      for (int64_t t = token; t < token + many; ++t)
         kernels().add(product + t * size + first, residual_ + t * size + first, count);
-    });
+    };
+    multiply(threads_, x, tokens_, linear, product, add);
   }
 
   const int threads_;

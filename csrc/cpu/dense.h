@@ -22,6 +22,10 @@ inline int64_t rows_of_chunk(const Matrix& weight, int64_t tokens) {
   return std::max<int64_t>(12, bytes / row_bytes / 12 * 12);
 }
 
+// Tokens that are multiplied with the whole matrix before the next ones are: what each of its rows
+// reads again stays in the cache.
+constexpr int64_t kSlabTokens = 256;
+
 // Calls body(first, count) for chunks of `total` things, `size` at a time.
 template <class Body>
 void in_chunks(int threads, int64_t total, int64_t size, Body&& body) {
@@ -36,7 +40,8 @@ inline const void* input_of(int threads, const float* x, int64_t tokens, const M
   const Kernels& k = kernels();
   const DType dtype = k.input_dtype(weight.dtype);
   if (dtype == DType::kFloat32) return x;
-  auto* rounded = Scratch::of_this_thread().room<char>(slot, tokens * weight.columns * size_of(dtype));
+  const int64_t bytes = tokens * weight.columns * size_of(dtype);
+  auto* rounded = Scratch::of_this_thread().room<char>(slot, bytes);
   in_chunks(threads, tokens, 16, [&](int64_t first, int64_t count, int) {
     const int64_t start = first * weight.columns;
     k.from_float(x + start, rounded + start * size_of(dtype), dtype, count * weight.columns);
@@ -44,16 +49,27 @@ inline const void* input_of(int threads, const float* x, int64_t tokens, const M
   return rounded;
 }
 
-// out[t, :] = x[t] @ weight.T + bias; then(first, count) runs for each finished span of columns.
+// For `multiply` where nothing follows.
+inline constexpr auto kNothingMore = [](int64_t, int64_t, int64_t, int64_t) {};
+
+// out[t, :] = x[t] @ weight.T + bias; then(token, tokens, first, count) runs for each finished
+// rectangle: of so many tokens the columns [first, first + count).
 template <class Then>
 void multiply(int threads, const float* x, int64_t tokens, const Linear& linear, float* out,
               Then&& then) {
   const Kernels& k = kernels();
-  const int64_t rows = linear.weight.rows;
-  const void* input = input_of(threads, x, tokens, linear.weight);
-  in_chunks(threads, rows, rows_of_chunk(linear.weight, tokens), [&](int64_t first, int64_t count, int) {
-    k.product(input, tokens, linear.weight, first, count, linear.bias, out + first, rows);
-    then(first, count);
+  const Matrix& weight = linear.weight;
+  const auto* input = static_cast<const char*>(input_of(threads, x, tokens, weight));
+  const int64_t token_bytes = weight.columns * size_of(k.input_dtype(weight.dtype));
+  const int64_t slabs = (tokens + kSlabTokens - 1) / kSlabTokens;
+  const int64_t size = rows_of_chunk(weight, tokens), chunks = (weight.rows + size - 1) / size;
+  parallel_for(threads, slabs * chunks, [&](int64_t index, int) {
+    const int64_t slab = index / chunks, first = index % chunks * size;
+    const int64_t count = std::min(size, weight.rows - first);
+    const int64_t token = tokens * slab / slabs, many = tokens * (slab + 1) / slabs - token;
+    k.product(input + token * token_bytes, many, weight, first, count, linear.bias,
+              out + token * weight.rows + first, weight.rows);
+    then(token, many, first, count);
   });
 }
 

@@ -259,7 +259,7 @@ void choose_contrasted(int threads, const Streamed& upper, const LowerHead& lowe
 }  // namespace
 
 void head_logits(int threads, const float* hidden, int64_t rows, const Linear& head, float* out) {
-  multiply(threads, hidden, rows, head, out, [](int64_t, int64_t) {});
+  multiply(threads, hidden, rows, head, out, kNothingMore);
 }
 
 void head_tokens(int threads, const float* hidden, int64_t rows, const Linear& head,

@@ -43,7 +43,7 @@ void products() {
         const auto bias = numbers(rows);
         std::vector<float> out(tokens * rows);
         const Linear linear = {{weight.data(), DType::kFloat32, rows, columns}, bias.data()};
-        multiply(3, x.data(), tokens, linear, out.data(), [](int64_t, int64_t) {});
+        multiply(3, x.data(), tokens, linear, out.data(), kNothingMore);
         for (int64_t t = 0; t < tokens; ++t)
           for (int64_t r = 0; r < rows; ++r) {
             double sum = bias[r];
@@ -79,7 +79,7 @@ void quantized_products(int bits, int64_t group_size) {
         matrix.scales = scales.data();
         const auto x = numbers(tokens * columns);
         std::vector<float> out(tokens * rows);
-        multiply(3, x.data(), tokens, {matrix, nullptr}, out.data(), [](int64_t, int64_t) {});
+        multiply(3, x.data(), tokens, {matrix, nullptr}, out.data(), kNothingMore);
         for (int64_t t = 0; t < tokens; ++t)
           for (int64_t r = 0; r < rows; ++r) {
             double sum = 0.0;

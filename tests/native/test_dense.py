@@ -54,6 +54,15 @@ def test_product_of_a_row_is_the_same_beside_up_to_32_others(isa, dtype, inner):
     assert_same_beside_any_others(poisoned((33, inner), dtype, 0), poisoned((57, inner), dtype, 1))
 
 
+@DTYPES
+def test_product_of_a_row_is_the_same_among_hundreds(isa, threads, dtype):
+    x, weight = poisoned((601, 40), dtype, 0), poisoned((57, 40), dtype, 1)
+    whole = linear(x, weight, None)
+    assert not whole.isnan().any()
+    for start in range(0, 601, 30):
+        assert torch.equal(linear(x[start : start + 30], weight, None), whole[start : start + 30])
+
+
 def test_product_is_the_same_for_any_number_of_threads(isa, threads):
     x, weight = poisoned((9, 768), torch.float32, 0), poisoned((1031, 768), torch.float32, 1)
     torch.set_num_threads(1)
