@@ -140,7 +140,9 @@ def _show_exits(engine: Engine, output: RequestOutput) -> None:
     num_layers = engine.model_config.num_layers
     for completion in output.outputs:
         pieces = _pieces(engine, output, completion)
-        console.print(Text(output.prompt or "", "dim"), end="", soft_wrap=True)
+        # an answer does not continue its source
+        end = "" if engine.model_config.encoder is None else "\n"
+        console.print(Text(output.prompt or "", "dim"), end=end, soft_wrap=True)
         console.print(coloured_text(pieces, num_layers), soft_wrap=True)
         console.print(coloured_legend(pieces, num_layers), soft_wrap=True)
 
