@@ -70,6 +70,15 @@ def test_a_prompt_is_continued(model, engine):
     assert printed("generate", "once", "--model", model, "--max-new-tokens", 9) == wanted + "\n"
 
 
+def test_elmer_answers_in_its_own_way_where_no_mode_is_named():
+    sampling = SamplingParams(max_new_tokens=9)
+    source = "And it came to pass."
+    elmer = Engine.from_pretrained("demo-elmer")
+    wanted = elmer.generate(source, sampling)[0].outputs[0].text
+    found = printed("generate", source, "--model", "demo-elmer", "--max-new-tokens", 9)
+    assert found.strip() == wanted.strip() and wanted
+
+
 def test_json_holds_the_whole_output(model, engine):
     text = printed(
         "generate", "once", "--model", model, "--json", "--max-new-tokens", 5,

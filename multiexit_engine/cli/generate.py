@@ -24,9 +24,10 @@ from multiexit_engine.serve.offline import generate_file
 
 Model = Annotated[str, typer.Option(help="A local folder, a hub id, or 'demo'.")]
 Decoding = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="original, exit:LAYER, contrast:UPPER,LOWER[,alpha=0.1], dola:LAYERS or "
+        help="The model's own way by default; original, exit:LAYER, "
+        "contrast:UPPER,LOWER[,alpha=0.1], dola:LAYERS or "
         "self_speculative:EXIT[,target=MODE(...)]; with ELMER's decoder parallel:EXIT; see `info`."
     ),
 ]
@@ -47,7 +48,7 @@ def generate(
         ),
     ] = None,
     model: Model = "demo",
-    decoding: Decoding = "original",
+    decoding: Decoding = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object for each prompt.")] = False,
     show_exits: Annotated[
         bool, typer.Option("--show-exits", help="Colour the text by the layer that chose it.")
@@ -59,7 +60,8 @@ def generate(
     """Continue PROMPT, or every line of a file or of standard input."""
     if json and show_exits:
         raise ValueError("--json and --show-exits: give one of them")
-    params, mode = SamplingParams(**sampling), parse_decoding(decoding)
+    params = SamplingParams(**sampling)
+    mode = None if decoding is None else parse_decoding(decoding)
     if output is not None:
         if input in (None, "-") or prompt is not None or json or show_exits or exits_html:
             raise ValueError("--output: goes with --input FILE, and without PROMPT or views")
@@ -81,7 +83,8 @@ def generate(
         else:
             _show(result, with_heading=len(outputs) > 1)
     if exits_html is not None:
-        exits_html.write_text(_exits_page(loaded, outputs, f"{model}, {decoding}"), "utf-8")
+        title = model if decoding is None else f"{model}, {decoding}"
+        exits_html.write_text(_exits_page(loaded, outputs, title), "utf-8")
     if any(result.error for result in outputs):
         raise typer.Exit(USER_ERROR)
 
@@ -102,7 +105,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
 
 
 def _answer_file(
-    engine: Engine, source: Path, target: Path, sampling: dict[str, Any], mode: DecodingMode
+    engine: Engine, source: Path, target: Path, sampling: dict[str, Any], mode: DecodingMode | None
 ) -> None:
     report = generate_file(engine, source, target, sampling, mode)
     kept = f", {report.num_kept} were there before" if report.num_kept else ""
@@ -112,7 +115,7 @@ def _answer_file(
         raise typer.Exit(USER_ERROR)
 
 
-def _stream(engine: Engine, prompt: str, params: SamplingParams, mode: DecodingMode) -> None:
+def _stream(engine: Engine, prompt: str, params: SamplingParams, mode: DecodingMode | None) -> None:
     """The text as it comes; on a terminal the prompt stands before it."""
     if console.is_terminal:
         console.print(f"[dim]{escape(prompt)}[/]", end="", soft_wrap=True)

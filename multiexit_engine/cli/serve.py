@@ -23,8 +23,11 @@ def serve(
     engine: dict[str, Any],
     model: Annotated[str, typer.Argument(help="A local folder, a hub id, or 'demo'.")] = "demo",
     decoding: Annotated[
-        str, typer.Option(help="Mode of the requests that name none; see `info`.")
-    ] = "original",
+        str | None,
+        typer.Option(
+            help="Mode of the requests that name none, the model's own way by default; see `info`."
+        ),
+    ] = None,
 ) -> None:
     """Serve MODEL with OpenAI's API, until SIGTERM or SIGINT."""
     try:
@@ -35,7 +38,8 @@ def serve(
         raise ValueError(f"serve needs the package {error.name!r}: {INSTALL}") from error
     wanted = ServerSettings(**settings)
     log_as_json()
-    loaded = Engine.from_pretrained(model, decoding=parse_decoding(decoding), **engine)
+    mode = None if decoding is None else parse_decoding(decoding)
+    loaded = Engine.from_pretrained(model, decoding=mode, **engine)
     async_engine = AsyncEngine(loaded, max_requests=wanted.max_requests)
     app = create_app(async_engine, wanted, _name(model), __version__)
     raise typer.Exit(run(app, async_engine, wanted))
