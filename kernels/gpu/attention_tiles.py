@@ -13,7 +13,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _attend(
+def attend(
     query,
     positions,
     row_mask,
@@ -146,7 +146,7 @@ def short_kernel(
         mask=mask,
         other=0.0,
     )
-    output, largest, total = _attend(
+    output, largest, total = attend(
         query, context - num_queries + index, row_mask, key_ptr, value_ptr,
         table_ptr + seq * table_stride, kv_head, begin, end, scale,
         WINDOW, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
@@ -214,6 +214,23 @@ def merge_kernel(
     )
 
 
+@triton.jit
+def sequence_of_block(number, start_ptr, num_seqs, QUERIES: tl.constexpr):
+    """The sequence of a block of queries, by binary search.
+
+    Blocks are numbered so that sequence s starts at ``start[s] // queries + s``, as in vLLM.
+    """
+    low = 0
+    high = num_seqs
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(start_ptr + middle) // QUERIES + middle <= number:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def long_kernel(
     query_ptr,
@@ -238,24 +255,12 @@ def long_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One block of queries of a prefill chunk over all keys that it sees.
-
-    Blocks are numbered so that sequence s starts at ``start[s] // queries + s``, as in vLLM; a
-    binary search finds the sequence of a block.
-    """
+    """One block of queries of a prefill chunk over all keys that it sees."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     number = tl.program_id(1)
     kv_head = tl.program_id(0)
-    low = 0
-    high = num_seqs
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(start_ptr + middle) // QUERIES + middle <= number:
-            low = middle + 1
-        else:
-            high = middle
-    seq = low - 1
+    seq = sequence_of_block(number, start_ptr, num_seqs, QUERIES)
     first = tl.load(start_ptr + seq)
     num_queries = tl.load(start_ptr + seq + 1) - first
     offset = (number - (first // QUERIES + seq)) * QUERIES
@@ -279,7 +284,7 @@ def long_kernel(
     if WINDOW > 0:
         begin = tl.maximum(0, context - num_queries + offset - WINDOW + 1)
     end = tl.minimum(context, context - num_queries + offset + QUERIES)
-    output, _, total = _attend(
+    output, _, total = attend(
         query, context - num_queries + index, row_mask, key_ptr, value_ptr,
         table_ptr + seq * table_stride, kv_head, begin, end, scale,
         WINDOW, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,

@@ -14,7 +14,7 @@ _NO_TOKEN = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _tile_logits(
+def tile_logits(
     hidden_ptr,
     weight_ptr,
     rows,
@@ -128,7 +128,7 @@ def head_kernel(
         # Read before the product hides its latency; an old value is a lower bound all the same.
         seen = tl.load(running_ptr + rows, mask=row_mask, other=0.0, volatile=True)  # [BLOCK_R]
 
-    logits = _tile_logits(
+    logits = tile_logits(
         upper_ptr, upper_weight_ptr, rows, row_mask, entries, entry_mask,
         width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
     )  # fmt: skip
@@ -154,7 +154,7 @@ def head_kernel(
             keep = others & (logits >= limit[None, :])
             live = tl.max(keep.to(tl.int32), 0) > 0
             if tl.max(live.to(tl.int32), 0) > 0:
-                lower = _tile_logits(
+                lower = tile_logits(
                     lower_ptr, lower_weight_ptr, rows, row_mask,
                     entries, tl.max(keep.to(tl.int32), 1) > 0,
                     width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multiexit_engine.ops.operands import is_plain, is_streamable
+from multiexit_engine.ops.operands import is_dense, is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.quantization import QuantizedWeight, Weight, as_tensor, first_rows
 
@@ -111,6 +111,12 @@ def head_statistics(
     return HeadStatistics(tokens, *(each.masked_fill(broken, torch.nan) for each in numbers))
 
 
+head_statistics.backend(
+    "triton",
+    "multiexit_engine.kernels.head_statistics:head_statistics",
+    device="cuda",
+    supports=lambda hidden, weight, bias=None, shortlist=None: is_dense(hidden, weight),
+)
 head_statistics.backend(
     "cpu",
     "multiexit_engine._native:head_statistics",

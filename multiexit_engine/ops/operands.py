@@ -1,4 +1,4 @@
-"""What the compiled CPU backends can read; not an op."""
+"""What the compiled backends can read; not an op."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_plain(*operands: Weight) -> bool:
-    """Whether the tensors among them are of one common float type and need no gradient.
+    """Whether the CPU kernels read operands: tensors of one float type that need no gradient.
 
     Quantized weights are plain beside any type.
     """
@@ -26,4 +26,12 @@ def is_streamable(*matrices: Weight) -> bool:
     """Whether weight matrices, besides, lie row after row in memory."""
     return is_plain(*matrices) and all(
         isinstance(matrix, QuantizedWeight) or matrix.is_contiguous() for matrix in matrices
+    )
+
+
+def is_dense(*matrices: Weight) -> bool:
+    """Whether matrices are laid out and typed as the fused GPU kernels read them."""
+    return all(
+        not isinstance(m, QuantizedWeight) and m.is_contiguous() and m.dtype in _DTYPES
+        for m in matrices
     )

@@ -67,6 +67,12 @@ def _runs(
 
 
 packed_attention.backend(
+    "triton",
+    "multiexit_engine.kernels.packed_attention:packed_attention",
+    device="cuda",
+    supports=lambda query, *_: query.dtype in (torch.bfloat16, torch.float16, torch.float32),
+)
+packed_attention.backend(
     "cpu",
     "multiexit_engine._native:packed_attention",
     device="cpu",

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from multiexit_engine.ops.contrast import contrast_heads
 from multiexit_engine.ops.heads import head_logits
-from multiexit_engine.ops.operands import is_plain, is_streamable
+from multiexit_engine.ops.operands import is_dense, is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.ops.sampling import gumbel_noise
-from multiexit_engine.quantization import QuantizedWeight, Weight
+from multiexit_engine.quantization import Weight
 
 
 @register_op
@@ -158,17 +158,8 @@ def _choose(
     return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
 
 
-def _streams(*matrices: Weight) -> bool:
-    """Whether matrices are laid out and typed as the fused kernels read them."""
-    kinds = (torch.bfloat16, torch.float16, torch.float32)
-    return all(
-        not isinstance(m, QuantizedWeight) and m.is_contiguous() and m.dtype in kinds
-        for m in matrices
-    )
-
-
 def _head_streams(hidden: Tensor, weight: Weight, *_: object, **__: object) -> bool:
-    return _streams(hidden, weight)
+    return is_dense(hidden, weight)
 
 
 def _heads_stream(
@@ -179,7 +170,7 @@ def _heads_stream(
     *_: object,
     **__: object,
 ) -> bool:
-    return _streams(upper_hidden, upper_weight, lower_hidden, lower_weight)
+    return is_dense(upper_hidden, upper_weight, lower_hidden, lower_weight)
 
 
 head_tokens.backend(

@@ -20,7 +20,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from multiexit_engine.kernels import attention, attention_tiles, head_finish, head_tiles, heads, kv
+from multiexit_engine.kernels import (
+    attention,
+    attention_tiles,
+    head_finish,
+    head_statistics,
+    head_tiles,
+    heads,
+    kv,
+    packed_attention,
+)
 from multiexit_engine.kernels.launch import options
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -31,10 +40,11 @@ DIVISIBLE = {"width", "query_stride", "key_stride", "value_stride"}
 TYPES = {
     **dict.fromkeys(("alpha_ptr", "temperature_ptr", "running_ptr", "tile_stat_ptr"), "*fp32"),
     **dict.fromkeys(("candidate_logit_ptr", "candidate_score_ptr", "logprob_ptr"), "*fp32"),
-    **dict.fromkeys(("partial_ptr", "weight_ptr"), "*fp32"),
+    **dict.fromkeys(("partial_ptr", "weight_ptr", "number_ptr"), "*fp32"),
     **dict.fromkeys(("seed_ptr", "position_ptr", "token_ptr", "slot_ptr"), "*i64"),
     **dict.fromkeys(("count_ptr", "listed_ptr", "tile_token_ptr"), "*i32"),
     **dict.fromkeys(("table_ptr", "start_ptr", "context_ptr"), "*i32"),
+    **dict.fromkeys(("query_start_ptr", "key_start_ptr"), "*i32"),
     "scale": "fp32",
 }
 
@@ -74,6 +84,39 @@ def shipped(capability: int) -> Iterator[Shipped]:
                     },
                     options(config.num_warps, config.max_registers),
                 )
+            config = heads.head_config(rows, dtype)
+            yield Shipped(
+                f"statistics rows={rows}",
+                head_statistics.statistics_kernel,
+                dtype,
+                {
+                    "bias_ptr": None,
+                    "EVEN": 1024 % config.block_k == 0,
+                    "HAS_BIAS": False,
+                    "BLOCK_V": config.block_v,
+                    "BLOCK_R": config.block_r,
+                    "BLOCK_K": config.block_k,
+                    "STAGES": config.num_stages,
+                },
+                options(config.num_warps, config.max_registers),
+            )
+        for head_dim in (64, 128):
+            tiles = packed_attention.packed_config(head_dim, dtype)
+            yield Shipped(
+                f"packed heads=16x{head_dim}",
+                packed_attention.packed_kernel,
+                dtype,
+                {
+                    "HEADS": 16,
+                    "HEAD_DIM": head_dim,
+                    "ONE_PAGE": packed_attention.ONE_PAGE,
+                    "BLOCK_M": tiles.block_m,
+                    "BLOCK_N": tiles.block_n,
+                    "BLOCK_D": head_dim,
+                    "STAGES": tiles.num_stages,
+                },
+                options(tiles.num_warps, tiles.max_registers),
+            )
         for num_heads, kv_heads, head_dim, window in (
             (16, 16, 64, 0),
             (12, 12, 64, 256),
@@ -84,6 +127,13 @@ def shipped(capability: int) -> Iterator[Shipped]:
             yield from _attention(dtype, num_heads, kv_heads, head_dim, window, overlap)
     tail = {"TILES": 4096, "OVERLAP": overlap}
     yield Shipped("head finish", head_finish.head_finish_kernel, DTYPES[0], tail, options(4))
+    yield Shipped(
+        "statistics finish",
+        head_statistics.statistics_finish_kernel,
+        DTYPES[0],
+        {"TILES": 4096},
+        options(4),
+    )
     yield Shipped(
         "contrast finish",
         head_finish.contrast_finish_kernel,

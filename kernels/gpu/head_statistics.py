@@ -1,0 +1,155 @@
+"""What gates ask of a head: best token, runner-up and entropy of each row, without logits.
+
+The head is streamed once for a block of rows; what a tile says of a row is six numbers, joined in
+a fixed order. Knows nothing of exits or thresholds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from multiexit_engine.kernels.head_tiles import tile_logits
+from multiexit_engine.kernels.heads import head_config
+from multiexit_engine.kernels.launch import options
+
+_NO_TOKEN = tl.constexpr(2147483647)
+_NUM_FIELDS = 4
+
+
+class HeadStatistics(NamedTuple):
+    """The fields of the op's result, which kernels do not know: all [rows]."""
+
+    tokens: Tensor
+    log_probs: Tensor
+    second_log_probs: Tensor
+    log_sum_exp: Tensor
+    entropy: Tensor
+
+
+def head_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, shortlist: int | None = None
+) -> HeadStatistics:
+    """See ``multiexit_engine.ops.heads``. Two launches; scratch of 20 bytes a row and tile."""
+    rows, width = hidden.shape
+    vocab, device = weight.shape[0] if shortlist is None else shortlist, hidden.device
+    if not 1 <= vocab <= weight.shape[0]:
+        raise ValueError(
+            f"shortlist={shortlist}: the head has {weight.shape[0]} tokens, take 1 to all of them"
+        )
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    numbers = torch.empty(_NUM_FIELDS, rows, dtype=torch.float32, device=device)
+    if rows:
+        config = head_config(rows, hidden.dtype)
+        num_tiles = triton.cdiv(vocab, config.block_v)
+        shape = (_NUM_FIELDS, rows, num_tiles)
+        fields = torch.empty(shape, dtype=torch.float32, device=device)
+        best = torch.empty(shape[1:], dtype=torch.int32, device=device)
+        statistics_kernel[(triton.cdiv(rows, config.block_r), num_tiles)](
+            hidden, weight, bias, fields, best, rows, vocab, width,
+            EVEN=width % config.block_k == 0, HAS_BIAS=bias is not None, BLOCK_V=config.block_v,
+            BLOCK_R=config.block_r, BLOCK_K=config.block_k, STAGES=config.num_stages,
+            **options(config.num_warps, config.max_registers),
+        )  # fmt: skip
+        statistics_finish_kernel[(rows,)](
+            fields, best, tokens, numbers, rows, num_tiles, vocab,
+            TILES=triton.next_power_of_2(num_tiles), **options(4),
+        )  # fmt: skip
+    return HeadStatistics(tokens, *numbers)
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocab"])
+def statistics_kernel(
+    hidden_ptr,
+    head_weight_ptr,
+    bias_ptr,
+    tile_stat_ptr,
+    tile_token_ptr,
+    num_rows,
+    vocab,
+    width,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One tile of the vocabulary for one block of rows.
+
+    Writes for each row and tile the largest logit, the next one, the sum of e = exp(logit -
+    largest), the sum of e * (logit - largest), and the first token with the largest logit.
+    """
+    tile = tl.program_id(1)
+    num_tiles = tl.num_programs(1)
+    entries = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    entry_mask = entries < vocab
+    row_mask = rows < num_rows
+    logits = tile_logits(
+        hidden_ptr, head_weight_ptr, rows, row_mask, entries, entry_mask,
+        width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+    )  # fmt: skip
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + entries, mask=entry_mask, other=0.0)  # [BLOCK_V]
+        logits += bias.to(tl.float32)[:, None]
+    logits = tl.where(entry_mask[:, None], logits, float("-inf"))
+    top = tl.max(logits, 0)  # [BLOCK_R]
+    token = tl.min(tl.where(logits == top[None, :], entries[:, None], _NO_TOKEN), 0)
+    second = tl.max(tl.where(entries[:, None] == token[None, :], float("-inf"), logits), 0)
+    # in a tile of impossible tokens -inf - -inf would be NaN
+    below = logits - tl.where(top == float("-inf"), 0.0, top)[None, :]
+    share = tl.exp(below)
+    place = rows.to(tl.int64) * num_tiles + tile
+    field = num_rows.to(tl.int64) * num_tiles
+    tl.store(tile_stat_ptr + place, top, mask=row_mask)
+    tl.store(tile_stat_ptr + field + place, second, mask=row_mask)
+    tl.store(tile_stat_ptr + 2 * field + place, tl.sum(share, 0), mask=row_mask)
+    weighted = tl.sum(tl.where(share == 0.0, 0.0, share * below), 0)
+    tl.store(tile_stat_ptr + 3 * field + place, weighted, mask=row_mask)
+    tl.store(tile_token_ptr + place, token, mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "vocab"])
+def statistics_finish_kernel(
+    tile_stat_ptr,
+    tile_token_ptr,
+    token_ptr,
+    number_ptr,
+    num_rows,
+    num_tiles,
+    vocab,
+    TILES: tl.constexpr,
+):
+    """Join the tiles of one row; a row with NaN or +inf among its logits has NaN in all sums."""
+    row = tl.program_id(0).to(tl.int64)
+    tiles = tl.arange(0, TILES)
+    mask = tiles < num_tiles
+    place = row * num_tiles + tiles
+    field = num_rows.to(tl.int64) * num_tiles
+    tops = tl.load(tile_stat_ptr + place, mask=mask, other=float("-inf"))  # [TILES]
+    seconds = tl.load(tile_stat_ptr + field + place, mask=mask, other=float("-inf"))  # [TILES]
+    sums = tl.load(tile_stat_ptr + 2 * field + place, mask=mask, other=0.0)  # [TILES]
+    weighted = tl.load(tile_stat_ptr + 3 * field + place, mask=mask, other=0.0)  # [TILES]
+    tokens = tl.load(tile_token_ptr + place, mask=mask, other=_NO_TOKEN)  # [TILES]
+    top = tl.max(tops, 0)
+    token = tl.min(tl.where(tops == top, tokens, _NO_TOKEN), 0)
+    second = tl.max(tl.where(tokens == token, seconds, tops), 0)
+    below = tops - top
+    scale = tl.exp(below)
+    total = tl.sum(sums * scale, 0)
+    lifted = tl.where(tops == float("-inf"), 0.0, scale * (weighted + sums * below))
+    log_total = tl.log(total)
+    entropy = log_total - tl.sum(lifted, 0) / total
+    entropy = tl.where(entropy < 0.0, 0.0, entropy)
+    rows = tl.num_programs(0)
+    # a row of NaN has no best token; what is stored stays a legal one
+    tl.store(token_ptr + row, tl.minimum(token, vocab - 1).to(tl.int64))
+    tl.store(number_ptr + row, -log_total)
+    tl.store(number_ptr + rows + row, (second - top) - log_total)
+    tl.store(number_ptr + 2 * rows + row, top + log_total)
+    tl.store(number_ptr + 3 * rows + row, entropy)

@@ -1,0 +1,117 @@
+"""Attention among packed sequences, nothing hidden: encoders, cross-attention, one-pass decoders.
+
+Blocks of queries as in prefill, over keys that lie in one piece. Knows nothing of caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from multiexit_engine.kernels.attention import AttentionConfig, long_config
+from multiexit_engine.kernels.attention_tiles import attend, sequence_of_block
+from multiexit_engine.kernels.launch import options
+
+# the keys of a sequence are one page of this many
+ONE_PAGE = 1 << 30
+
+
+def packed_config(head_dim: int, dtype: torch.dtype) -> AttentionConfig:
+    """Tiles of prefill; for wide heads fewer keys at once and more registers, else ptxas spills."""
+    config = long_config(1, head_dim, dtype)
+    if dtype == torch.float32 or head_dim <= 64:
+        return config
+    return config._replace(block_n=32, max_registers=168)
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_lens: Sequence[int],
+    key_lens: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """See ``multiexit_engine.ops.packed_attention``. One launch."""
+    rows, heads, head_dim = query.shape
+    if query.stride(2) != 1 or query.stride(1) != head_dim:
+        query = query.contiguous()
+    output = torch.empty(rows, heads, head_dim, dtype=query.dtype, device=query.device)
+    if not rows:
+        return output
+    config = packed_config(head_dim, query.dtype)
+    starts = torch.tensor(
+        [[0, *accumulate(query_lens)], [0, *accumulate(key_lens)]], dtype=torch.int32
+    ).to(query.device, non_blocking=True)
+    table = torch.zeros(1, dtype=torch.int32, device=query.device)
+    num_seqs = len(query_lens)
+    packed_kernel[(heads, rows // config.block_m + num_seqs)](
+        query, key.contiguous(), value.contiguous(), table, starts[0], starts[1], output, scale,
+        num_seqs, query.stride(0),
+        HEADS=heads, HEAD_DIM=head_dim, ONE_PAGE=ONE_PAGE, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        STAGES=config.num_stages, **options(config.num_warps, config.max_registers),
+    )  # fmt: skip
+    return output
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def packed_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    query_start_ptr,
+    key_start_ptr,
+    output_ptr,
+    scale,
+    num_seqs,
+    query_stride,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One block of queries of one sequence and head over all keys of the sequence."""
+    head = tl.program_id(0)
+    number = tl.program_id(1)
+    seq = sequence_of_block(number, query_start_ptr, num_seqs, BLOCK_M)
+    first = tl.load(query_start_ptr + seq)
+    num_queries = tl.load(query_start_ptr + seq + 1) - first
+    offset = (number - (first // BLOCK_M + seq)) * BLOCK_M
+    if offset >= num_queries:
+        return
+    first_key = tl.load(key_start_ptr + seq)
+    num_keys = tl.load(key_start_ptr + seq + 1) - first_key
+
+    index = offset + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    row_mask = index < num_queries
+    mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
+    row = first.to(tl.int64) + index
+    query = tl.load(  # [BLOCK_M, BLOCK_D]
+        query_ptr + (row * query_stride + head * HEAD_DIM)[:, None] + dims[None, :],
+        mask=mask,
+        other=0.0,
+    )
+    sees_all = num_keys + tl.zeros((BLOCK_M,), tl.int32)
+    place = first_key.to(tl.int64) * HEADS * HEAD_DIM
+    output, _, total = attend(
+        query, sees_all, row_mask, key_ptr + place, value_ptr + place, table_ptr, head,
+        0, num_keys, scale,
+        0, HEADS, HEAD_DIM, ONE_PAGE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
+    )  # fmt: skip
+    output = output / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(
+        output_ptr + ((row * HEADS + head) * HEAD_DIM)[:, None] + dims[None, :],
+        output.to(output_ptr.dtype.element_ty),
+        mask=mask,
+    )
