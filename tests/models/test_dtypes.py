@@ -51,13 +51,6 @@ def test_half_precision_computation_stays_near_float32(tmp_path, name, dtype):
     assert_equal_up_to_rounding(actual.float(), expected, 20 * torch.finfo(dtype).eps)
 
 
-def test_weights_that_fit_are_mapped_from_the_file_not_copied(tmp_path):
-    checkpoint = open_checkpoint(save(transformers_model(*CASES["llama"]), tmp_path))
-    model = build_model(checkpoint, CPU, torch.float32)
-    mapped = checkpoint.weights.get("model.embed_tokens.weight")
-    assert model.embedding.tokens.data_ptr() == mapped.data_ptr()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_parameter_is_contiguous_in_the_asked_dtype(tmp_path, dtype):
     checkpoint = open_checkpoint(save(transformers_model(*CASES["gpt2"]), tmp_path))
