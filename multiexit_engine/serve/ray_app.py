@@ -218,12 +218,14 @@ class Ingress:
             answer.cancel()
 
 
-def build(options: RayOptions) -> serve.Application:
+def build(options: RayOptions | dict[str, Any]) -> serve.Application:
     """An application for ``serve.run``, or for ``serve run`` with ``key=value`` arguments.
 
     Raises:
         ValueError: an option is wrong; what the model decides, it says when it is deployed.
     """
+    # Ray hands over a dict: it does not read annotations that are strings
+    options = RayOptions.model_validate(options)
     options.settings()
     options.mode()
     replicas = serve.deployment(

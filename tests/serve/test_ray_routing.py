@@ -63,3 +63,10 @@ def test_keys_are_spread_evenly():
 def test_rays_own_settings_are_refused_by_name():
     with pytest.raises(ValueError, match="'port' is Ray Serve's"):
         build(RayOptions(server={"port": 80}))
+
+
+def test_an_application_is_built_from_the_shells_words():
+    """As `serve run` hands them over."""
+    build({"model": "demo", "num_replicas": "2", "decoding": "exit:6"})
+    with pytest.raises(ValueError, match="num_replica\n"):
+        build({"num_replica": "2"})
