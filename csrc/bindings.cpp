@@ -22,17 +22,36 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void linear(int threads, Address x, int64_t tokens, const Matrix& weight, Address bias, Address out,
-            int dtype) {
-  Release nogil;
+// The product, with `then` run on each finished part of it in float32; see `multiply`.
+template <class Then>
+void product(int threads, Address x, int64_t tokens, const Matrix& weight, Address bias,
+             Address out, int dtype, Then&& then) {
   const DType kind = static_cast<DType>(dtype);
   const float* input = as_float(at<void>(x), kind, tokens * weight.columns, Scratch::kInput);
   const bool is_float = kind == DType::kFloat32;
   const int64_t size = tokens * weight.rows;
   float* result =
       is_float ? at(out) : Scratch::of_this_thread().room(Scratch::kWide, size);
-  multiply(threads, input, tokens, {weight, at(bias)}, result, kNothingMore);
+  multiply(threads, input, tokens, {weight, at(bias)}, result,
+           [&](int64_t token, int64_t many, int64_t first, int64_t count) {
+             for (int64_t t = token; t < token + many; ++t)
+               then(result + t * weight.rows + first, count);
+           });
   if (!is_float) kernels().from_float(result, at<void>(out), kind, size);
+}
+
+void linear(int threads, Address x, int64_t tokens, const Matrix& weight, Address bias, Address out,
+            int dtype) {
+  Release nogil;
+  product(threads, x, tokens, weight, bias, out, dtype, [](float*, int64_t) {});
+}
+
+void linear_activation(int threads, Address x, int64_t tokens, const Matrix& weight, Address bias,
+                       int activation, Address out, int dtype) {
+  Release nogil;
+  product(threads, x, tokens, weight, bias, out, dtype, [&](float* numbers, int64_t count) {
+    kernels().activate(numbers, nullptr, static_cast<Activation>(activation), count);
+  });
 }
 
 void norm(int threads, Address x, const Norm& norm, Address out, int64_t rows, int64_t size,
@@ -183,24 +202,29 @@ PYBIND11_MODULE(_C, m) {
                       at<int32_t>(tables), table_stride, longest_context};
       }));
   py::class_<Rows>(m, "Rows").def(
-      py::init([](const Layout& layout, Address positions, Address slots) {
-        return Rows{layout, at<int64_t>(positions), at<int64_t>(slots)};
+      py::init([](const Layout& layout, Address positions, Address slots,
+                  std::optional<Layout> sources) {
+        return Rows{layout, at<int64_t>(positions), at<int64_t>(slots), std::move(sources)};
+      }));
+  py::class_<CrossAttention>(m, "CrossAttention")
+      .def(py::init([](const Norm& norm, const Linear& query, const Linear& output, float scale) {
+        return CrossAttention{norm, query, output, scale};
       }));
   py::class_<Block>(m, "Block")
-      .def(py::init([](const Norm& attention_norm, const Linear& qkv, const Norm& query_norm,
+      .def(py::init([](bool is_post_norm, const Norm& attention_norm, const Linear& qkv, const Norm& query_norm,
                        const Norm& key_norm, Address cos, Address sin, int64_t heads,
                        int64_t kv_heads, int64_t head_dim, float scale, int64_t window,
                        const Linear& output, const Norm& mlp_norm, const Linear& up, bool is_gated,
-                       int activation, const Linear& down) {
-             return Block{attention_norm, mlp_norm, query_norm, key_norm, qkv, output, up, down,
-                          is_gated, static_cast<Activation>(activation), heads, kv_heads, head_dim,
-                          window, scale, at(cos), at(sin)};
+                       int activation, const Linear& down, std::optional<CrossAttention> cross) {
+             return Block{is_post_norm, attention_norm, mlp_norm, query_norm, key_norm, qkv, output,
+                          up, down, is_gated, static_cast<Activation>(activation), heads, kv_heads,
+                          head_dim, window, scale, at(cos), at(sin), std::move(cross)};
            }),
-           py::kw_only(), py::arg("attention_norm"), py::arg("qkv"), py::arg("query_norm"),
+           py::kw_only(), py::arg("is_post_norm"), py::arg("attention_norm"), py::arg("qkv"), py::arg("query_norm"),
            py::arg("key_norm"), py::arg("cos"), py::arg("sin"), py::arg("heads"),
            py::arg("kv_heads"), py::arg("head_dim"), py::arg("scale"), py::arg("window"),
            py::arg("output"), py::arg("mlp_norm"), py::arg("up"), py::arg("is_gated"),
-           py::arg("activation"), py::arg("down"));
+           py::arg("activation"), py::arg("down"), py::arg("cross"));
 
   py::class_<Span>(m, "Span")
       .def(py::init([](const std::vector<Block>& blocks, const std::vector<Cache>& caches) {
@@ -228,6 +252,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("shared_head_tokens", &choose_shared);
   m.def("sample_tokens", &sample);
   m.def("linear", &linear);
+  m.def("linear_activation", &linear_activation);
   m.def("norm", &norm);
   m.def("paged_attention", &attention);
   m.def("packed_attention", &attend_packed);

@@ -32,12 +32,18 @@ class Layout:
     ) -> None: ...
 
 class Rows:
-    def __init__(self, layout: Layout, positions: int, slots: int) -> None: ...
+    def __init__(
+        self, layout: Layout, positions: int, slots: int, sources: Layout | None
+    ) -> None: ...
+
+class CrossAttention:
+    def __init__(self, norm: Norm, query: Linear, output: Linear, scale: float) -> None: ...
 
 class Block:
     def __init__(
         self,
         *,
+        is_post_norm: bool,
         attention_norm: Norm,
         qkv: Linear,
         query_norm: Norm,
@@ -55,6 +61,7 @@ class Block:
         is_gated: bool,
         activation: int,
         down: Linear,
+        cross: CrossAttention | None,
     ) -> None: ...
 
 class Span:
@@ -118,6 +125,16 @@ def sample_tokens(
 ) -> None: ...
 def linear(
     threads: int, x: int, tokens: int, weight: Matrix, bias: int, out: int, dtype: int
+) -> None: ...
+def linear_activation(
+    threads: int,
+    x: int,
+    tokens: int,
+    weight: Matrix,
+    bias: int,
+    activation: int,
+    out: int,
+    dtype: int,
 ) -> None: ...
 def norm(threads: int, x: int, norm: Norm, out: int, rows: int, size: int, dtype: int) -> None: ...
 def paged_attention(

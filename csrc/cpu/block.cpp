@@ -40,15 +40,16 @@ class Runner {
 
   void run(const Block& block, const Cache& cache) {
     attention(block, cache);
+    if (block.cross) cross_attention(*block.cross, block, cache);
     feed_forward(block);
   }
 
  private:
   void attention(const Block& block, const Cache& cache) {
-    const float* normed = normalised(block.attention_norm, block.qkv.weight.columns);
+    const float* input = before(block, block.attention_norm);
     const int64_t width = block.qkv.weight.rows;
     float* qkv = scratch_.room(Scratch::kWide, tokens_ * width);
-    multiply(threads_, normed, tokens_, block.qkv, qkv, kNothingMore);
+    multiply(threads_, input, tokens_, block.qkv, qkv, kNothingMore);
     in_chunks(threads_, tokens_, kRowsOfChunk, [&](int64_t first, int64_t count, int) {
       for (int64_t t = first; t < first + count; ++t)
         place_token(block, cache, qkv + t * width, rows_.positions[t], rows_.slots[t]);
@@ -57,16 +58,29 @@ class Runner {
     paged_attention(threads_, qkv, width, block.heads, cache, rows_.layout, block.scale,
                     block.window, mixed);
     add_product(mixed, block.output);
+    after(block, block.attention_norm);
+  }
+
+  void cross_attention(const CrossAttention& cross, const Block& block, const Cache& cache) {
+    const float* input = before(block, cross.norm);
+    const int64_t width = cross.query.weight.rows;
+    float* query = scratch_.room(Scratch::kWide, tokens_ * width);
+    multiply(threads_, input, tokens_, cross.query, query, kNothingMore);
+    float* mixed = scratch_.room(Scratch::kMixed, tokens_ * width);
+    paged_attention(threads_, query, width, block.heads, cache, *rows_.sources, cross.scale, 0,
+                    mixed);
+    add_product(mixed, cross.output);
+    after(block, cross.norm);
   }
 
   void feed_forward(const Block& block) {
-    const float* normed = normalised(block.mlp_norm, block.up.weight.columns);
+    const float* x = before(block, block.mlp_norm);
     const int64_t inner = block.down.weight.columns;
     float* wide = scratch_.room(Scratch::kWide, tokens_ * inner);
     float* up = block.is_gated ? scratch_.room(Scratch::kUp, tokens_ * inner) : nullptr;
     const Kernels& k = kernels();
     const Matrix& weight = block.up.weight;
-    const void* input = input_of(threads_, normed, tokens_, weight);
+    const void* input = input_of(threads_, x, tokens_, weight);
     in_chunks(threads_, inner, rows_of_chunk(weight, tokens_), [&](int64_t first, int64_t count, int) {
       k.product(input, tokens_, weight, first, count, block.up.bias, wide + first, inner);
       // The bias of row inner + first stands at that place of the same vector.
@@ -77,12 +91,22 @@ class Runner {
                    block.activation, count);
     });
     add_product(wide, block.down);
+    after(block, block.mlp_norm);
   }
 
-  const float* normalised(const Norm& norm, int64_t size) {
+  // What a part of the block reads.
+  const float* before(const Block& block, const Norm& norm) {
+    if (block.is_post_norm) return residual_;
+    const int64_t size = block.qkv.weight.columns;
     float* out = scratch_.room(Scratch::kNormed, tokens_ * size);
     normalise(threads_, residual_, norm, out, tokens_, size);
     return out;
+  }
+
+  // What follows once the part's result is in the residual.
+  void after(const Block& block, const Norm& norm) {
+    if (block.is_post_norm)
+      normalise(threads_, residual_, norm, residual_, tokens_, block.qkv.weight.columns);
   }
 
   void add_product(const float* x, const Linear& linear) {

@@ -1,6 +1,7 @@
 // A decoder block as plain pointers, and the call that runs a span of them.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "attention.h"
@@ -14,8 +15,16 @@ struct Norm {
   float eps;
 };
 
-// The pre-norm block of layers/block.py. Vectors are float32, matrices and caches of one dtype.
+// Of an encoder-decoder's block: its keys and values stand in the layer's cache.
+struct CrossAttention {
+  Norm norm;
+  Linear query, output;
+  float scale;
+};
+
+// The block of layers/block.py, or BART's. Vectors are float32, matrices and caches of one dtype.
 struct Block {
+  bool is_post_norm;  // norms are of the residual after each sum, not of what each part reads
   Norm attention_norm, mlp_norm;
   Norm query_norm, key_norm;  // weight null where the model has none
   Linear qkv, output;
@@ -27,12 +36,14 @@ struct Block {
   float scale;
   const float* cos;  // [positions, head_dim / 2]; null without rotary positions
   const float* sin;
+  std::optional<CrossAttention> cross;
 };
 
 struct Rows {
   Layout layout;
   const int64_t* positions;  // [tokens]
   const int64_t* slots;      // [tokens]
+  std::optional<Layout> sources;  // every token a sequence of its own; for cross-attention
 };
 
 // Blocks that follow each other, each with its part of the cache.

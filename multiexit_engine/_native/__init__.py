@@ -6,7 +6,7 @@ Importing this raises ImportError where the extension was not built.
 
 from multiexit_engine._native.attention import paged_attention
 from multiexit_engine._native.blocks import decoder_blocks
-from multiexit_engine._native.dense import layer_norm, linear, rms_norm
+from multiexit_engine._native.dense import layer_norm, linear, linear_activation, rms_norm
 from multiexit_engine._native.heads import (
     contrast_heads,
     contrast_tokens,
@@ -27,6 +27,7 @@ __all__ = [
     "head_tokens",
     "layer_norm",
     "linear",
+    "linear_activation",
     "packed_attention",
     "paged_attention",
     "rms_norm",

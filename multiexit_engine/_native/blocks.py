@@ -14,18 +14,7 @@ from torch import Tensor
 
 from multiexit_engine import _C
 from multiexit_engine._native.attention import layout_view
-from multiexit_engine._native.tensors import DTYPES, address, matrix, vector
-
-ACTIVATIONS = {
-    "gelu": 0,
-    "gelu_fast": 1,
-    "gelu_new": 1,
-    "gelu_pytorch_tanh": 1,
-    "quick_gelu": 2,
-    "relu": 3,
-    "silu": 4,
-    "swish": 4,
-}
+from multiexit_engine._native.tensors import ACTIVATIONS, DTYPES, address, matrix, vector
 
 
 class _Span:
@@ -49,6 +38,7 @@ class _Span:
         heads, kv_heads = (width // attention.head_dim for width in attention.widths[:2])
         is_gated = hasattr(mlp, "gate_up")
         return _C.Block(
+            is_post_norm=block.is_post_norm,
             attention_norm=self._norm(block.attention_norm),
             qkv=self._linear(attention.qkv),
             query_norm=self._norm(attention.query_norm),
@@ -66,6 +56,16 @@ class _Span:
             is_gated=is_gated,
             activation=ACTIVATIONS[mlp.kind],
             down=self._linear(mlp.down),
+            cross=self._cross(block) if hasattr(block, "cross_attention") else None,
+        )
+
+    def _cross(self, block: Any) -> _C.CrossAttention:
+        cross = block.cross_attention
+        return _C.CrossAttention(
+            self._norm(block.cross_norm),
+            self._linear(cross.query),
+            self._linear(cross.output),
+            cross.scale,
         )
 
     def _keep(self, values: Tensor | None) -> int:
@@ -100,7 +100,10 @@ def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: 
     hidden = hidden.float().contiguous()
     out = torch.empty_like(hidden)
     rows = _C.Rows(
-        layout_view(batch.layout), batch.positions.data_ptr(), batch.slot_mapping.data_ptr()
+        layout_view(batch.layout),
+        batch.positions.data_ptr(),
+        batch.slot_mapping.data_ptr(),
+        None if batch.sources is None else layout_view(batch.sources),
     )
     _C.decoder_blocks(
         torch.get_num_threads(),

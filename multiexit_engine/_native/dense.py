@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine import _C
-from multiexit_engine._native.tensors import DTYPES, address, matrix, vector
+from multiexit_engine._native.tensors import ACTIVATIONS, DTYPES, address, matrix, vector
 from multiexit_engine.quantization import Weight
 
 
@@ -20,6 +20,23 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         x.shape[0],
         matrix(weight),
         address(shift),
+        out.data_ptr(),
+        DTYPES[x.dtype],
+    )
+    return out
+
+
+def linear_activation(x: Tensor, weight: Weight, bias: Tensor | None, kind: str) -> Tensor:
+    """See ``multiexit_engine.ops.linear_activation``."""
+    x, shift = x.contiguous(), vector(bias)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _C.linear_activation(
+        torch.get_num_threads(),
+        x.data_ptr(),
+        x.shape[0],
+        matrix(weight),
+        address(shift),
+        ACTIVATIONS[kind],
         out.data_ptr(),
         DTYPES[x.dtype],
     )

@@ -1,4 +1,4 @@
-"""What the extension needs to know of a tensor."""
+"""What the extension needs to know of a tensor, and its numbers for types and activations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from multiexit_engine import _C
 from multiexit_engine.quantization import QuantizedWeight, Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {
+    "gelu": 0,
+    "gelu_fast": 1,
+    "gelu_new": 1,
+    "gelu_pytorch_tanh": 1,
+    "quick_gelu": 2,
+    "relu": 3,
+    "silu": 4,
+    "swish": 4,
+}
 
 
 def address(tensor: Tensor | None) -> int:

@@ -14,6 +14,8 @@ from multiexit_engine.layers.norm import LayerNorm, RMSNorm
 class DecoderBlock(nn.Module):
     """``h += attention(norm(h))``, then ``h += mlp(norm(h))``."""
 
+    is_post_norm = False
+
     def __init__(
         self,
         attention_norm: LayerNorm | RMSNorm,

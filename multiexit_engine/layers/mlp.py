@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from multiexit_engine.errors import CheckpointError
 from multiexit_engine.layers.linear import Linear
-from multiexit_engine.ops.activation import ACTIVATIONS, activation, gated_activation
+from multiexit_engine.ops.activation import ACTIVATIONS, gated_activation
+from multiexit_engine.ops.linear import linear_activation
 
 
 def check_activation(name: str) -> str:
@@ -29,7 +30,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, hidden] to the same shape."""
-        return self.down(activation(self.up(x), self.kind))  # type: ignore[no-any-return]
+        inner = linear_activation(x, self.up.weight, self.up.bias, self.kind)
+        return self.down(inner)  # type: ignore[no-any-return]
 
 
 class GatedMLP(nn.Module):

@@ -59,6 +59,8 @@ class BartEncoderBlock(nn.Module):
 class BartDecoderBlock(nn.Module):
     """Self-attention, cross-attention and MLP, each added to the stream and then normalised."""
 
+    is_post_norm = True
+
     def __init__(
         self,
         attention: SelfAttention,

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from multiexit_engine.batch import ForwardBatch
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.checkpoint import TensorLoader
 from multiexit_engine.config import ModelConfig
@@ -99,14 +98,6 @@ class EncoderDecoderModel(MultiExitModel):
         for layer in range(self.config.num_layers):
             key, value = cross[:, layer].unbind(1)
             write_kv(key, value, kv_cache.key(layer), kv_cache.value(layer), slots)
-
-    def run_layers(
-        self, hidden: Tensor, start: int, stop: int, kv_cache: PagedKVCache, batch: ForwardBatch
-    ) -> Tensor:
-        """See ``MultiExitModel.run_layers``."""
-        for block in self._order[start:stop]:
-            hidden = block(hidden, kv_cache, batch)
-        return hidden
 
     def run_packed(
         self, hidden: Tensor, cross: Tensor, target_lens: Sequence[int], source_lens: Sequence[int]

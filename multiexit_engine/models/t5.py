@@ -54,6 +54,8 @@ class T5EncoderBlock(nn.Module):
 class T5DecoderBlock(nn.Module):
     """As the encoder's block, with attention over the source between its halves."""
 
+    is_post_norm = False
+
     def __init__(
         self,
         attention_norm: RMSNorm,

@@ -1,6 +1,6 @@
 """The engine's numerical vocabulary: every op, each with its reference."""
 
-from multiexit_engine.ops.activation import activation, gated_activation
+from multiexit_engine.ops.activation import gated_activation
 from multiexit_engine.ops.attention import paged_attention
 from multiexit_engine.ops.biased_attention import (
     biased_packed_attention,
@@ -11,7 +11,7 @@ from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.dola import js_divergences, relative_top_logits
 from multiexit_engine.ops.heads import HeadStatistics, head_logits, head_statistics
 from multiexit_engine.ops.kv import write_kv
-from multiexit_engine.ops.linear import linear
+from multiexit_engine.ops.linear import linear, linear_activation
 from multiexit_engine.ops.norm import layer_norm, rms_norm
 from multiexit_engine.ops.packed_attention import packed_attention
 from multiexit_engine.ops.registry import NATIVE, REFERENCE, Op, register_op, use_backend
@@ -24,7 +24,6 @@ __all__ = [
     "REFERENCE",
     "HeadStatistics",
     "Op",
-    "activation",
     "biased_packed_attention",
     "biased_paged_attention",
     "contrast_heads",
@@ -39,6 +38,7 @@ __all__ = [
     "js_divergences",
     "layer_norm",
     "linear",
+    "linear_activation",
     "packed_attention",
     "paged_attention",
     "register_op",

@@ -32,22 +32,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @register_op
-def activation(x: Tensor, kind: str) -> Tensor:
-    """The nonlinearity ``kind`` of each number.
-
-    Args:
-        x: [rows, inner].
-        kind: a key of ``ACTIVATIONS``.
-
-    Returns:
-        [rows, inner] in the dtype of ``x``.
-
-    Source: ``ACT2FN`` of transformers.
-    """
-    return ACTIVATIONS[kind](x)
-
-
-@register_op
 def gated_activation(x: Tensor, kind: str) -> Tensor:
     """``activation(gate) * up`` of a fused product.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -34,24 +34,28 @@ def decoder_blocks(
 
     Args:
         hidden: [tokens, hidden] in the dtype of the weights, or what an earlier span gave.
-        blocks: at least one ``layers.block.DecoderBlock``, whose parts a backend reads; its
-            weights and the cache stay where they are from the first call on.
+        blocks: at least one ``layers.block.DecoderBlock``, or block of an encoder-decoder, whose
+            parts a backend reads; its weights and the cache stay where they are from the first
+            call on.
         kv_cache: the keys and values of these layers are written for all tokens of ``batch``.
         batch: the tokens.
 
     Returns:
         A new tensor of the shape of ``hidden``, in its dtype or in float32.
 
-    Source: Radford et al. 2019, "Language models are unsupervised multitask learners", 2.3.
+    Source: Radford et al. 2019, "Language models are unsupervised multitask learners", 2.3; for
+        encoder-decoders Vaswani et al. 2017, arXiv:1706.03762, 3.1.
     """
     for block in blocks:
         hidden = block(hidden, kv_cache, batch)
     return hidden
 
 
+def _has_no_bias(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
+    """Whether attention has no bias for distances, as T5's has: all blocks of a model, or none."""
+    return is_plain(hidden) and blocks[0].attention.bias is None
+
+
 decoder_blocks.backend(
-    "cpu",
-    "multiexit_engine._native:decoder_blocks",
-    device="cpu",
-    supports=lambda hidden, blocks, kv_cache, batch: is_plain(hidden),
+    "cpu", "multiexit_engine._native:decoder_blocks", device="cpu", supports=_has_no_bias
 )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from multiexit_engine.ops.activation import ACTIVATIONS
 from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.quantization import QuantizedWeight, Weight, as_tensor
@@ -33,9 +34,35 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
+@register_op
+def linear_activation(x: Tensor, weight: Weight, bias: Tensor | None, kind: str) -> Tensor:
+    """``activation(linear(x, weight, bias), kind)``; see both.
+
+    A backend may keep the product in float32 until the activation is taken.
+
+    Args:
+        x: [rows, in_features].
+        weight: [out_features, in_features], may be quantized.
+        bias: [out_features] or None.
+        kind: a key of ``ACTIVATIONS``.
+
+    Returns:
+        [rows, out_features] in the dtype of ``x``.
+
+    Source: ``torch.nn.functional.linear``; ``ACT2FN`` of transformers.
+    """
+    return ACTIVATIONS[kind](linear.reference(x, weight, bias))
+
+
 linear.backend(
     "cpu",
     "multiexit_engine._native:linear",
     device="cpu",
     supports=lambda x, weight, bias: is_plain(x, weight) and is_streamable(weight),
+)
+linear_activation.backend(
+    "cpu",
+    "multiexit_engine._native:linear_activation",
+    device="cpu",
+    supports=lambda x, weight, bias, kind: is_plain(x, weight) and is_streamable(weight),
 )

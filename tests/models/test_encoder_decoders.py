@@ -8,6 +8,7 @@ from multiexit_engine.batch import ForwardBatch, ScheduledBatch, ScheduledSequen
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.checkpoint import open_checkpoint
 from multiexit_engine.models import build_model
+from multiexit_engine.ops import use_backend
 from multiexit_engine.params import Original, SamplingParams
 from multiexit_engine.request import Request, Sequence
 from tests.models.harness import (
@@ -26,6 +27,7 @@ SOURCES = [
 TARGETS = [
     torch.randint(3, VOCAB, (count,), generator=GENERATOR).tolist() for count in (11, 5, 1, 8)
 ]
+EVERY_TARGET = tuple(range(len(TARGETS)))
 
 
 def transformers_model(model_type, values):
@@ -66,9 +68,9 @@ def logits(model, tap):
 
 
 def new_cache(model, num_blocks):
-    config = model.config
+    dtype, config = model.embedding.tokens.dtype, model.config
     shape = config.num_layers, num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim
-    kv_cache = PagedKVCache(*shape, torch.float32, CPU)
+    kv_cache = PagedKVCache(*shape, dtype, CPU)
     for layer in range(config.num_layers):
         kv_cache.key(layer).fill_(float("nan"))
         kv_cache.value(layer).fill_(float("nan"))
@@ -102,12 +104,12 @@ def new_sequences(model):
     return sequences, kv_cache
 
 
-def run_in_chunks(model, chunk):
-    """The last tap of every target, computed ``chunk`` tokens at a time, all side by side."""
+def run_in_chunks(model, chunk, wanted=EVERY_TARGET):
+    """The last tap of the wanted targets, ``chunk`` tokens at a time, all side by side."""
     sequences, kv_cache = new_sequences(model)
     taps = [[] for _ in sequences]
-    for start in range(0, max(map(len, TARGETS)), chunk):
-        places = [i for i, target in enumerate(TARGETS) if len(target) > start]
+    for start in range(0, max(len(TARGETS[i]) for i in wanted), chunk):
+        places = [i for i in wanted if len(TARGETS[i]) > start]
         items = [
             ScheduledSequence(sequences[i], start, min(chunk, len(TARGETS[i]) - start))
             for i in places
@@ -118,7 +120,7 @@ def run_in_chunks(model, chunk):
             hidden = model.run_layers(hidden, 0, model.config.num_layers, kv_cache, batch)
         for i, part in zip(places, hidden.split(list(batch.layout.query_lens)), strict=True):
             taps[i].append(part)
-    return [torch.cat(parts) for parts in taps]
+    return [torch.cat(taps[i]) for i in wanted]
 
 
 def test_packed_sources_are_encoded_as_transformers_encodes_each_alone(pair):
@@ -140,6 +142,37 @@ def test_decoder_logits_equal_transformers_however_targets_are_cut(pair, chunk):
                 input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([target])
             ).logits[0]
         assert_equal_up_to_rounding(logits(ours, tap), wanted)
+
+
+@pytest.fixture(scope="module")
+def bart(tmp_path_factory):
+    """Opens the same random checkpoint in any dtype."""
+    folder = save(transformers_model(*ENCODER_DECODERS["bart"]), tmp_path_factory.mktemp("bart"))
+    return lambda dtype: build_model(open_checkpoint(folder), CPU, dtype)
+
+
+def test_native_rows_of_bart_are_the_same_however_cut_and_beside_any_others(bart):
+    pytest.importorskip("multiexit_engine._C")
+    model = bart(torch.float32)
+    whole = run_in_chunks(model, 40)
+    for chunk in (3, 1):
+        for one, other in zip(run_in_chunks(model, chunk), whole, strict=True):
+            assert torch.equal(one, other)
+    for i, other in enumerate(whole):
+        assert torch.equal(run_in_chunks(model, 2, [i])[0], other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_native_bart_in_half_precision_is_as_near_to_float32_as_the_modules(bart, dtype):
+    pytest.importorskip("multiexit_engine._C")
+    model, exact = bart(dtype), bart(torch.float32)
+    for own, rounded in zip(exact.parameters(), model.parameters(), strict=True):
+        own.data = rounded.data.float()
+    with use_backend("reference"):
+        truth, reference = run_in_chunks(exact, 3), run_in_chunks(model, 3)
+    for one, other, true in zip(run_in_chunks(model, 3), reference, truth, strict=True):
+        own_error = (one.float() - true).abs().mean()
+        assert own_error <= 1.2 * (other.float() - true).abs().mean() + 1e-6
 
 
 def test_one_pass_equals_transformers_without_its_causal_mask(pair):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from multiexit_engine._native import layer_norm, linear, rms_norm
+from multiexit_engine._native import layer_norm, linear, linear_activation, rms_norm
+from multiexit_engine.ops.activation import ACTIVATIONS
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 SHAPES = pytest.mark.parametrize(
@@ -36,6 +37,30 @@ def test_product_equals_the_formula(isa, dtype, rows, inner, outer, has_bias):
     error = (actual.double() - truth).abs()
     rounding = torch.finfo(dtype).eps * truth.abs() * (dtype is not torch.float32)
     assert bool((error <= rounding + 4e-7 * size + 1e-7).all())
+
+
+@DTYPES
+@SHAPES
+@pytest.mark.parametrize("kind", ["gelu", "gelu_new", "quick_gelu", "relu", "silu"])
+def test_activation_of_a_product_equals_the_formula(isa, dtype, rows, inner, outer, kind):
+    x, weight = poisoned((rows, inner), dtype, 0), poisoned((outer, inner), dtype, 1)
+    bias = poisoned((outer,), dtype, 2)
+    product = x.double() @ weight.double().T + bias.double()
+    size = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+    truth = ACTIVATIONS[kind](product)
+    actual = linear_activation(x, weight, bias, kind)
+    assert actual.dtype is dtype
+    error = (actual.double() - truth).abs()
+    rounding = torch.finfo(dtype).eps * truth.abs() * (dtype is not torch.float32)
+    assert bool((error <= rounding + 6e-7 * size + 2e-6).all())
+
+
+def test_activation_of_a_product_is_the_same_beside_any_others(isa, threads):
+    x, weight = poisoned((33, 100), torch.float32, 0), poisoned((57, 100), torch.float32, 1)
+    whole = linear_activation(x, weight, None, "gelu")
+    for start, stop in ((0, 1), (5, 9), (16, 33)):
+        part = linear_activation(x[start:stop], weight, None, "gelu")
+        assert torch.equal(part, whole[start:stop])
 
 
 def assert_same_beside_any_others(x, weight):
