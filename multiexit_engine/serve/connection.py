@@ -18,6 +18,9 @@ from multiexit_engine.serve.errors import ClientHasGone
 
 _Result = TypeVar("_Result")
 
+# json.dumps would make a new one for each event
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
     """The result of some work, which is cancelled when the client goes.
@@ -83,6 +86,25 @@ def event(data: Any) -> bytes:
     return b"data: " + to_json(data) + b"\n\n"
 
 
+class EventEnvelope:
+    """What stays the same in the events of a stream, written once.
+
+    Args:
+        head: fields before the changing one, at least one.
+        name: of the field that changes.
+        tail: fields after it.
+    """
+
+    def __init__(self, head: dict[str, Any], name: str, tail: dict[str, Any]) -> None:
+        after = to_json(tail)[1:] if tail else b"}"
+        self._before = b"data: " + to_json(head)[:-1] + b"," + to_json(name) + b":"
+        self._after = (b"," if tail else b"") + after + b"\n\n"
+
+    def event(self, value: Any) -> bytes:
+        """One server-sent event, as ``event`` writes it."""
+        return self._before + to_json(value) + self._after
+
+
 def to_json(data: Any) -> bytes:
     """Compact JSON in UTF-8."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(data).encode()

@@ -20,7 +20,13 @@ from multiexit_engine.outputs import CompletionOutput, RequestOutput
 from multiexit_engine.params import SamplingParams
 from multiexit_engine.runtime.submission import Submission
 from multiexit_engine.serve.answers import Form, Usage, without_tokens
-from multiexit_engine.serve.connection import EventStream, event, to_json, unless_gone
+from multiexit_engine.serve.connection import (
+    EventEnvelope,
+    EventStream,
+    event,
+    to_json,
+    unless_gone,
+)
 from multiexit_engine.serve.errors import ApiError, as_api_error, error_json
 from multiexit_engine.serve.protocol import SamplingBody
 from multiexit_engine.serve.server_state import state_of
@@ -130,7 +136,7 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     """All events of a stream; an error after its beginning is an event, too."""
     seen: set[int] = set()
-    no_usage = {"usage": None} if wants_usage else {}
+    envelope = EventEnvelope(head, "choices", {"usage": None} if wants_usage else {})
     try:
         async for mail in submission:
             bodies = []
@@ -142,7 +148,7 @@ async def _events(
                     usage.add_output(output)
                     index = place * job.num_returned + output.index
                     choice = form.chunk(index, place, output, piece)
-                    bodies.append(event(head | {"choices": [choice]} | no_usage))
+                    bodies.append(envelope.event([choice]))
                 if piece.error is not None:
                     raise RequestFailed(piece.error)
             if bodies:
