@@ -209,6 +209,8 @@ def test_a_killed_replica_loses_no_request_that_had_no_byte_yet_and_none_of_the_
         answers = [pool.submit(whole, prompt) for prompt in groups[killed]]
         for _ in streams:
             assert first_bytes.acquire(timeout=60)
+        while metrics_of(killed)["vllm:num_requests_running"] < len(answers):
+            assert not any(answer.done() for answer in answers)
         assert not any(answer.done() for answer in answers), "too short to be killed meanwhile"
         ray.kill(actor)
         for running in streams:
