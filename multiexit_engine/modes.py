@@ -196,9 +196,9 @@ class EarlyExit:
     Approximate: a token is the one that the exit would choose, not the last layer. At every layer
     of ``layers`` the row that chooses the token is measured; where it passes, the exit's head
     chooses and the row skips the deeper layers. A row that passes nowhere takes the model's own
-    head. Prompts run through all layers. Decisions depend on a request's own rows alone, and the
-    keys and values that deeper layers lack are computed later, from the row's kept state, before
-    anything looks at them: the cache is that of full depth.
+    head. Prompts run through all layers. Decisions depend on a request's own rows alone. The
+    keys and values that deeper layers lack are computed before anything looks at them, ``kv`` says
+    how.
 
     Attributes:
         threshold: what passes. At least this probability of the best token ("max_prob"),
@@ -215,9 +215,14 @@ class EarlyExit:
             exit's best token is not on the list.
         calibrated: in the place of ``threshold``: the one that ``multiexit calibrate`` found to
             keep this share of full depth's tokens.
+        kv: what a row that left gives the deeper layers. "recompute": it runs through them later,
+            with the first row that goes there, so the cache is that of full depth. "copy": each of
+            them computes keys and values at once from the state in which the row left, as if the
+            layers between had changed nothing; cheaper, and a second approximation.
 
-    Source: Schuster et al. 2022, arXiv:2207.07061 (measures); Zhou et al. 2020, arXiv:2006.04152
-        (patience); Chen et al. 2023, arXiv:2312.04916, section 4 (keys and values computed later).
+    Source: Schuster et al. 2022, arXiv:2207.07061 (measures, and section 3.4, copied states); Zhou
+        et al. 2020, arXiv:2006.04152 (patience); Chen et al. 2023, arXiv:2312.04916, section 4
+        (keys and values computed later).
     """
 
     threshold: float | None = None
@@ -226,6 +231,7 @@ class EarlyExit:
     min_layer: int = 1
     shortlist: int | None = None
     calibrated: float | None = None
+    kv: Literal["recompute", "copy"] = "recompute"
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
@@ -236,6 +242,13 @@ class EarlyExit:
         if self.layers is not None:
             object.__setattr__(self, "layers", _ascending("EarlyExit.layers", self.layers))
         self._check_shortlist()
+        if self.kv not in ("recompute", "copy"):
+            raise reject("EarlyExit.kv", self.kv, "'recompute' or 'copy'")
+        if self.kv == "copy" and self.calibrated is not None:
+            raise ValueError(
+                f"EarlyExit.calibrated={self.calibrated!r}, kv='copy': what was calibrated holds "
+                "for caches of full depth; use kv='recompute' or give a threshold"
+            )
 
     def _check_threshold(self) -> None:
         if (self.threshold is None) == (self.calibrated is None):

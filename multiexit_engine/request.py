@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from multiexit_engine.grammar import Grammar
 from multiexit_engine.outputs import FinishReason
-from multiexit_engine.params import DecodingMode, SamplingParams
+from multiexit_engine.params import DecodingMode, EarlyExit, SamplingParams
 
 
 class ChosenToken(NamedTuple):
@@ -139,9 +139,35 @@ class Sequence:
         return len(self.token_ids)
 
     @property
-    def num_complete_tokens(self) -> int:
-        """Tokens before the first one that waits: all their keys and values are in the cache."""
-        return self.waiting[0].start if self.waiting else self.num_computed_tokens
+    def num_exact_tokens(self) -> int:
+        """Tokens, from the first on, whose keys and values in the cache are of full depth."""
+        count = self.waiting[0].start if self.waiting else self.num_computed_tokens
+        return min(count, self.num_exact_at_most)
+
+    @property
+    def num_exact_at_most(self) -> int:
+        """Tokens whose keys and values are those of full depth once all are computed."""
+        if self.request.copies_kv:
+            return len(self.request.prompt_token_ids)
+        return self.num_tokens
+
+    @property
+    def num_tokens_at_once(self) -> int:
+        """Tokens after the computed ones that one step may compute.
+
+        Where keys and values are copied, rows that skipped layers are computed again as they were
+        at first: those together that left at one layer.
+        """
+        start = self.num_computed_tokens
+        if start < self.num_exact_at_most:
+            return self.num_exact_at_most - start
+        layers = [self.layer_left_at(position) for position in range(start, self.num_tokens)]
+        return next((i for i, layer in enumerate(layers) if layer != layers[0]), len(layers))
+
+    def layer_left_at(self, position: int) -> int | None:
+        """The layer whose head chose the token after an output token; None while there is none."""
+        index = position + 1 - len(self.request.prompt_token_ids)
+        return self.exit_layers[index] if index < len(self.exit_layers) else None
 
     @property
     def num_output_tokens(self) -> int:
@@ -210,6 +236,11 @@ class Request:
     def width(self) -> int:
         """Sequences that it occupies at once after its prompt."""
         return max(self.sampling.n, self.sampling.num_beams)
+
+    @property
+    def copies_kv(self) -> bool:
+        """Whether rows of its output leave keys and values that are not those of full depth."""
+        return isinstance(self.decoding, EarlyExit) and self.decoding.kv == "copy"
 
     def forced_token_id(self, num_output_tokens: int) -> int | None:
         """What has to follow so many output tokens, None when the model may choose."""

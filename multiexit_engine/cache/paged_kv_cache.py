@@ -35,6 +35,10 @@ class PagedKVCache:
     def device(self) -> torch.device:
         return self._blocks.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._blocks.dtype
+
     def key(self, layer: int) -> Tensor:
         """[num_blocks, block_size, num_kv_heads, head_dim], a view; ``layer`` is 0-based."""
         return self._blocks[layer, 0]

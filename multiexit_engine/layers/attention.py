@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from multiexit_engine.batch import ForwardBatch
@@ -15,7 +16,9 @@ from multiexit_engine.layers.rotary import Rotary
 from multiexit_engine.ops.attention import paged_attention
 from multiexit_engine.ops.biased_attention import biased_paged_attention
 from multiexit_engine.ops.kv import write_kv
+from multiexit_engine.ops.linear import linear
 from multiexit_engine.ops.packed_attention import packed_attention
+from multiexit_engine.quantization import row_span
 
 
 class SelfAttention(nn.Module):
@@ -74,6 +77,30 @@ class SelfAttention(nn.Module):
         )
         mixed = packed_attention(query, key, value, lens, lens, self.scale)
         return self.output(mixed.flatten(1))  # type: ignore[no-any-return]
+
+    def write_kv(
+        self, hidden: Tensor, kv_cache: PagedKVCache, positions: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write this layer's keys and values of some rows; nothing attends.
+
+        Args:
+            hidden: [tokens, hidden], what the projection reads, in the dtype of the weights.
+            kv_cache: is written.
+            positions: [tokens] int64, 0-based in each sequence.
+            slot_mapping: [tokens] int64, ``block * block_size + offset``.
+        """
+        first, *widths = self.widths
+        weight = row_span(self.qkv.weight, first, sum(self.widths))
+        bias = None if self.qkv.bias is None else self.qkv.bias[first:]
+        key, value = (
+            part.view(len(hidden), -1, self.head_dim)
+            for part in torch.split(linear(hidden, weight, bias), widths, dim=-1)
+        )
+        if self.key_norm is not None:
+            key = self.key_norm(key)
+        if self.rotary is not None:
+            _, key = self.rotary(key[:, :0], key, positions)
+        write_kv(key, value, kv_cache.key(self.layer), kv_cache.value(self.layer), slot_mapping)
 
     def forward(self, hidden: Tensor, kv_cache: PagedKVCache, batch: ForwardBatch) -> Tensor:
         """[tokens, hidden] to the same shape; writes this layer's keys and values."""

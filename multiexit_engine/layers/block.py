@@ -33,3 +33,10 @@ class DecoderBlock(nn.Module):
         """[tokens, hidden] to a new tensor of this shape; writes keys and values of its layer."""
         hidden = hidden + self.attention(self.attention_norm(hidden), kv_cache, batch)
         return hidden + self.mlp(self.mlp_norm(hidden))  # type: ignore[no-any-return]
+
+    def write_kv(
+        self, hidden: Tensor, kv_cache: PagedKVCache, positions: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write keys and values of its layer only; see ``MultiExitModel.write_kv``."""
+        normed = self.attention_norm(hidden).to(kv_cache.dtype)
+        self.attention.write_kv(normed, kv_cache, positions, slot_mapping)

@@ -101,6 +101,12 @@ class BartDecoderBlock(nn.Module):
         """[rows, hidden] to the same shape: the last third of the block."""
         return self.mlp_norm(hidden + self.mlp(hidden))  # type: ignore[no-any-return]
 
+    def write_kv(
+        self, hidden: Tensor, kv_cache: PagedKVCache, positions: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write keys and values of its layer only; see ``MultiExitModel.write_kv``."""
+        self.attention.write_kv(hidden.to(kv_cache.dtype), kv_cache, positions, slot_mapping)
+
 
 def build_bart(config: ModelConfig, loader: TensorLoader) -> EncoderDecoderModel:
     """Load a BART model; raises CheckpointError when a tensor is missing or misshapen."""

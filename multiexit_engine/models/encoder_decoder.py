@@ -115,7 +115,7 @@ class EncoderDecoderModel(MultiExitModel):
         """
         for layer, block in enumerate(self._order):
             key, value = cross[:, layer].unbind(1)
-            hidden = block.packed(hidden, key, value, target_lens, source_lens)  # type: ignore[operator]
+            hidden = block.packed(hidden, key, value, target_lens, source_lens)
         return hidden
 
 

@@ -79,6 +79,13 @@ class T5DecoderBlock(nn.Module):
         hidden = hidden + self.cross_attention(self.cross_norm(hidden), kv_cache, batch)
         return hidden + self.mlp(self.mlp_norm(hidden))  # type: ignore[no-any-return]
 
+    def write_kv(
+        self, hidden: Tensor, kv_cache: PagedKVCache, positions: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write keys and values of its layer only; see ``MultiExitModel.write_kv``."""
+        normed = self.attention_norm(hidden).to(kv_cache.dtype)
+        self.attention.write_kv(normed, kv_cache, positions, slot_mapping)
+
 
 def build_t5(config: ModelConfig, loader: TensorLoader) -> EncoderDecoderModel:
     """Load a T5 model; raises CheckpointError when a tensor is missing or misshapen."""

@@ -6,12 +6,13 @@ or of the layers between exits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
 
 from torch import Tensor
 
+from multiexit_engine.batch import ScheduledBatch
 from multiexit_engine.decoding.gates import bounds, passes, read_head, similarity
 from multiexit_engine.decoding.plan import resolve_mode
 from multiexit_engine.layers.exit_heads import Head
@@ -45,9 +46,10 @@ class EarlyExits:
             self._layers[mode] = frozenset(head.layer for head in exits)
         return self._layers[mode]
 
-    def rows(self, rows: Iterable[LogitRow]) -> EarlyRows:
-        """Those of a step's rows that choose their exit, on their way."""
-        return EarlyRows(self, [row for row in rows if isinstance(row.mode, EarlyExit)])
+    def rows(self, rows: Iterable[LogitRow], batch: ScheduledBatch) -> EarlyRows:
+        """Those of a step's rows that choose their exit, or chose it before, on their way."""
+        deciding = [row for row in rows if isinstance(row.mode, EarlyExit)]
+        return EarlyRows(self, deciding, _layers_left_at(batch))
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +92,11 @@ class _Row:
 class EarlyRows:
     """The rows of one step that choose their exit.
 
+    Args:
+        exits: of the model.
+        rows: that choose.
+        returning: items whose rows are computed again and leave where they left at first.
+
     Attributes:
         choices: slices of rows that decided, whose tokens are still to be chosen.
         targets: slices of rows that decided, whose tokens are still to be scored.
@@ -97,8 +104,11 @@ class EarlyRows:
         waiting: the sequences that left, and which of their tokens lack layers now.
     """
 
-    def __init__(self, exits: EarlyExits, rows: Sequence[LogitRow]) -> None:
+    def __init__(
+        self, exits: EarlyExits, rows: Sequence[LogitRow], returning: Mapping[int, int]
+    ) -> None:
         self._exits = exits
+        self._returning = returning
         self._undecided: list[_Row] = []
         for row in rows:
             assert isinstance(row.mode, EarlyExit), "only these decide"
@@ -126,15 +136,15 @@ class EarlyRows:
             for layer in row.layers
             if row.compares_at(layer - 1)
         }
-        return measured | compared
+        return measured | compared | set(self._returning.values())
 
     def look(self, layer: int, flight: Flight) -> None:
         """Measure the rows that have come to a layer; those that pass decide, and may leave."""
-        if not self._undecided:
-            return
         if layer == self._exits.num_layers:
             self._decide(self._undecided, layer, flight)
             return
+        again = {item for item, left_at in self._returning.items() if left_at == layer}
+        self._leave_copying(again, layer, flight)
         if here := [row for row in self._undecided if layer in row.layers]:
             self._measure(here, layer, flight)
             self._decide([row for row in here if passes(row.mode, row.value)], layer, flight)
@@ -190,15 +200,39 @@ class EarlyRows:
         self.targets += targets
         self._undecided = [row for row in self._undecided if row not in rows]
         if layer < self._exits.num_layers:
-            self._leave([row.row for row in rows if row.may_leave], layer, flight)
+            leaving = [row.row for row in rows if row.may_leave]
+            copying = {row.item for row in leaving if row.sequence.request.copies_kv}
+            self._leave_copying(copying, layer, flight)
+            self._leave_waiting([row for row in leaving if row.item not in copying], layer, flight)
 
-    def _leave(self, rows: Sequence[LogitRow], layer: int, flight: Flight) -> None:
+    def _leave_copying(self, items: set[int], layer: int, flight: Flight) -> None:
+        if items:
+            flight.copy(items, layer, self._exits.num_layers)
+            flight.leave(items)
+
+    def _leave_waiting(self, rows: Sequence[LogitRow], layer: int, flight: Flight) -> None:
+        if not rows:
+            return
         for row in rows:
             deeper = tuple(entry for entry in row.sequence.waiting if entry.layer >= layer)
             if not deeper or deeper[-1].layer > layer:
                 deeper = (*deeper, Joining(layer, flight.first_position(row.item)))
             self.waiting[row.sequence] = deeper
-        flight.leave({row.item for row in rows})
+        items = {row.item for row in rows}
+        flight.keep(items)
+        flight.leave(items)
+
+
+def _layers_left_at(batch: ScheduledBatch) -> dict[int, int]:
+    """For the items whose rows copied their keys and values before, where these left."""
+    found = {}
+    for index, item in enumerate(batch.scheduled):
+        sequence = item.sequence
+        if sequence.request.copies_kv and item.start >= sequence.num_exact_at_most:
+            layer = sequence.layer_left_at(item.start)
+            if layer is not None:
+                found[index] = layer
+    return found
 
 
 def _states(rows: Sequence[_Row], flight: Flight) -> Tensor:

@@ -99,10 +99,9 @@ class Flight:
         self.hidden = self.hidden[: self._forward.num_tokens]
 
     def leave(self, items: Collection[int]) -> None:
-        """Take the rows of these items out, and keep their states."""
+        """Take the rows of these items out."""
         if not items:
             return
-        self.keep(items)
         starts = self._forward.layout.query_starts
         staying = [place for place, item in enumerate(self._aboard) if item not in items]
         rows = [row for place in staying for row in range(starts[place], starts[place + 1])]
@@ -113,16 +112,26 @@ class Flight:
 
     def keep(self, items: Collection[int]) -> None:
         """Keep the states of the rows of these items, each in its KV slot."""
-        starts = self._forward.layout.query_starts
-        rows = self._index(
-            [
-                row
-                for place, item in enumerate(self._aboard)
-                if item in items
-                for row in range(starts[place], starts[place + 1])
-            ]
-        )
+        rows = self._rows_of_items(items)
         self._states.keep(self._forward.slot_mapping[rows], self.hidden[rows])
+
+    def copy(self, items: Collection[int], start: int, stop: int) -> None:
+        """Write what the blocks ``start`` to ``stop - 1`` make of the states that rows have here.
+
+        Args:
+            items: whose rows.
+            start: 0-based, the first block that has not run.
+            stop: end of the span.
+        """
+        rows = self._rows_of_items(items)
+        self._model.write_kv(
+            self.hidden[rows],
+            start,
+            stop,
+            self._kv_cache,
+            self._forward.positions[rows],
+            self._forward.slot_mapping[rows],
+        )
 
     def join(self, layer: int) -> None:
         """Add the rows that were kept at this layer to the items that are here."""
@@ -153,6 +162,17 @@ class Flight:
         hidden[places] = self._states.take(self._forward.slot_mapping[places])
         hidden[self._index(stayed)] = self.hidden
         self.hidden = hidden
+
+    def _rows_of_items(self, items: Collection[int]) -> Tensor:
+        starts = self._forward.layout.query_starts
+        return self._index(
+            [
+                row
+                for place, item in enumerate(self._aboard)
+                if item in items
+                for row in range(starts[place], starts[place + 1])
+            ]
+        )
 
     def _token_ids(self, tokens: Mapping[int, Tensor]) -> Tensor:
         known = self._forward.token_ids

@@ -43,7 +43,7 @@ class Unit:
         """
         if len(self.sequences) == 1:
             sequence = self.sequences[0]
-            count = len(sequence.token_ids) - sequence.num_computed_tokens
+            count = sequence.num_tokens_at_once
             return [(sequence, count)] if count else []
         behind = [(s, s.num_tokens - 1 - s.num_computed_tokens) for s in self.sequences]
         late = [(sequence, count) for sequence, count in behind if count > 0]

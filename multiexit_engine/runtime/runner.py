@@ -65,7 +65,7 @@ class ModelRunner:
         self._prepare_blocks(batch)
         drafts = Drafts({index: [] for index, item in _items(batch) if item.num_drafts})
         choice_rows, target_rows = _choice_rows(batch, drafts), _target_rows(batch)
-        early = self._early_exits.rows([*choice_rows, *target_rows])
+        early = self._early_exits.rows([*choice_rows, *target_rows], batch)
         choices = self._chooser.slices(_with_fixed_heads(choice_rows))
         targets = self._chooser.scored_slices(_with_fixed_heads(target_rows))
         self._run_layers(batch, [*choices, *targets], early, drafts, clock)
@@ -90,7 +90,7 @@ class ModelRunner:
         """[tokens, vocab] float32 raw scores of every position of one request, in its mode."""
         self._prepare_blocks(batch)
         rows = _all_rows(batch)
-        early = self._early_exits.rows(rows)
+        early = self._early_exits.rows(rows, batch)
         parts = self._chooser.scored_slices(_with_fixed_heads(rows))
         self._run_layers(batch, parts, early, Drafts({}), StepClock(self.config.device))
         parts += early.targets

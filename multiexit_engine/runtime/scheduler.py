@@ -141,10 +141,10 @@ class Scheduler:
             sequence = chunk.sequence
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
-            start = sequence.num_complete_tokens
+            start = sequence.num_exact_tokens
             sequence.num_computed_tokens = chunk.stop
             sequence.waiting = waiting.get(sequence, ())
-            self._commit(sequence, start, sequence.num_complete_tokens)
+            self._commit(sequence, start, sequence.num_exact_tokens)
 
     def accept_drafts(self, sequence: Sequence, count: int) -> None:
         """Record that the ``count`` tokens before a sequence's last one are computed, too.
@@ -232,7 +232,7 @@ class Scheduler:
             assert not sequence.num_computed_tokens, "a waiting sequence has computed tokens"
 
     def _continue_running(self, step: StepPlan) -> None:
-        """Next tokens in order of arrival; only the youngest unit can have a prompt to go on."""
+        """In order of arrival; a prompt may go on in the youngest only, copied output in all."""
         for unit in list(self._queues.running):
             if unit.is_running:
                 self._compute(unit, step.num_tokens_left, step)
@@ -358,7 +358,7 @@ class Scheduler:
         still to be scored gives that token's log-probability.
         """
         request = sequence.request
-        stop = sequence.num_tokens - 1
+        stop = min(sequence.num_tokens - 1, sequence.num_exact_at_most)
         first = request.first_position_with_logprobs
         if first is not None and first + len(request.scored) < len(request.prompt_token_ids):
             stop = first + len(request.scored) - 1

@@ -197,3 +197,21 @@ def test_one_pass_equals_transformers_without_its_causal_mask(pair):
                 decoder_attention_mask=seen,
             ).logits[0]
         assert_equal_up_to_rounding(logits(ours, tap), wanted)
+
+
+def test_keys_and_values_alone_are_those_that_layers_write(pair):
+    _, ours = pair
+    sequences, ran = new_sequences(ours)
+    wrote = new_cache(ours, 60)
+    items = [ScheduledSequence(s, 0, s.num_tokens) for s in sequences]
+    batch = ForwardBatch.build(ScheduledBatch(tuple(items)), BLOCK_SIZE, CPU)
+    slots = batch.slot_mapping
+    with torch.inference_mode():
+        hidden = ours.embed(batch.token_ids, batch.positions)
+        for layer in range(ours.config.num_layers):
+            ours.write_kv(hidden, layer, layer + 1, wrote, batch.positions, slots)
+            hidden = ours.run_layers(hidden, layer, layer + 1, ran, batch)
+    for layer in range(ours.config.num_layers):
+        for kind in ("key", "value"):
+            expected, found = (getattr(c, kind)(layer).flatten(0, 1)[slots] for c in (ran, wrote))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -73,6 +73,22 @@ def test_a_span_of_layers_equals_its_layers_one_by_one(pair):
     assert torch.equal(hidden, run_text(ours, TEXT, 31)[-1])
 
 
+def test_keys_and_values_alone_are_those_that_layers_write(pair):
+    _, ours = pair
+    ran, wrote = (Cache.for_texts(ours, [TEXT], block_size=4) for _ in range(2))
+    batch = forward_batch(ran, [(0, 31)])
+    places = (batch.positions, batch.slot_mapping)
+    with torch.inference_mode():
+        hidden = ours.embed(batch.token_ids, batch.positions)
+        for layer in range(ours.config.num_layers):
+            ours.write_kv(hidden, layer, layer + 1, wrote.kv_cache, *places)
+            hidden = ours.run_layers(hidden, layer, layer + 1, ran.kv_cache, batch)
+    for layer in range(ours.config.num_layers):
+        for kind in ("key", "value"):
+            expected, found = (getattr(c.kv_cache, kind)(layer) for c in (ran, wrote))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
 def test_every_family_that_can_be_read_can_be_built():
     assert BUILDERS.keys() == FAMILIES.keys()
     tested = {**CASES, **ENCODER_DECODERS}
