@@ -26,7 +26,8 @@ from multiexit_engine import Engine, Parallel, SamplingParams
 
 SOURCE_LEN, TARGET_LEN = 64, 32
 MASK, BOS = 50264, 0
-UNREACHABLE = 2.0
+# between these lie the largest probabilities of random weights
+ALWAYS, NEVER = 1e-5, 0.5
 
 
 def main() -> None:
@@ -95,9 +96,9 @@ def modes() -> dict[str, Parallel]:
     return {
         "none": Parallel(length=TARGET_LEN),
         "soft": Parallel("soft", length=TARGET_LEN),
-        "confidence tested at 2, all leave (mean 2)": confidence(0.0, (2,)),
-        "confidence tested at 2, none leaves": confidence(UNREACHABLE, (2,)),
-        "confidence tested everywhere, none leaves": confidence(UNREACHABLE, None),
+        "confidence tested at 2, all leave (mean 2)": confidence(ALWAYS, (2,)),
+        "confidence tested at 2, none leaves": confidence(NEVER, (2,)),
+        "confidence tested everywhere, none leaves": confidence(NEVER, None),
         "prescribed 1 to 3 (mean 2)": Parallel(
             "prescribed", layers=([1, 2, 3, 2] * TARGET_LEN)[:TARGET_LEN]
         ),

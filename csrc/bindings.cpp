@@ -120,6 +120,17 @@ void measure_head(int threads, Address hidden, int dtype, int64_t rows, const Ma
                    at(entropy)});
 }
 
+void measure_coded_head(int threads, Address hidden, Address hidden_scales, int64_t rows,
+                        Address codes, Address starts, Address scales, int64_t vocab,
+                        int64_t columns, Address bias, Address tokens, Address log_probs,
+                        Address second_log_probs, Address log_sum_exp, Address entropy) {
+  Release nogil;
+  coded_head_statistics(
+      threads, {at<uint8_t>(hidden), at(hidden_scales)}, rows,
+      {at<int8_t>(codes), at<int32_t>(starts), at(scales), vocab, columns}, at(bias),
+      {at<int64_t>(tokens), at(log_probs), at(second_log_probs), at(log_sum_exp), at(entropy)});
+}
+
 HeadPair pair_of(int dtype, Address upper_hidden, const Matrix& upper, Address lower_hidden,
                  const Matrix& lower, Address alpha, int64_t rows, Address least = 0) {
   const DType kind = static_cast<DType>(dtype);
@@ -246,6 +257,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("head_logits", &project);
   m.def("head_statistics", &measure_head);
+  m.def("coded_head_statistics", &measure_coded_head);
   m.def("head_tokens", &choose);
   m.def("contrast_heads", &contrast);
   m.def("contrast_tokens", &choose_contrast);

@@ -91,6 +91,23 @@ def head_statistics(
     log_sum_exp: int,
     entropy: int,
 ) -> None: ...
+def coded_head_statistics(
+    threads: int,
+    hidden: int,
+    hidden_scales: int,
+    rows: int,
+    codes: int,
+    starts: int,
+    scales: int,
+    vocab: int,
+    columns: int,
+    bias: int,
+    tokens: int,
+    log_probs: int,
+    second_log_probs: int,
+    log_sum_exp: int,
+    entropy: int,
+) -> None: ...
 def head_tokens(
     threads: int, hidden: int, dtype: int, rows: int, weight: Matrix, bias: int, choice: Choice
 ) -> None: ...

@@ -34,20 +34,19 @@ void unite(const Distribution* pieces, int64_t count, int64_t row, const HeadSta
   out.entropy[row] = static_cast<float>(std::max(entropy, 0.0) + blank);
 }
 
-}  // namespace
-
-void head_statistics(int threads, const float* hidden, int64_t rows, const Linear& head,
-                     const HeadStatistics& out) {
+// product(first, count, logits, stride) gives the logits of some tokens.
+template <class Product>
+void statistics_of(int threads, int64_t rows, int64_t vocab, const HeadStatistics& out,
+                   Product&& product) {
   const Kernels& k = kernels();
-  const int64_t vocab = head.weight.rows, pieces = (vocab + kPiece - 1) / kPiece;
+  const int64_t pieces = (vocab + kPiece - 1) / kPiece;
   Scratch& scratch = Scratch::of_this_thread();
   const int64_t ranks = std::clamp(threads, 1, kMaxThreads);
   float* rooms = scratch.room(Scratch::kPieces, ranks * rows * kPiece);
   auto* found = scratch.room<Distribution>(Scratch::kDistributions, rows * pieces);
-  const void* input = input_of(threads, hidden, rows, head.weight);
   in_chunks(threads, vocab, kPiece, [&](int64_t first, int64_t count, int rank) {
     float* logits = rooms + rank * rows * kPiece;
-    k.product(input, rows, head.weight, first, count, head.bias, logits, kPiece);
+    product(first, count, logits, kPiece);
     for (int64_t row = 0; row < rows; ++row) {
       Distribution& piece = found[row * pieces + first / kPiece];
       piece = k.distribution(logits + row * kPiece, count);
@@ -55,6 +54,27 @@ void head_statistics(int threads, const float* hidden, int64_t rows, const Linea
     }
   });
   for (int64_t row = 0; row < rows; ++row) unite(found + row * pieces, pieces, row, out);
+}
+
+}  // namespace
+
+void head_statistics(int threads, const float* hidden, int64_t rows, const Linear& head,
+                     const HeadStatistics& out) {
+  const void* input = input_of(threads, hidden, rows, head.weight);
+  statistics_of(threads, rows, head.weight.rows, out,
+                [&](int64_t first, int64_t count, float* logits, int64_t stride) {
+                  kernels().product(input, rows, head.weight, first, count, head.bias, logits,
+                                    stride);
+                });
+}
+
+void coded_head_statistics(int threads, const CodedRows& hidden, int64_t rows,
+                           const CodedMatrix& weight, const float* bias,
+                           const HeadStatistics& out) {
+  statistics_of(threads, rows, weight.rows, out,
+                [&](int64_t first, int64_t count, float* logits, int64_t stride) {
+                  kernels().coded_product(hidden, rows, weight, first, count, bias, logits, stride);
+                });
 }
 
 }  // namespace multiexit::cpu

@@ -16,7 +16,8 @@ static bool has_avx512() {
 static bool can_run(const Kernels& kernels) {
 #if defined(__x86_64__)
   if (!std::strcmp(kernels.name, "avx512bf16"))
-    return has_avx512() && __builtin_cpu_supports("avx512bf16");
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vnni");
   if (!std::strcmp(kernels.name, "avx512")) return has_avx512();
   if (!std::strcmp(kernels.name, "avx2"))
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

@@ -70,6 +70,11 @@ struct Kernels {
   void (*product)(const void* x, int64_t tokens, const Matrix& weight, int64_t first,
                   int64_t count, const float* bias, float* out, int64_t out_stride);
 
+  // As product, of codes; first is a multiple of 16. Sums of codes are exact.
+  void (*coded_product)(const CodedRows& x, int64_t tokens, const CodedMatrix& weight,
+                        int64_t first, int64_t count, const float* bias, float* out,
+                        int64_t out_stride);
+
   void (*to_float)(const void* x, DType dtype, float* out, int64_t count);
   void (*from_float)(const float* x, void* out, DType dtype, int64_t count);
   void (*add)(const float* x, float* sum, int64_t count);

@@ -4,6 +4,7 @@
 
 #include "product.inl"
 #include "quantized.inl"
+#include "coded.inl"
 #include "rows.inl"
 #include "transpose.inl"
 #include "attention.inl"
@@ -20,6 +21,7 @@ static const Kernels table = {
     MULTIEXIT_NAME(ISA_NAMESPACE),
     input_dtype,
     product,
+    coded_product,
     to_float,
     from_float,
     add,

@@ -7,7 +7,7 @@
 
 #include "scratch.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")
 #define MULTIEXIT_AVX512
 #define MULTIEXIT_AVX512BF16
 #define ISA_NAMESPACE avx512bf16

@@ -39,6 +39,23 @@ struct Matrix {
   static constexpr int64_t kBlock = 32;
 };
 
+// Rows of 8-bit codes, of which each has a scale; a code is stored plus 128.
+struct CodedRows {
+  const uint8_t* codes;  // [rows, columns]
+  const float* scales;
+};
+
+// A matrix of 8-bit codes with a scale for each row, in blocks of 16 rows: of each block first the
+// columns 0 to 3 of all its rows, then 4 to 7. Columns are a multiple of 4, rows are padded.
+struct CodedMatrix {
+  static constexpr int64_t kLanes = 16;
+
+  const int8_t* codes;
+  const int32_t* starts;  // -128 times the sum of a row's codes
+  const float* scales;
+  int64_t rows, columns;
+};
+
 enum class Activation { kGelu = 0, kGeluTanh = 1, kQuickGelu = 2, kRelu = 3, kSilu = 4 };
 
 }  // namespace multiexit::cpu

@@ -8,6 +8,7 @@ from multiexit_engine._native.attention import paged_attention
 from multiexit_engine._native.blocks import decoder_blocks
 from multiexit_engine._native.dense import layer_norm, linear, linear_activation, rms_norm
 from multiexit_engine._native.heads import (
+    coded_head_statistics,
     contrast_heads,
     contrast_tokens,
     head_logits,
@@ -19,6 +20,7 @@ from multiexit_engine._native.heads import (
 from multiexit_engine._native.packed_attention import packed_attention
 
 __all__ = [
+    "coded_head_statistics",
     "contrast_heads",
     "contrast_tokens",
     "decoder_blocks",

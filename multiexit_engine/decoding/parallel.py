@@ -31,6 +31,43 @@ def sure_rows(found: HeadStatistics, modes: Sequence[Parallel]) -> Tensor:
     return torch.where(by_entropy, found.entropy <= thresholds, found.log_probs.exp() >= thresholds)
 
 
+def certain_rows(
+    found: HeadStatistics, errors: Tensor, modes: Sequence[Parallel]
+) -> tuple[Tensor, Tensor]:
+    """Which rows are sure, and which are not, whatever logits lie this near to the rough ones.
+
+    With every logit x within e of its rough one, and m the greatest of a row: m and the log-sum-exp
+    move by at most e each, so log max p by w = 2e. On the straight way from the rough logits to the
+    others the entropy H changes by dH = -sum p dx (x - E x), and E |x - E x| <= 2 E (m - x) = 2 D.
+    Each p stays within a factor exp(w) and each m - x within w, so D <= exp(u) (D' + u) where the
+    way is u / w done, and |H - H'| is at most the integral from u = 0 to w of exp(u) (D' + u).
+
+    Args:
+        found: of the rough logits.
+        errors: [rows] float64, the e of each row.
+        modes: of each row.
+
+    Returns:
+        Two [rows] bool tensors; a row in neither needs the exact logits, as one with NaN does.
+    """
+    thresholds = torch.tensor([mode.threshold for mode in modes], dtype=torch.float64)
+    by_entropy = torch.tensor([mode.measure == "entropy" for mode in modes])
+    thresholds = thresholds.to(torch.float32).double()
+    wide = 2 * errors
+    best, entropy = found.log_probs.double(), found.entropy.double()
+    drop = (entropy + best).clamp_min(0.0)
+    change = drop * wide.expm1() + (wide - 1) * wide.exp() + 1
+    # log-probabilities are rounded, by far less than logits may be off
+    change = change + wide / 16
+    # no entropy is below that of a row whose tokens all have its greatest probability
+    least = torch.maximum(entropy - change, -best - wide)
+    by_best = (best - wide).exp() >= thresholds
+    is_sure = torch.where(by_entropy, entropy + change <= thresholds, by_best)
+    is_unsure = torch.where(by_entropy, least > thresholds, (best + wide).exp() < thresholds)
+    is_known = errors.isfinite() & entropy.isfinite()
+    return is_sure & is_known, is_unsure & is_known
+
+
 def rows_to_refine(log_probs: Sequence[float], turn: int, num_turns: int) -> list[int]:
     """The positions that a further pass computes again: those with the least likely tokens.
 

@@ -7,6 +7,13 @@ from multiexit_engine.ops.biased_attention import (
     biased_paged_attention,
 )
 from multiexit_engine.ops.blocks import decoder_blocks
+from multiexit_engine.ops.coded_heads import (
+    CodedHead,
+    code_head,
+    code_hidden,
+    coded_head_statistics,
+    logit_errors,
+)
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.dola import js_divergences, relative_top_logits
 from multiexit_engine.ops.heads import HeadStatistics, head_logits, head_statistics
@@ -22,10 +29,14 @@ from multiexit_engine.ops.tokens import contrast_tokens, head_tokens, shared_hea
 __all__ = [
     "NATIVE",
     "REFERENCE",
+    "CodedHead",
     "HeadStatistics",
     "Op",
     "biased_packed_attention",
     "biased_paged_attention",
+    "code_head",
+    "code_hidden",
+    "coded_head_statistics",
     "contrast_heads",
     "contrast_logits",
     "contrast_tokens",
@@ -39,6 +50,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_activation",
+    "logit_errors",
     "packed_attention",
     "paged_attention",
     "register_op",

@@ -98,7 +98,11 @@ def head_statistics(
     if shortlist is not None:
         weight = first_rows(weight, shortlist)
         bias = None if bias is None else bias[:shortlist]
-    logits = head_logits(hidden, weight, bias)
+    return statistics_of_logits(head_logits(hidden, weight, bias))
+
+
+def statistics_of_logits(logits: Tensor) -> HeadStatistics:
+    """The same of [rows, vocab] logits in memory."""
     log_sum_exp = logits.logsumexp(-1)
     log_probs = logits - log_sum_exp[:, None]
     tokens = logits.argmax(-1)

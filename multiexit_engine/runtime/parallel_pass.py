@@ -15,9 +15,21 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from multiexit_engine.decoding.parallel import rows_to_refine, sure_rows, tested_layers
+from multiexit_engine.decoding.parallel import (
+    certain_rows,
+    rows_to_refine,
+    sure_rows,
+    tested_layers,
+)
 from multiexit_engine.models.elmer import ElmerModel
-from multiexit_engine.ops import head_logits, head_statistics, head_tokens
+from multiexit_engine.ops import (
+    code_hidden,
+    coded_head_statistics,
+    head_logits,
+    head_statistics,
+    head_tokens,
+    logit_errors,
+)
 from multiexit_engine.parallel_mode import Parallel
 
 
@@ -216,11 +228,34 @@ class ParallelBatch:
             for row in rows
             if row not in left and layer in tested_layers(self._mode(row), self._num_layers)
         ]
-        left.update(self._sure([row for row in tested if self._mode(row).gate_bias]))
-        left.update(self._sure_unbiased([row for row in tested if not self._mode(row).gate_bias]))
+        for has_bias in (True, False):
+            asked = [row for row in tested if self._mode(row).gate_bias == has_bias]
+            certain, open_rows = self._certain(asked, has_bias=has_bias)
+            left.update(certain)
+            left.update(self._sure(open_rows) if has_bias else self._sure_unbiased(open_rows))
         for row in left:
             self._exit_layers[row] = layer
         return [row for row in rows if row not in left]
+
+    def _certain(self, rows: list[int], *, has_bias: bool) -> tuple[list[int], list[int]]:
+        """Rows that leave whatever rough logits lack, and those that need exact ones to tell.
+
+        The tokens of the former are read with those that leave last, in one exact product.
+        """
+        head = self._model.coded_head
+        if head is None or not rows:
+            return [], rows
+        operands = self._model.predict(self._hidden[self._index(rows)])
+        hidden, bias = code_hidden(operands.hidden), operands.bias if has_bias else None
+        found = coded_head_statistics(
+            hidden.codes, hidden.scales, head.codes, head.starts, head.scales, head.vocab, bias
+        )
+        errors = logit_errors(hidden, head, bias)
+        is_sure, is_unsure = certain_rows(found, errors, [self._mode(row) for row in rows])
+        verdicts = list(zip(rows, is_sure.tolist(), is_unsure.tolist(), strict=True))
+        sure = [row for row, yes, _ in verdicts if yes]
+        self._untested += sure
+        return sure, [row for row, yes, no in verdicts if not yes and not no]
 
     def _sure(self, rows: list[int]) -> list[int]:
         """Those of the rows whose own prediction is sure enough, which gives their tokens."""

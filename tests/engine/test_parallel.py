@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from multiexit_engine import Engine, Original, Parallel, SamplingParams
+from multiexit_engine.ops import head_statistics
 from tests.golden.acd_checkpoints import byte_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "elmer" / "t1"
@@ -109,6 +110,39 @@ def test_without_exits_all_rows_run_all_layers(elmer):
 def test_sure_rows_are_not_computed_further(elmer):
     mode = Parallel("confidence", "max_prob", 0.0, layers=(2,), length=6)
     assert rows_of(elmer, SOURCES[:1], mode) == [[6, 6, 0, 0], [0, 6, 0, 0]]
+
+
+@pytest.mark.parametrize("measure", ["entropy", "max_prob"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_rough_gates_change_neither_tokens_nor_layers(backend, measure):
+    rough, exact = (
+        Engine.from_pretrained(GOLDEN, dtype="float32", backend=backend) for _ in range(2)
+    )
+    # all tests by exact logits
+    exact._model.coded_head = None
+    top = 1.0 if measure == "max_prob" else 6.0
+    layers = set()
+    for step in range(13):
+        mode = Parallel("confidence", measure, top * step / 12, length=11, gate_bias=step % 2 > 0)
+        found = results(rough, SOURCES, mode)
+        assert found == results(exact, SOURCES, mode)
+        layers.update(layer for _, exits in found for layer in exits)
+    assert layers == {1, 2, 3, 4}
+
+
+def test_exact_tests_read_only_rows_that_rough_ones_leave_open(elmer, monkeypatch):
+    path, exact_rows = "multiexit_engine.runtime.parallel_pass.head_statistics", []
+
+    def counted(hidden, *rest):
+        exact_rows.append(hidden.shape[0])
+        return head_statistics(hidden, *rest)
+
+    monkeypatch.setattr(path, counted)
+    computed, _ = rows_of(elmer, SOURCES, Parallel("confidence", "max_prob", 0.9, length=11))
+    assert 0 < sum(exact_rows) < sum(computed[:3])
+    exact_rows.clear()
+    rows_of(elmer, SOURCES, Parallel("confidence", "max_prob", 0.0, length=11))
+    assert not exact_rows
 
 
 def test_a_further_pass_computes_the_least_likely_tokens_again(elmer):

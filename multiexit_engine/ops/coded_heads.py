@@ -1,0 +1,140 @@
+"""Vocabulary heads in 8-bit codes on both sides: rough logits, and how far off they can be.
+
+Knows nothing of who asks, or of what is decided by the numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multiexit_engine.ops.heads import HeadStatistics, statistics_of_logits
+from multiexit_engine.ops.registry import register_op
+
+# Rows whose codes lie together, and columns of each of them that do.
+LANES, GROUP = 16, 4
+_LARGEST = 127
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class CodedHead:
+    """A head as ``code * scale of its row``, and what its logits may lack.
+
+    Attributes:
+        codes: [blocks of 16 rows, groups of 4 columns, 16, 4] int8; padding is the code 0.
+        starts: [padded rows] int32, -128 times the sum of a row's codes.
+        scales: [padded rows] float32.
+        vocab: rows without padding.
+        norm: of the longest row, l2.
+        error: of the longest difference between a row and its codes, l2; NaN or infinite where the
+            head has such numbers.
+    """
+
+    codes: Tensor
+    starts: Tensor
+    scales: Tensor
+    vocab: int
+    norm: float
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class CodedHidden:
+    """Hidden states as ``(code - 128) * scale of the row``.
+
+    Attributes:
+        codes: [rows, hidden_size padded to a multiple of 4] uint8.
+        scales: [rows] float32.
+        norms: [rows] float64, l2, of the states themselves.
+        errors: [rows] float64, l2, of what the codes lack; NaN where a state has no number.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    norms: Tensor
+    errors: Tensor
+
+
+def code_head(weight: Tensor) -> CodedHead:
+    """The nearest codes of a [vocab, hidden_size] float32 matrix, row by row."""
+    parts = [_code(part) for part in torch.split(weight, _ROWS_AT_ONCE)]
+    codes = _padded(torch.cat([part[0] for part in parts]), LANES)
+    scales = F.pad(torch.cat([part[1] for part in parts]), (0, codes.shape[0] - weight.shape[0]))
+    norm = max(float(part[2].max()) for part in parts)
+    error = torch.cat([part[3] for part in parts]).max()
+    starts = -128 * codes.sum(1, dtype=torch.int32)
+    blocks = codes.view(-1, LANES, codes.shape[1] // GROUP, GROUP).transpose(1, 2).contiguous()
+    return CodedHead(blocks, starts, scales, weight.shape[0], norm, float(error))
+
+
+def code_hidden(hidden: Tensor) -> CodedHidden:
+    """The nearest codes of [rows, hidden_size] float32 states, row by row."""
+    codes, scales, norms, errors = _code(hidden)
+    return CodedHidden((codes.to(torch.int16) + 128).to(torch.uint8), scales, norms, errors)
+
+
+def logit_errors(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:
+    """[rows] float64: how far any rough logit is from the one that a float32 product gives.
+
+    With h = h' + e and w = w' + f the logits differ by e.w' + h.f, so by Cauchy-Schwarz by no more
+    than |e| |w'| + |h| |f|. The rest is rounding: of n products and sums in float32, at most
+    n 2^-23 |h| |w|, and of the steps that follow, in either.
+    """
+    columns = hidden.codes.shape[1]
+    coding = hidden.errors * (head.norm + head.error) + hidden.norms * head.error
+    greatest = 0.0
+    if bias is not None and bias.numel():
+        greatest = float(bias.abs().masked_fill(bias == -torch.inf, 0.0).max())
+    size = hidden.norms * head.norm + greatest
+    return coding + columns * 2.0**-23 * hidden.norms * head.norm + size * 2.0**-20 + 1e-4
+
+
+@register_op
+def coded_head_statistics(
+    hidden: Tensor,
+    hidden_scales: Tensor,
+    codes: Tensor,
+    starts: Tensor,
+    scales: Tensor,
+    vocab: int,
+    bias: Tensor | None = None,
+) -> HeadStatistics:
+    """``head_statistics`` of the logits that codes stand for; sums of codes are exact.
+
+    Args:
+        hidden: [rows, columns] uint8, code + 128.
+        hidden_scales: [rows] float32.
+        codes: of ``CodedHead``, as the next two.
+        starts: what makes up for the 128 of ``hidden``.
+        scales: of the rows.
+        vocab: rows without padding.
+        bias: [vocab] float32, or None.
+
+    Returns:
+        HeadStatistics in float32.
+    """
+    rows = codes.transpose(1, 2).flatten(2).flatten(0, 1)[:vocab].double()
+    sums = (hidden.double() - 128) @ rows.T
+    logits = sums.float() * scales[:vocab] * hidden_scales[:, None]
+    return statistics_of_logits(logits if bias is None else logits + bias)
+
+
+coded_head_statistics.backend("cpu", "multiexit_engine._native:coded_head_statistics", device="cpu")
+
+
+def _code(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes [rows, padded columns] int8, scales, and norms of the rows and of what codes lack."""
+    scales = matrix.abs().amax(1) / _LARGEST
+    divisors = scales.masked_fill(scales == 0, 1.0)[:, None]
+    rounded = (matrix / divisors).round_().nan_to_num_(0.0).clamp_(-_LARGEST, _LARGEST)
+    lacking = matrix.double() - rounded.double() * scales.double()[:, None]
+    codes = F.pad(rounded.to(torch.int8), (0, -matrix.shape[1] % GROUP))
+    return codes, scales, matrix.double().norm(dim=1), lacking.norm(dim=1)
+
+
+def _padded(matrix: Tensor, rows: int) -> Tensor:
+    return F.pad(matrix, (0, 0, 0, -matrix.shape[0] % rows))

@@ -1,0 +1,116 @@
+"""Rough logits are never further from the exact ones than they say."""
+
+import math
+
+import pytest
+import torch
+
+from multiexit_engine.decoding.parallel import certain_rows, sure_rows
+from multiexit_engine.ops import (
+    code_head,
+    code_hidden,
+    coded_head_statistics,
+    head_statistics,
+    logit_errors,
+)
+from multiexit_engine.parallel_mode import Parallel
+
+SHAPES = pytest.mark.parametrize(
+    ("rows", "vocab", "size"), [(1, 1, 4), (2, 17, 5), (3, 513, 33), (13, 1031, 48), (25, 600, 64)]
+)
+
+
+def operands(rows, vocab, size, spread=3.0):
+    """Some rows of such a spread of logits that exits near every threshold occur."""
+    generator = torch.Generator().manual_seed(rows + vocab)
+    hidden = torch.randn(rows, size, generator=generator) * spread
+    weight = torch.randn(vocab, size, generator=generator) * size**-0.5
+    return hidden, weight, torch.randn(vocab, generator=generator)
+
+
+def coded(hidden, weight, bias, op=coded_head_statistics):
+    """Statistics of the rough logits, and how far off these may be."""
+    head, states = code_head(weight), code_hidden(hidden)
+    arrays = head.codes, head.starts, head.scales, head.vocab
+    return op(states.codes, states.scales, *arrays, bias), logit_errors(states, head, bias)
+
+
+def decoded(head, states):
+    """[rows, vocab] float64 logits that the codes stand for."""
+    rows = head.codes.transpose(1, 2).flatten(2).flatten(0, 1).double() * head.scales[:, None]
+    hidden = (states.codes.double() - 128) * states.scales[:, None].double()
+    return hidden @ rows[: head.vocab].T
+
+
+@SHAPES
+def test_no_logit_is_further_off_than_its_rows_bound(rows, vocab, size):
+    hidden, weight, bias = operands(rows, vocab, size)
+    hidden[0] *= 1e3
+    head, states = code_head(weight), code_hidden(hidden)
+    width = hidden.shape[1]
+    exact = hidden.double() @ weight.double().T
+    rough = decoded(head, states)
+    assert rough.shape == (rows, vocab) and width == size
+    assert ((rough - exact).abs().amax(1) <= logit_errors(states, head, bias)).all()
+
+
+@SHAPES
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_statistics_are_those_of_the_codes(rows, vocab, size, has_bias):
+    hidden, weight, bias = operands(rows, vocab, size)
+    bias = bias if has_bias else None
+    logits = decoded(code_head(weight), code_hidden(hidden))
+    wanted = (logits if bias is None else logits + bias).log_softmax(-1)
+    for op in (coded_head_statistics.reference, coded_head_statistics):
+        found, _ = coded(hidden, weight, bias, op)
+        assert found.tokens.tolist() == wanted.argmax(-1).tolist()
+        torch.testing.assert_close(found.log_probs.double(), wanted.amax(-1), atol=1e-4, rtol=1e-5)
+        entropy = -(wanted.exp() * wanted).sum(-1)
+        torch.testing.assert_close(found.entropy.double(), entropy, atol=1e-4, rtol=1e-4)
+
+
+@SHAPES
+@pytest.mark.parametrize("measure", ["max_prob", "entropy"])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 30.0])
+def test_a_certain_row_is_what_the_exact_logits_say(rows, vocab, size, measure, spread):
+    hidden, weight, bias = operands(rows, vocab, size, spread)
+    exact = head_statistics(hidden, weight, bias)
+    rough, errors = coded(hidden, weight, bias)
+    own = exact.log_probs.exp() if measure == "max_prob" else exact.entropy
+    # the hardest thresholds are the values themselves
+    for threshold in [0.0, 0.3, 0.9, 1.0, *own.tolist(), *(own * 1.00001).tolist()]:
+        if measure == "max_prob" and threshold > 1.0:
+            continue
+        modes = [Parallel("confidence", measure, threshold)] * rows
+        sure, unsure = certain_rows(rough, errors, modes)
+        wanted = sure_rows(exact, modes)
+        assert not (sure & ~wanted).any() and not (unsure & wanted).any()
+
+
+def test_rows_far_from_the_threshold_are_certain():
+    hidden, weight, bias = operands(8, 1031, 48, 0.3)
+    rough, errors = coded(hidden, weight, bias)
+    modes = [Parallel("confidence", "max_prob", 0.9)] * 8
+    assert certain_rows(rough, errors, modes)[1].all()
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_no_number_is_never_certain(broken):
+    hidden, weight, bias = operands(3, 100, 16)
+    modes = [Parallel("confidence", "max_prob", 0.0)] * 3
+    bad = hidden.clone()
+    bad[1, 3] = broken
+    sure, unsure = certain_rows(*coded(bad, weight, bias), modes)
+    assert not sure[1] and not unsure[1] and sure[0] and sure[2]
+    weight[7, 2] = broken
+    for verdict in certain_rows(*coded(hidden, weight, bias), modes):
+        assert not verdict.any()
+
+
+def test_a_token_that_cannot_be_counts_for_nothing():
+    hidden, weight, bias = operands(3, 100, 16)
+    bias[5:50] = -torch.inf
+    kept = torch.tensor([*range(5), *range(50, 100)])
+    rough, errors = coded(hidden, weight, bias)
+    torch.testing.assert_close(rough.entropy, coded(hidden, weight[kept], bias[kept])[0].entropy)
+    assert errors.isfinite().all()
