@@ -24,6 +24,9 @@ class MultiExitSettings(VerifyAndUpdateConfig):  # type: ignore[misc]
         """
         model = vllm_config.model_config
         exits = read_exits(model.hf_config.model_type, model.hf_config.to_dict())
+        if not model.enforce_eager:
+            # Compiled (vLLM 0.32.0, torch 2.13, CPU), the last layer's states came out wrong.
+            raise ValueError("multi-exit models inside vLLM run uncompiled: set enforce_eager=True")
         if vllm_config.use_v2_model_runner:
             raise ValueError(
                 "the multi-exit plug-in follows requests through vLLM's model runner V1; set "
