@@ -66,6 +66,8 @@ def test_backends_are_as_good_as_the_reference_on_rows_that_lie_apart(backend, d
     args = (query, key, value, query_lens, key_lens, head_dim**-0.5)
     found = implementation_or_skip(packed_attention, backend)(*args)
     tolerance = 2e-6 if dtype is torch.float32 else 2e-3
+    if backend == "triton" and dtype is torch.bfloat16:
+        tolerance = 8e-3  # tensor cores take the weights of the values in bfloat16, too
     assert_as_good_as_reference(packed_attention, found, args, tolerance)
 
 
