@@ -24,7 +24,7 @@ from multiexit_engine.errors import CheckpointError
 from multiexit_engine.layers.exit_heads import HeadOperands
 from multiexit_engine.models.bart import BartDecoderBlock, build_bart
 from multiexit_engine.models.encoder_decoder import EncoderDecoderModel
-from multiexit_engine.ops import CodedHead, code_head, linear, packed_attention
+from multiexit_engine.ops import CodedHead, are_codes_fast, code_head, linear, packed_attention
 from multiexit_engine.quantization import row_span
 
 KEPT_STARTS = 64
@@ -188,9 +188,9 @@ class ElmerModel(EncoderDecoderModel):
 
     @cached_property
     def coded_head(self) -> CodedHead | None:
-        """The head in 8-bit codes, made when first asked for; None beside other than float32."""
+        """The head in 8-bit codes, made when first asked for; None where exact is faster."""
         weight = self.predict(self._tokens[:1]).weight
-        if not isinstance(weight, Tensor) or weight.device.type != "cpu":
+        if not isinstance(weight, Tensor) or weight.device.type != "cpu" or not are_codes_fast():
             return None
         return code_head(weight) if weight.dtype is torch.float32 else None
 

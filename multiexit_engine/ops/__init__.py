@@ -9,6 +9,7 @@ from multiexit_engine.ops.biased_attention import (
 from multiexit_engine.ops.blocks import decoder_blocks
 from multiexit_engine.ops.coded_heads import (
     CodedHead,
+    are_codes_fast,
     code_head,
     code_hidden,
     coded_head_statistics,
@@ -32,6 +33,7 @@ __all__ = [
     "CodedHead",
     "HeadStatistics",
     "Op",
+    "are_codes_fast",
     "biased_packed_attention",
     "biased_paged_attention",
     "code_head",

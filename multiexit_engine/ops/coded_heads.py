@@ -6,6 +6,7 @@ Knows nothing of who asks, or of what is decided by the numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,15 @@ class CodedHidden:
     scales: Tensor
     norms: Tensor
     errors: Tensor
+
+
+def are_codes_fast() -> bool:
+    """Whether this CPU multiplies codes faster than float32: it has VNNI, and kernels are built."""
+    try:
+        kernels = import_module("multiexit_engine._C")
+    except ImportError:
+        return False
+    return bool(kernels.isa() == "avx512bf16")
 
 
 def code_head(weight: Tensor) -> CodedHead:

@@ -243,8 +243,11 @@ class ParallelBatch:
         The tokens of the former are read with those that leave last, in one exact product.
         """
         head = self._model.coded_head
+        # A row that leaves pays for both: with one test in all the exact one is the cheaper way.
+        once = [row for row in rows if len(tested_layers(self._mode(row), self._num_layers)) == 1]
+        rows = sorted({*rows} - {*once})
         if head is None or not rows:
-            return [], rows
+            return [], once + rows
         operands = self._model.predict(self._hidden[self._index(rows)])
         hidden, bias = code_hidden(operands.hidden), operands.bias if has_bias else None
         found = coded_head_statistics(
@@ -255,7 +258,7 @@ class ParallelBatch:
         verdicts = list(zip(rows, is_sure.tolist(), is_unsure.tolist(), strict=True))
         sure = [row for row, yes, _ in verdicts if yes]
         self._untested += sure
-        return sure, [row for row, yes, no in verdicts if not yes and not no]
+        return sure, once + [row for row, yes, no in verdicts if not yes and not no]
 
     def _sure(self, rows: list[int]) -> list[int]:
         """Those of the rows whose own prediction is sure enough, which gives their tokens."""
