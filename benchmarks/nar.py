@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration
 
-from multiexit_engine import Engine, Parallel, SamplingParams
+from multiexit_engine import DecodingMode, Engine, Original, Parallel, SamplingParams
 
 SOURCE_LEN, TARGET_LEN = 64, 32
 MASK, BOS = 50264, 0
@@ -47,13 +47,16 @@ def main() -> None:
     concat = torch.randn(768, 1536) * 0.02
     with tempfile.TemporaryDirectory() as folder:
         save(model, concat, Path(folder))
-        engine = Engine.from_pretrained(folder, dtype=options.dtype)
+        elmer = Engine.from_pretrained(folder, dtype=options.dtype)
+        bart = Engine.from_pretrained(
+            folder, dtype=options.dtype, architecture="bart", prefix_caching=False
+        )
         model = model.to(getattr(torch, options.dtype))
         concat = concat.to(model.dtype)
         results = [
             {"batch": batch, "dtype": options.dtype, "way": way, "ms": 1e3 * seconds}
             for batch in options.batches
-            for way, seconds in measured(model, concat, engine, batch, options.rounds).items()
+            for way, seconds in measured(model, concat, elmer, bart, batch, options.rounds).items()
         ]
     greedy = {r["batch"]: r["ms"] for r in results if r["way"] == "transformers greedy"}
     show(
@@ -74,7 +77,12 @@ def save(model: BartForConditionalGeneration, concat: Tensor, folder: Path) -> N
 
 
 def measured(
-    model: BartForConditionalGeneration, concat: Tensor, engine: Engine, batch: int, rounds: int
+    model: BartForConditionalGeneration,
+    concat: Tensor,
+    elmer: Engine,
+    bart: Engine,
+    batch: int,
+    rounds: int,
 ) -> dict[str, float]:
     """Median seconds of each way for a batch of random sources."""
     generator = torch.Generator().manual_seed(batch)
@@ -85,8 +93,10 @@ def measured(
         "ELMER's forward, soft": timed(lambda: elmer_soft(model, concat, sources)),
     }
     sampling, lists = SamplingParams(ignore_eos=True), sources.tolist()
+    one_by_one = SamplingParams(max_new_tokens=TARGET_LEN, ignore_eos=True)
+    turns["engine BART greedy"] = timed(turn(bart, lists, one_by_one, Original()))
     for name, mode in modes().items():
-        turns[f"engine {name}"] = timed(turn(engine, lists, sampling, mode))
+        turns[f"engine {name}"] = timed(turn(elmer, lists, sampling, mode))
     return {name: median(seconds) for name, seconds in alternate(turns, rounds).items()}
 
 
@@ -112,7 +122,7 @@ def confidence(threshold: float, layers: tuple[int, ...] | None) -> Parallel:
 
 
 def turn(
-    engine: Engine, sources: list[list[int]], sampling: SamplingParams, mode: Parallel
+    engine: Engine, sources: list[list[int]], sampling: SamplingParams, mode: DecodingMode
 ) -> Callable[[], object]:
     """What one turn of the engine runs."""
     return lambda: engine.generate(sources, sampling, mode)
