@@ -16,6 +16,7 @@ from multiexit_engine import (
     SamplingParams,
     SelfSpeculative,
 )
+from tests.engine.company import run_in_random_company
 
 SAMPLINGS = {
     "greedy": SamplingParams(max_new_tokens=40),
@@ -217,20 +218,7 @@ def test_random_company_and_aborts_change_nothing(folder):
         for i, prompt in enumerate(prompts(60))
     ]
     alone = [tokens(engine.generate([p], s, m)) for p, s, m in requests]
-    waiting, found, aborted = list(enumerate(requests)), {}, set()
-    names = {}
-    while waiting or engine.has_unfinished():
-        while waiting and draw.random() < 0.3:
-            i, request = waiting.pop()
-            names[engine.add_request(*request)] = i
-        if names and draw.random() < 0.03:
-            name = draw.choice(list(names))
-            if engine.abort(name) is not None:
-                aborted.add(names[name])
-        for output in engine.step():
-            if output.finished:
-                found[names[output.request_id]] = tokens([output])
-        engine._scheduler.check_integrity()
+    found, aborted = run_in_random_company(engine, requests, draw)
     assert found == {i: alone[i] for i in range(60) if i not in aborted}
     assert engine.stats().num_free_kv_blocks == engine.stats().num_kv_blocks
 
