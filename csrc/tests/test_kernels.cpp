@@ -104,7 +104,8 @@ void conversions() {
 }
 
 // A model of one block, run over two sequences token by token and at once.
-void blocks(bool is_gated, int64_t head_dim, int64_t window) {
+// BART's blocks, besides, read three keys of a source from blocks 3 and 4 of the cache.
+void blocks(bool is_gated, bool is_bart, int64_t head_dim, int64_t window) {
   const int64_t heads = 4, kv_heads = 2, hidden = 24, inner = 20, tokens = 5, block_size = 2;
   const int64_t qkv = (heads + 2 * kv_heads) * head_dim, up = is_gated ? 2 * inner : inner;
   const auto scale = numbers(hidden), shift = numbers(hidden), head_scale = numbers(head_dim);
@@ -114,15 +115,26 @@ void blocks(bool is_gated, int64_t head_dim, int64_t window) {
   const Norm norm = {scale.data(), is_gated ? nullptr : shift.data(), 1e-5f};
   const Norm head_norm = {is_gated ? head_scale.data() : nullptr, nullptr, 1e-5f};
   const bool turns = is_gated && head_dim % 2 == 0;
-  const Block block = {norm, norm, head_norm, head_norm,
+  const auto w_query = numbers(heads * head_dim * hidden);
+  std::optional<CrossAttention> cross;
+  if (is_bart)
+    cross = {norm,
+             {{w_query.data(), DType::kFloat32, heads * head_dim, hidden}, nullptr},
+             {{w_out.data(), DType::kFloat32, hidden, heads * head_dim}, nullptr},
+             0.2f};
+  const Block block = {is_bart, norm, norm, head_norm, head_norm,
                        {{w_qkv.data(), DType::kFloat32, qkv, hidden}, nullptr},
                        {{w_out.data(), DType::kFloat32, hidden, heads * head_dim}, nullptr},
                        {{w_up.data(), DType::kFloat32, up, hidden}, b_up.data()},
                        {{w_down.data(), DType::kFloat32, hidden, inner}, nullptr},
                        is_gated, Activation::kSilu, heads, kv_heads, head_dim, window, 0.3f,
-                       turns ? cos.data() : nullptr, turns ? sin.data() : nullptr};
+                       turns ? cos.data() : nullptr, turns ? sin.data() : nullptr, cross};
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  std::vector<float> keys(3 * block_size * kv_heads * head_dim, nan), values = keys;
+  const int64_t slot = kv_heads * head_dim, source = 3 * block_size * slot;
+  std::vector<float> keys(5 * block_size * slot, nan);
+  const auto source_keys = numbers(3 * slot);
+  std::copy(source_keys.begin(), source_keys.end(), keys.begin() + source);
+  std::vector<float> values = keys;
   const Cache cache = {keys.data(), values.data(), DType::kFloat32, block_size, kv_heads, head_dim};
   const Span span = {{block}, {cache}};
   const auto input = numbers(tokens * hidden);
@@ -130,14 +142,19 @@ void blocks(bool is_gated, int64_t head_dim, int64_t window) {
   const std::vector<int32_t> starts = {0, 3, 5}, contexts = {3, 2}, tables = {2, 0, 1, -1};
   const std::vector<int64_t> positions = {0, 1, 2, 0, 1}, slots = {4, 5, 0, 2, 3};
   const Layout layout = {tokens, 2, starts.data(), contexts.data(), tables.data(), 2, 3};
-  run_blocks(3, span, {layout, positions.data(), slots.data()}, input.data(), whole.data(),
-             DType::kFloat32);
+  const std::vector<int32_t> each = {0, 1, 2, 3, 4, 5}, lengths(tokens, 3);
+  const std::vector<int32_t> sources = {3, 4, 3, 4, 3, 4, 3, 4, 3, 4};
+  const auto beside = [&](int64_t count) {
+    return Layout{count, count, each.data(), lengths.data(), sources.data(), 2, 3};
+  };
+  run_blocks(3, span, {layout, positions.data(), slots.data(), beside(tokens)}, input.data(),
+             whole.data(), DType::kFloat32);
   for (int64_t t = 0; t < tokens; ++t) {
     const std::vector<int32_t> start = {0, 1}, context = {static_cast<int32_t>(positions[t] + 1)};
     const Layout one = {1, 1, start.data(), context.data(), tables.data() + (t < 3 ? 0 : 2), 2,
                         positions[t] + 1};
-    run_blocks(1, span, {one, &positions[t], &slots[t]}, input.data() + t * hidden, single.data(),
-               DType::kFloat32);
+    run_blocks(1, span, {one, &positions[t], &slots[t], beside(1)}, input.data() + t * hidden,
+               single.data(), DType::kFloat32);
     for (int64_t i = 0; i < hidden; ++i)
       if (single[i] != whole[t * hidden + i])
         expect_near(single[i], whole[t * hidden + i] + 1e9, "a token alone has other bits");
@@ -244,7 +261,8 @@ int main() {
     conversions();
     for (int64_t head_dim : {1, 6, 16, 70})
       for (int64_t window : {0, 2})
-        for (bool is_gated : {false, true}) blocks(is_gated, head_dim, window);
+        for (bool is_gated : {false, true})
+          for (bool is_bart : {false, true}) blocks(is_gated, is_bart, head_dim, window);
     for (int64_t group : {1, 3})
       for (int64_t window : {0, 1, 150}) {
         attention(1, 1, window, group, 7);

@@ -126,6 +126,9 @@ def coded_head_statistics(
 
     Returns:
         HeadStatistics in float32.
+
+    Source: products of 8-bit codes on both sides, Dettmers et al. 2022, arXiv:2208.07339, section
+        2.1, by row.
     """
     rows = codes.transpose(1, 2).flatten(2).flatten(0, 1)[:vocab].double()
     sums = (hidden.double() - 128) @ rows.T

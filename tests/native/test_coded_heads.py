@@ -5,7 +5,7 @@ import torch
 
 from multiexit_engine import ops
 from multiexit_engine._native import coded_head_statistics
-from tests.ops.test_coded_heads import SHAPES, coded, operands
+from tests.ops.test_coded_head_statistics import SHAPES, coded, operands
 
 
 @SHAPES
