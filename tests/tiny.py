@@ -31,6 +31,9 @@ def save_gpt2(
     num_positions: int = 1024,
     with_tokenizer: bool = True,
     sharpness: float = 8.0,
+    num_layers: int = 6,
+    num_heads: int = 4,
+    exits: tuple[int, ...] = EXITS,
 ) -> Path:
     """A GPT-2 of six layers with its own head on layers 2, 4 and 6.
 
@@ -42,18 +45,18 @@ def save_gpt2(
         vocab_size=vocab_size,
         n_positions=num_positions,
         n_embd=64,
-        n_layer=6,
-        n_head=4,
+        n_layer=num_layers,
+        n_head=num_heads,
         bos_token_id=256 if vocab_size > 256 else 0,
         eos_token_id=256 if vocab_size > 256 else 0,
         initializer_range=0.1,
     )
     tensors = dict(GPT2LMHeadModel(config).state_dict())
     tensors.pop("lm_head.weight")
-    for layer in EXITS:
+    for layer in exits:
         head = torch.randn(vocab_size, 64) * 0.05 * sharpness
         tensors[f"name_to_lm_exit_head.lm_head_{layer}.weight"] = head
-    config.lm_head_layer_indices = list(reversed(EXITS))
+    config.lm_head_layer_indices = list(reversed(exits))
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")

@@ -22,7 +22,14 @@ from multiexit_engine.ops.kv import write_kv
 from multiexit_engine.ops.linear import linear, linear_activation
 from multiexit_engine.ops.norm import layer_norm, rms_norm
 from multiexit_engine.ops.packed_attention import packed_attention
-from multiexit_engine.ops.registry import NATIVE, REFERENCE, Op, register_op, use_backend
+from multiexit_engine.ops.registry import (
+    NATIVE,
+    REFERENCE,
+    Op,
+    assume_device,
+    register_op,
+    use_backend,
+)
 from multiexit_engine.ops.rotary import rotary
 from multiexit_engine.ops.sampling import gumbel_noise, sample_tokens
 from multiexit_engine.ops.tokens import contrast_tokens, head_tokens, shared_head_tokens
@@ -34,6 +41,7 @@ __all__ = [
     "HeadStatistics",
     "Op",
     "are_codes_fast",
+    "assume_device",
     "biased_packed_attention",
     "biased_paged_attention",
     "code_head",

@@ -1,0 +1,94 @@
+"""The whole engine on the GPU's kernels, interpreted where there is no GPU: the reference's ids."""
+
+from contextlib import nullcontext
+
+import pytest
+
+from multiexit_engine import (
+    Contrast,
+    EarlyExit,
+    Engine,
+    Exit,
+    Original,
+    SamplingParams,
+    SelfSpeculative,
+)
+from multiexit_engine.ops import assume_device
+from tests.tiny import save_gpt2
+
+pytest.importorskip("multiexit_engine.kernels.heads")
+
+PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12], [9] * 20, [77], [5, 6]]
+MIXED = [Original(), Exit(2), Contrast(4, 2), Contrast("original", 2, alpha=0.01), Exit(4)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"), num_layers=4, num_heads=2, exits=(2, 4))
+
+
+def ids(engine, prompts, modes, **sampling):
+    outputs = engine.generate(prompts, SamplingParams(ignore_eos=True, **sampling), modes)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def on_kernels(folder, device, dtype="float32", **options):
+    return Engine.from_pretrained(folder, device=device, dtype=dtype, backend="native", **options)
+
+
+def rehearsal(device):
+    """The kernels of the GPU for tensors that are not on one."""
+    return nullcontext() if device == "cuda" else assume_device("cuda")
+
+
+def expected(folder, prompts, modes, **sampling):
+    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
+    return ids(engine, prompts, modes, **sampling)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mixed_batch_gives_the_ids_of_the_reference(folder, temperature, device):
+    asked = {"max_new_tokens": 3, "temperature": temperature, "seed": 3, "top_k": 0}
+    with rehearsal(device):
+        found = ids(on_kernels(folder, device), PROMPTS, MIXED, **asked)
+    assert found == expected(folder, PROMPTS, MIXED, **asked)
+
+
+def test_cached_prefixes_and_chunks_change_nothing(folder, device):
+    prompts = [[*range(40), 1], [*range(40), 2]]
+    engine = on_kernels(folder, device, max_num_batched_tokens=24)
+    with rehearsal(device):
+        found = [ids(engine, [p], Contrast(4, 2), max_new_tokens=2)[0] for p in prompts]
+    assert engine.stats().prefix_hit_tokens == 32
+    assert found == expected(folder, prompts, Contrast(4, 2), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [SelfSpeculative(2, draft_len=2, target=Contrast(4, 2)), EarlyExit(0.5, "max_prob")],
+    ids=lambda mode: type(mode).__name__,
+)
+def test_modes_with_exits_on_the_way_give_the_ids_of_the_reference(folder, mode, device):
+    with rehearsal(device):
+        found = ids(on_kernels(folder, device), PROMPTS[:2], mode, max_new_tokens=3)
+    assert found == expected(folder, PROMPTS[:2], mode, max_new_tokens=3)
+
+
+def test_kernels_run_and_not_the_references(folder, device, monkeypatch):
+    kernels = pytest.importorskip("multiexit_engine.kernels.heads")
+    launched = []
+    for kernel in ("head_kernel", "contrast_finish_kernel"):
+        launch = getattr(kernels, kernel)
+        monkeypatch.setattr(kernels, kernel, Watched(launch, kernel, launched))
+    with rehearsal(device):
+        ids(on_kernels(folder, device), PROMPTS[:1], Contrast(4, 2), max_new_tokens=1)
+    assert launched == ["head_kernel", "contrast_finish_kernel"]
+
+
+class Watched:
+    def __init__(self, kernel, name, launched):
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]
