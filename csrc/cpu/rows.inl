@@ -91,14 +91,29 @@ static float sum(const float* x, int64_t count) {
 
 static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
+// x times the normal distribution's mass below x. Of the tail q below -|x|, q exp(x^2 / 2) / t is a
+// polynomial in t = 1 / (1 + 0.3 |x|) within 4e-9 of it: the least greatest relative error of degree
+// 9 for |x| <= 14. Nothing cancels, so small results are exact, too.
+static inline Vec gelu(Vec x) {
+  const Vec size = x < 0.0f ? -x : x;
+  const Vec t = 1.0f / fma(size, fill(0.3f), fill(1.0f));
+  Vec p = fill(-2.061249316e-02f);
+  p = fma(p, t, fill(1.123738810e-01f));
+  p = fma(p, t, fill(-2.280628681e-01f));
+  p = fma(p, t, fill(1.915752441e-01f));
+  p = fma(p, t, fill(-7.924172282e-02f));
+  p = fma(p, t, fill(9.605466574e-02f));
+  p = fma(p, t, fill(7.842672616e-02f));
+  p = fma(p, t, fill(1.102270633e-01f));
+  p = fma(p, t, fill(1.195728779e-01f));
+  p = fma(p, t, fill(1.196866333e-01f));
+  const Vec tail = p * t * exp(-0.5f * x * x);
+  return x < 0.0f ? x * tail : x * (1.0f - tail);
+}
+
 static inline Vec activated(Vec x, Activation kind) {
   switch (kind) {
-    case Activation::kGelu: {
-      Vec out = x;
-      for (int64_t i = 0; i < kWidth; ++i)
-        out[i] = 0.5f * x[i] * (1.0f + __builtin_erff(x[i] * 0.70710678118654752f));
-      return out;
-    }
+    case Activation::kGelu: return gelu(x);
     case Activation::kGeluTanh:
       // 0.5 (1 + tanh y) = sigmoid(2 y)
       return x * sigmoid(1.59576912160573081f * fma(0.044715f * x * x, x, x));

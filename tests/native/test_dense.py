@@ -55,6 +55,15 @@ def test_activation_of_a_product_equals_the_formula(isa, dtype, rows, inner, out
     assert bool((error <= rounding + 6e-7 * size + 2e-6).all())
 
 
+def test_gelu_is_exact_in_its_tail_and_at_its_ends(isa):
+    ends = [-torch.inf, torch.inf, torch.nan, -0.0, 0.0, -1e30, 1e30]
+    x = torch.cat([torch.linspace(-8, 8, 4001), torch.tensor(ends)])[:, None]
+    actual = linear_activation(x, torch.ones(1, 1), None, "gelu").double()
+    wide = x.double()
+    truth = wide * torch.special.erfc(-wide / 2**0.5) / 2
+    torch.testing.assert_close(actual, truth, rtol=3e-6, atol=0.0, equal_nan=True)
+
+
 def test_activation_of_a_product_is_the_same_beside_any_others(isa, threads):
     x, weight = poisoned((33, 100), torch.float32, 0), poisoned((57, 100), torch.float32, 1)
     whole = linear_activation(x, weight, None, "gelu")
