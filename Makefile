@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs install clean
+TRITON_OF_GPU_MACHINES := 3.6.0
+
+.PHONY: demo test slow check docs install clean
 
 demo: $(VENV)/installed
 	$(BIN)/multiexit demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto
+
+# storms, fuzzing, sanitizers, every kernel for every GPU under both versions of triton
+slow: $(VENV)/installed-test $(VENV)/triton-$(TRITON_OF_GPU_MACHINES)
+	$(BIN)/python -m pytest -n auto -m slow
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON_OF_GPU_MACHINES) $(BIN)/python -m pytest -n auto -m slow tests/kernels/test_compiles.py
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -31,6 +38,9 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csr
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
+
+$(VENV)/triton-%: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -26,7 +26,7 @@ def packed_config(head_dim: int, dtype: torch.dtype) -> AttentionConfig:
     config = long_config(1, head_dim, dtype)
     if dtype == torch.float32 or head_dim <= 64:
         return config
-    return config._replace(block_n=32, max_registers=168)
+    return config._replace(block_n=32, max_registers=192)
 
 
 def packed_attention(

@@ -14,14 +14,11 @@ elif not torch.cuda.is_available():
     from tests.kernels import interpreter  # noqa: F401
 
 
-def pytest_collection_modifyitems(config, items):
-    """On a GPU all kernel tests are ``gpu`` tests; ``slow`` ones run only if asked for."""
-    own = [item for item in items if HERE in item.path.parents]
-    for item in own:
-        if torch.cuda.is_available() and "device" in item.fixturenames:
+def pytest_collection_modifyitems(items):
+    """On a GPU all kernel tests are ``gpu`` tests."""
+    for item in items:
+        if HERE in item.path.parents and torch.cuda.is_available() and "device" in item.fixturenames:
             item.add_marker(pytest.mark.gpu)
-        elif "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
-            item.add_marker(pytest.mark.skip(reason="minutes; run with -m slow"))
 
 
 @pytest.fixture
