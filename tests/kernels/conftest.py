@@ -16,8 +16,10 @@ elif not torch.cuda.is_available():
 
 def pytest_collection_modifyitems(items):
     """On a GPU all kernel tests are ``gpu`` tests."""
+    if not torch.cuda.is_available():
+        return
     for item in items:
-        if HERE in item.path.parents and torch.cuda.is_available() and "device" in item.fixturenames:
+        if HERE in item.path.parents and "device" in item.fixturenames:
             item.add_marker(pytest.mark.gpu)
 
 
