@@ -143,10 +143,10 @@ HeadPair pair_of(int dtype, Address upper_hidden, const Matrix& upper, Address l
 
 void contrast(int threads, int dtype, Address upper_hidden, const Matrix& upper,
               Address lower_hidden, const Matrix& lower, Address alpha, Address least, int64_t rows,
-              Address out) {
+              Address out, Address num_candidates) {
   Release nogil;
   contrast_heads(threads, pair_of(dtype, upper_hidden, upper, lower_hidden, lower, alpha, rows, least),
-                 rows, at(out));
+                 rows, at(out), at<int32_t>(num_candidates));
 }
 
 void choose_contrast(int threads, int dtype, Address upper_hidden, const Matrix& upper,
@@ -244,9 +244,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Choice>(m, "Choice")
       .def(py::init([](Address temperature, Address seeds, Address positions, Address tokens,
-                       Address log_probs) {
-        return Choice{at(temperature), at<int64_t>(seeds), at<int64_t>(positions),
-                      at<int64_t>(tokens), at(log_probs)};
+                       Address log_probs, Address num_candidates) {
+        return Choice{at(temperature),     at<int64_t>(seeds), at<int64_t>(positions),
+                      at<int64_t>(tokens), at(log_probs),      at<int32_t>(num_candidates)};
       }));
 
   py::class_<LowerHead>(m, "LowerHead")

@@ -72,7 +72,13 @@ class LowerHead:
 
 class Choice:
     def __init__(
-        self, temperature: int, seeds: int, positions: int, tokens: int, log_probs: int
+        self,
+        temperature: int,
+        seeds: int,
+        positions: int,
+        tokens: int,
+        log_probs: int,
+        num_candidates: int,
     ) -> None: ...
 
 def head_logits(
@@ -122,6 +128,7 @@ def contrast_heads(
     least: int,
     rows: int,
     out: int,
+    num_candidates: int,
 ) -> None: ...
 def contrast_tokens(
     threads: int,

@@ -6,6 +6,7 @@ the first ones and a deeper segment works on a plain slice.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -97,6 +98,8 @@ class StepOutput:
         scored: for each request the log-probabilities of its prompt tokens, in order.
         waiting: sequences of which tokens still lack the keys and values above some layer.
         failures: requests whose own code or numbers failed, with the reason.
+        num_candidates: for each distribution that was contrasted to choose a token, how many tokens
+            were plausible.
     """
 
     tokens: list[tuple[Sequence, list[ChosenToken]]] = field(default_factory=list)
@@ -105,6 +108,11 @@ class StepOutput:
     scored: list[tuple[Request, list[ScoredToken]]] = field(default_factory=list)
     waiting: dict[Sequence, tuple[Joining, ...]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    num_candidates: list[int] = field(default_factory=list)
+
+    def note_candidates(self, counts: Iterable[int] = ()) -> None:
+        """Add what rows of a slice kept; rows without a contrast have 0."""
+        self.num_candidates += [count for count in counts if count]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
+# Sizes of plausible sets that are told apart; no vocabulary is larger than the last one.
+CANDIDATE_BOUNDS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, 100_000, 2**31)
+
 
 class FinishReason(StrEnum):
     """Why a completion ended."""
@@ -151,6 +154,9 @@ class EngineStats:
         prefix_hit_tokens: those found there.
         rows_per_layer: under ``Parallel`` for each decoder layer the positions that ran it.
         keyed_rows_per_layer: those of which it made keys and values, exited ones included.
+        contrasts_by_candidates: distributions that were contrasted to choose a token, by how many
+            tokens were plausible: up to each of CANDIDATE_BOUNDS and more than the one before it.
+        num_candidates: plausible tokens of all of them together.
     """
 
     num_running: int
@@ -167,6 +173,8 @@ class EngineStats:
     prefix_hit_tokens: int
     rows_per_layer: tuple[int, ...] = ()
     keyed_rows_per_layer: tuple[int, ...] = ()
+    contrasts_by_candidates: tuple[int, ...] = ()
+    num_candidates: int = 0
 
 
 def join_completions(pieces: Sequence[CompletionOutput]) -> CompletionOutput:

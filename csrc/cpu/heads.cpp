@@ -235,6 +235,7 @@ void choose(int threads, const Streamed& head, int64_t row, const Choice& choice
                             : found.argmax;
   choice.tokens[row] = token;
   choice.log_probs[row] = own[token] - found.log_sum;
+  if (choice.num_candidates) choice.num_candidates[row] = 0;
 }
 
 void choose_contrasted(int threads, const Streamed& upper, const LowerHead& lower,
@@ -242,6 +243,8 @@ void choose_contrasted(int threads, const Streamed& upper, const LowerHead& lowe
   const int64_t vocab = upper.vocab;
   contrast(threads, upper, lower,
            [&](int64_t row, const Row& found, const Candidates& candidates, float* own) {
+             if (choice.num_candidates)
+               choice.num_candidates[row] = static_cast<int32_t>(candidates.count);
              // A candidate is always the best: the largest share is at least alpha * max p.
              if (!(choice.temperature[row] > 0) && candidates.count > 0) {
                const int64_t best = candidates.best();
@@ -296,11 +299,13 @@ void sample_tokens(int threads, const float* scores, int64_t rows, int64_t vocab
     tokens[row] = sample(threads, scores + row * vocab, vocab, 1.0f, seeds[row], positions[row]);
 }
 
-void contrast_heads(int threads, const HeadPair& heads, int64_t rows, float* out) {
+void contrast_heads(int threads, const HeadPair& heads, int64_t rows, float* out,
+                    int32_t* num_candidates) {
   const Streamed upper = stream_head(threads, heads.upper_hidden, rows, {heads.upper, nullptr},
                                      [](int64_t) { return true; }, out);
   contrast(threads, upper, heads.lower,
-           [&](int64_t, const Row& found, const Candidates& candidates, float* own) {
+           [&](int64_t row, const Row& found, const Candidates& candidates, float* own) {
+             if (num_candidates) num_candidates[row] = static_cast<int32_t>(candidates.count);
              write_log_probs(found, candidates, own, upper.vocab);
            });
 }

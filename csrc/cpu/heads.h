@@ -13,8 +13,9 @@ struct Choice {
   const float* temperature;  // 0 is greedy
   const int64_t* seeds;
   const int64_t* positions;
-  int64_t* tokens;   // out
-  float* log_probs;  // out
+  int64_t* tokens;          // out
+  float* log_probs;         // out
+  int32_t* num_candidates;  // out, or null: plausible tokens of a contrast, 0 without one
 };
 
 // Rows of an upper head that are contrasted with one lower head.
@@ -49,8 +50,9 @@ void shared_head_tokens(int threads, const float* hidden, int64_t rows, const Ma
 void sample_tokens(int threads, const float* scores, int64_t rows, int64_t vocab,
                    const int64_t* seeds, const int64_t* positions, int64_t* tokens);
 
-// out: [rows, vocab] log-probabilities.
-void contrast_heads(int threads, const HeadPair& heads, int64_t rows, float* out);
+// out: [rows, vocab] log-probabilities; num_candidates: [rows] plausible tokens, or null.
+void contrast_heads(int threads, const HeadPair& heads, int64_t rows, float* out,
+                    int32_t* num_candidates = nullptr);
 
 // out: [rows, vocab] logits.
 void head_logits(int threads, const float* hidden, int64_t rows, const Linear& head, float* out);

@@ -215,9 +215,10 @@ void heads(int64_t vocab) {
   const std::vector<float> alpha(rows, 0.1f), temperature = {0.0f, 1.0f, 0.5f};
   const std::vector<int64_t> state = {1, -2, 3};
   std::vector<int64_t> tokens(rows);
+  std::vector<int32_t> counts(rows), again(rows);
   std::vector<float> log_probs(rows), logits(rows * vocab), contrasted(rows * vocab);
   const Choice choice = {temperature.data(), state.data(), state.data(), tokens.data(),
-                         log_probs.data()};
+                         log_probs.data(), counts.data()};
   const HeadPair pair = {
       hidden.data(), matrix, {nullptr, rows, hidden.data(), matrix, alpha.data(), nullptr}};
   head_logits(2, hidden.data(), rows, {matrix, nullptr}, logits.data());
@@ -241,8 +242,9 @@ void heads(int64_t vocab) {
   std::nth_element(logits.begin(), logits.begin() + 1, logits.begin() + vocab, std::greater<>());
   if (vocab > 1) expect_near(second[0], logits[1] - std::log(mass), "second log-probability");
   contrast_tokens(2, pair, rows, choice);
-  contrast_heads(2, pair, rows, contrasted.data());
+  contrast_heads(2, pair, rows, contrasted.data(), again.data());
   for (int64_t row = 0; row < rows; ++row) {
+    expect_near(counts[row], again[row], "candidates");
     double sum = 0.0;
     for (int64_t v = 0; v < vocab; ++v) sum += std::exp(double(contrasted[row * vocab + v]));
     expect_near(sum, 1.0, "mass of a contrast");

@@ -97,6 +97,7 @@ def contrast_finish_kernel(
     tile_token_ptr,
     token_ptr,
     logprob_ptr,
+    num_candidates_ptr,
     num_rows,
     num_tiles,
     vocab,
@@ -108,7 +109,8 @@ def contrast_finish_kernel(
     """The best of the candidates, with the final threshold, and of the tokens below it.
 
     With the largest logit known, every candidate is either plausible or not; plausible ones share
-    their mass in proportion to exp(score).
+    their mass in proportion to exp(score). How many those are goes to ``num_candidates_ptr``, if
+    it is not None.
     """
     row = tl.program_id(0).to(tl.int64)
     alpha = tl.load(alpha_ptr + row)
@@ -137,6 +139,7 @@ def contrast_finish_kernel(
 
     score_units = tl.zeros((), tl.int64)
     mass_units = tl.zeros((), tl.int64)
+    num_plausible = tl.zeros((), tl.int32)
     for start in range(0, count, LISTED):
         token, logit, score = _candidates(
             listed_ptr, candidate_logit_ptr, candidate_score_ptr, row, start, count, num_tiles,
@@ -147,6 +150,7 @@ def contrast_finish_kernel(
         mass = tl.where(plausible, tl.exp(logit - top) * _UNIT, 0.0).to(tl.int64)
         score_units += tl.sum(tl.sum(share, 1), 0)
         mass_units += tl.sum(tl.sum(mass, 1), 0)
+        num_plausible += tl.sum(tl.sum(plausible.to(tl.int32), 1), 0)
     # What turns the score of a plausible token into a logit of the contrasted distribution.
     shift = top - best + tl.log(mass_units.to(tl.float32)) - tl.log(score_units.to(tl.float32))
     value = best + shift
@@ -179,6 +183,8 @@ def contrast_finish_kernel(
     # A row of NaN has no best token; its log-probability is NaN, its token stays a legal one.
     tl.store(token_ptr + row, tl.minimum(choice, vocab - 1).to(tl.int64))
     tl.store(logprob_ptr + row, value - log_total)
+    if num_candidates_ptr is not None:
+        tl.store(num_candidates_ptr + row, num_plausible)
     # The scratch is left as found, so that a replayed graph needs no node to fill it.
     tl.store(running_ptr + row, float("-inf"))
     tl.store(count_ptr + row, 0)

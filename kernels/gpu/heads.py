@@ -86,12 +86,13 @@ def contrast_tokens(
     temperature: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    num_candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``multiexit_engine.ops.tokens``. Two launches for each 64 rows.
 
     Scratch: 8 bytes for each row and vocabulary entry, touched where tokens may be plausible only.
     """
-    lower = _Lower(lower_hidden, lower_weight, alpha)
+    lower = _Lower(lower_hidden, lower_weight, alpha, num_candidates)
     return _choose(upper_hidden, upper_weight, None, lower, temperature, seeds, positions)
 
 
@@ -99,6 +100,11 @@ class _Lower(NamedTuple):
     hidden: Tensor
     weight: Tensor
     alpha: Tensor
+    num_candidates: Tensor | None
+
+    def rows(self, part: slice) -> _Lower:
+        counts = None if self.num_candidates is None else self.num_candidates[part]
+        return _Lower(self.hidden[part], self.weight, self.alpha[part], counts)
 
 
 def _choose(
@@ -115,7 +121,7 @@ def _choose(
     logprobs = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     for start in range(0, rows, MAX_ROWS):
         part = slice(start, start + MAX_ROWS)
-        below = lower and _Lower(lower.hidden[part], lower.weight, lower.alpha[part])
+        below = lower and lower.rows(part)
         drawing = (temperature[part], seeds[part], positions[part])
         _choose_part(hidden[part], weight, bias, below, drawing, tokens[part], logprobs[part])
     return tokens, logprobs
@@ -184,6 +190,7 @@ def _choose_part(
         best,
         tokens,
         logprobs,
+        lower.num_candidates,
         rows,
         num_tiles,
         vocab,

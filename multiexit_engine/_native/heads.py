@@ -92,6 +92,7 @@ def contrast_heads(
     lower_weight: Weight,
     alpha: Tensor,
     min_candidates: Tensor | None = None,
+    num_candidates: Tensor | None = None,
 ) -> Tensor:
     """See ``multiexit_engine.ops.contrast_heads``."""
     upper_hidden, lower_hidden = upper_hidden.contiguous(), lower_hidden.contiguous()
@@ -109,6 +110,7 @@ def contrast_heads(
         address(least),
         out.shape[0],
         out.data_ptr(),
+        address(num_candidates),
     )
     return out
 
@@ -145,11 +147,12 @@ def contrast_tokens(
     temperature: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    num_candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``multiexit_engine.ops.contrast_tokens``."""
     upper_hidden, lower_hidden = upper_hidden.contiguous(), lower_hidden.contiguous()
     alpha = alpha.float().contiguous()
-    rows = _Rows(temperature, seeds, positions)
+    rows = _Rows(temperature, seeds, positions, num_candidates)
     _C.contrast_tokens(
         torch.get_num_threads(),
         DTYPES[upper_hidden.dtype],
@@ -171,10 +174,11 @@ def shared_head_tokens(
     temperature: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    num_candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``multiexit_engine.ops.shared_head_tokens``."""
     hidden = hidden.float().contiguous()
-    rows = _Rows(temperature, seeds, positions)
+    rows = _Rows(temperature, seeds, positions, num_candidates)
     contrasted = [group for group in groups if group.lower_weight is not None]
     kept = [
         (group.rows.contiguous(), group.lower_hidden.float().contiguous(), group.alpha.float())
@@ -220,9 +224,15 @@ def sample_tokens(scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
 class _Rows:
     """How each row chooses, room for what it chooses, and the extension's view of both."""
 
-    def __init__(self, temperature: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    def __init__(
+        self,
+        temperature: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        num_candidates: Tensor | None = None,
+    ) -> None:
         self._kept = temperature.float().contiguous(), seeds.contiguous(), positions.contiguous()
         self.tokens = torch.empty(temperature.shape[0], dtype=torch.int64)
         self.log_probs = torch.empty(temperature.shape[0])
-        addresses = [tensor.data_ptr() for tensor in (*self._kept, self.tokens, self.log_probs)]
-        self.choice = _C.Choice(*addresses)
+        tensors = (*self._kept, self.tokens, self.log_probs, num_candidates)
+        self.choice = _C.Choice(*map(address, tensors))

@@ -45,6 +45,7 @@ def mode_scores(
     taps: Mapping[int, Tensor],
     heads: ExitHeads,
     allowed: Sequence[Tensor | None] = (),
+    num_candidates: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, str]]:
     """The distribution of every logit row in its own mode.
 
@@ -57,6 +58,8 @@ def mode_scores(
         heads: gives normalised hidden states and weights.
         allowed: for each row [vocab] bool, or None, the tokens that may be chosen, or nothing at
             all. Only DoLa looks at it: what it rules out depends on the best token.
+        num_candidates: [rows] int32 that takes the sizes of the plausible sets of contrasts; other
+            rows are left as they are. None: nobody wants to know.
 
     Returns:
         [rows, vocab] float32: logits of a single head, normalised log-probabilities of a contrast,
@@ -67,7 +70,10 @@ def mode_scores(
     Source: ``MultiExitMixin.forward`` of IBM's autocontrastive-gen, at every position.
     """
     failures: dict[int, str] = {}
-    parts = [_group_scores(group, plan, taps, heads, allowed, failures) for group in plan.groups]
+    parts = [
+        _group_scores(group, plan, taps, heads, allowed, failures, num_candidates)
+        for group in plan.groups
+    ]
     if len(parts) == 1:
         return parts[0], failures
     scores = parts[0].new_empty(plan.num_rows, parts[0].shape[1])
@@ -86,7 +92,11 @@ def gives_tokens(mode: DecodingMode, heads: ExitHeads) -> bool:
 
 
 def mode_tokens(
-    plan: ExitPlan, taps: Mapping[int, Tensor], heads: ExitHeads, draws: Draws
+    plan: ExitPlan,
+    taps: Mapping[int, Tensor],
+    heads: ExitHeads,
+    draws: Draws,
+    num_candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A token of every logit row, from its mode's distribution; no scores are kept.
 
@@ -95,6 +105,7 @@ def mode_tokens(
         taps: as in ``mode_scores``.
         heads: gives normalised hidden states and weights.
         draws: how each row's token is drawn.
+        num_candidates: as in ``mode_scores``.
 
     Returns:
         [rows] int64 tokens and [rows] float32 their log-probabilities.
@@ -102,7 +113,7 @@ def mode_tokens(
     Source: as ``mode_scores``, then the ops ``head_tokens`` and ``contrast_tokens``.
     """
     if len(plan.groups) == 1:
-        return _group_tokens(plan.groups[0], plan, taps, heads, draws)
+        return _group_tokens(plan.groups[0], plan, taps, heads, draws, num_candidates)
     by_upper: dict[Head, list[HeadGroup]] = {}
     for group in plan.groups:
         by_upper.setdefault(group.upper, []).append(group)
@@ -111,15 +122,25 @@ def mode_tokens(
         rows = tuple(sorted(row for group in groups for row in group.rows))
         index = _index(rows, draws.seeds.device)
         own = Draws(*(column[index] for column in draws))
+        counts = None if num_candidates is None else num_candidates[index]
         if len(groups) == 1:
-            found = _group_tokens(groups[0], plan, taps, heads, own)
+            found = _group_tokens(groups[0], plan, taps, heads, own, counts)
         else:
-            found = _shared_tokens(groups, rows, plan, taps, heads, own)
+            found = _shared_tokens(groups, rows, plan, taps, heads, own, counts)
+        if num_candidates is not None and counts is not None:
+            num_candidates[index] = counts
         parts.append((index, found))
     tokens, logprobs = (part.new_empty(plan.num_rows) for part in parts[0][1])
     for index, found in parts:
         tokens[index], logprobs[index] = found
     return tokens, logprobs
+
+
+def no_candidates(plan: ExitPlan, device: torch.device) -> Tensor | None:
+    """[rows] int32 zeros to take the sizes of plausible sets; None where no row has one."""
+    if not any(group.has_plausible_set for group in plan.groups):
+        return None
+    return torch.zeros(plan.num_rows, dtype=torch.int32, device=device)
 
 
 def draft_tokens(
@@ -148,13 +169,22 @@ def _group_tokens(
     taps: Mapping[int, Tensor],
     heads: ExitHeads,
     draws: Draws,
+    num_candidates: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     upper = heads.operands(group.upper, _hidden(group.rows, group.upper.layer, plan, taps))
     if group.lower is None:
         return head_tokens(*upper, *draws)
     lower = heads.operands(group.lower, _hidden(group.rows, group.lower.layer, plan, taps))
     alpha = _alphas(group, upper.hidden.device)
-    return contrast_tokens(upper.hidden, upper.weight, lower.hidden, lower.weight, alpha, *draws)
+    return contrast_tokens(
+        upper.hidden,
+        upper.weight,
+        lower.hidden,
+        lower.weight,
+        alpha,
+        *draws,
+        num_candidates=num_candidates,
+    )
 
 
 def _shared_tokens(
@@ -164,6 +194,7 @@ def _shared_tokens(
     taps: Mapping[int, Tensor],
     heads: ExitHeads,
     draws: Draws,
+    num_candidates: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens of groups with one upper head, which ``rows`` lists together."""
     head = groups[0].upper
@@ -178,7 +209,9 @@ def _shared_tokens(
             continue
         lower = heads.operands(group.lower, _hidden(group.rows, group.lower.layer, plan, taps))
         parts.append(RowGroup(own, lower.hidden, lower.weight, _alphas(group, device)))
-    return shared_head_tokens(upper.hidden, upper.weight, parts, *draws)
+    return shared_head_tokens(
+        upper.hidden, upper.weight, parts, *draws, num_candidates=num_candidates
+    )
 
 
 def _alphas(group: HeadGroup, device: torch.device) -> Tensor:
@@ -192,6 +225,7 @@ def _group_scores(
     heads: ExitHeads,
     allowed: Sequence[Tensor | None],
     failures: dict[int, str],
+    num_candidates: Tensor | None,
 ) -> Tensor:
     upper = heads.operands(group.upper, _hidden(group.rows, group.upper.layer, plan, taps))
     if group.candidates:
@@ -211,9 +245,16 @@ def _group_scores(
     least = None
     if any(count != 1 for count in group.min_candidates):
         least = torch.tensor(group.min_candidates).to(device, non_blocking=True)
+    counts = None if num_candidates is None else num_candidates.new_empty(len(group.rows))
     if upper.bias is None and lower.bias is None:
-        return contrast_heads(upper.hidden, upper.weight, lower.hidden, lower.weight, alpha, least)
-    return contrast_logits(head_logits(*upper), head_logits(*lower), alpha, least)
+        scores = contrast_heads(
+            upper.hidden, upper.weight, lower.hidden, lower.weight, alpha, least, counts
+        )
+    else:
+        scores = contrast_logits(head_logits(*upper), head_logits(*lower), alpha, least, counts)
+    if num_candidates is not None and counts is not None:
+        num_candidates[_index(group.rows, device)] = counts
+    return scores
 
 
 def _hidden(

@@ -81,6 +81,11 @@ class HeadGroup:
     candidates: tuple[Head, ...] = ()
     jsd: str = "exact"
 
+    @property
+    def has_plausible_set(self) -> bool:
+        """Whether the formula of a contrast is at work, which keeps the plausible tokens."""
+        return self.lower is not None and self.function is None
+
 
 @dataclass(frozen=True)
 class ExitPlan:

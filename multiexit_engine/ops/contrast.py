@@ -27,7 +27,11 @@ FETCHED_ROWS = 256
 
 @register_op
 def contrast_logits(
-    upper: Tensor, lower: Tensor, alpha: Tensor, min_candidates: Tensor | None = None
+    upper: Tensor,
+    lower: Tensor,
+    alpha: Tensor,
+    min_candidates: Tensor | None = None,
+    num_candidates: Tensor | None = None,
 ) -> Tensor:
     """Contrast two exits inside the set of plausible tokens.
 
@@ -46,6 +50,7 @@ def contrast_logits(
             keep only that token and its ties, 0 and less all tokens.
         min_candidates: [rows] int64, least sizes of C; 0, or more than the vocabulary, takes all
             tokens. None: 1 in every row.
+        num_candidates: [rows] int32 that is overwritten with the sizes of C, or None.
 
     Returns:
         [rows, vocab] float32 log-probabilities (float64 if an input is); each row sums to one.
@@ -55,6 +60,8 @@ def contrast_logits(
     dtype = torch.promote_types(torch.promote_types(upper.dtype, lower.dtype), torch.float32)
     upper, lower = upper.to(dtype).clamp(max=torch.finfo(dtype).max), lower.to(dtype)
     plausible = _plausible(upper, alpha, min_candidates)
+    if num_candidates is not None:
+        num_candidates.copy_(plausible.sum(-1))
     log_p = upper - _normaliser(upper)
     ratio = torch.where(plausible, upper - lower, -math.inf)
     best = ratio.amax(-1, keepdim=True)
@@ -72,6 +79,7 @@ def contrast_heads(
     lower_weight: Weight,
     alpha: Tensor,
     min_candidates: Tensor | None = None,
+    num_candidates: Tensor | None = None,
 ) -> Tensor:
     """``contrast_logits`` of two heads, reading of the lower head only what the result needs.
 
@@ -88,6 +96,7 @@ def contrast_heads(
         lower_weight: [vocab, hidden_size] of its head, same dtype, or quantized.
         alpha: [rows] float32, see ``contrast_logits``.
         min_candidates: [rows] int64 or None, see ``contrast_logits``.
+        num_candidates: [rows] int32 that is overwritten, or None, see ``contrast_logits``.
 
     Returns:
         [rows, vocab] float32 log-probabilities, equal to ``contrast_logits`` of both heads' logits
@@ -103,10 +112,13 @@ def contrast_heads(
         rows, tokens = _plausible(upper, alpha, min_candidates).nonzero(as_tuple=True)
         if tokens.shape[0] <= SPARSE_SHARE * vocab * min(num_rows, 4):
             counts = rows.bincount(minlength=num_rows).tolist() if num_rows > 1 else [len(tokens)]
+            if num_candidates is not None:
+                num_candidates.copy_(torch.tensor(counts))
             return _contrast_candidates(
                 upper, torch.split(tokens, counts), lower_hidden, lower_weight
             )
-    return contrast_logits(upper, head_logits(lower_hidden, lower_weight), alpha, min_candidates)
+    lower = head_logits(lower_hidden, lower_weight)
+    return contrast_logits(upper, lower, alpha, min_candidates, num_candidates)
 
 
 def _plausible(upper: Tensor, alpha: Tensor, min_candidates: Tensor | None) -> Tensor:
@@ -177,6 +189,7 @@ def _kernel_reads(
     lower_weight: Weight,
     alpha: Tensor,
     min_candidates: Tensor | None = None,
+    num_candidates: Tensor | None = None,
 ) -> bool:
     return is_plain(upper_hidden, lower_hidden, upper_weight) and is_streamable(
         upper_weight, lower_weight

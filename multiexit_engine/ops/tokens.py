@@ -62,6 +62,7 @@ def contrast_tokens(
     temperature: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    num_candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose a token for each row from the contrast of two heads.
 
@@ -76,6 +77,8 @@ def contrast_tokens(
         temperature: [rows] float32 of the contrasted distribution; 0 is greedy.
         seeds: [rows] int64, see ``gumbel_noise``; not looked at in greedy rows.
         positions: [rows] int64, see ``gumbel_noise``.
+        num_candidates: [rows] int32 that is overwritten with the number of plausible tokens of each
+            row, or None.
 
     Returns:
         [rows] int64 tokens and [rows] float32 their log-probabilities under the contrasted
@@ -84,7 +87,9 @@ def contrast_tokens(
     Source: Gera et al. 2023, arXiv:2305.01628, eq. 3, for the distribution; Maddison et al. 2014,
         arXiv:1411.0030, for the choice.
     """
-    log_probs = contrast_heads(upper_hidden, upper_weight, lower_hidden, lower_weight, alpha)
+    log_probs = contrast_heads(
+        upper_hidden, upper_weight, lower_hidden, lower_weight, alpha, None, num_candidates
+    )
     return _choose(log_probs, temperature, seeds, positions)
 
 
@@ -112,6 +117,7 @@ def shared_head_tokens(
     temperature: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    num_candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose a token for each row where rows share a head but not what it is contrasted with.
 
@@ -125,6 +131,8 @@ def shared_head_tokens(
         temperature: [rows] float32; 0 is greedy.
         seeds: [rows] int64, see ``gumbel_noise``; not looked at in greedy rows.
         positions: [rows] int64, see ``gumbel_noise``.
+        num_candidates: [rows] int32 that is overwritten with the number of plausible tokens of each
+            row, 0 of one that is not contrasted; or None.
 
     Returns:
         [rows] int64 tokens and [rows] float32 their log-probabilities, as those ops give them
@@ -135,12 +143,19 @@ def shared_head_tokens(
     tokens = torch.empty_like(seeds)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     log_probs = torch.empty(seeds.shape, dtype=dtype, device=hidden.device)
+    if num_candidates is not None:
+        num_candidates.zero_()
     for rows, lower_hidden, lower_weight, alpha in groups:
         draws = temperature[rows], seeds[rows], positions[rows]
+        counts = None if num_candidates is None else num_candidates[rows]
         if lower_hidden is None or lower_weight is None or alpha is None:
             found = head_tokens(hidden[rows], weight, None, *draws)
         else:
-            found = contrast_tokens(hidden[rows], weight, lower_hidden, lower_weight, alpha, *draws)
+            found = contrast_tokens(
+                hidden[rows], weight, lower_hidden, lower_weight, alpha, *draws, counts
+            )
+            if num_candidates is not None and counts is not None:
+                num_candidates[rows] = counts
         tokens[rows], log_probs[rows] = found
     return tokens, log_probs
 

@@ -22,6 +22,7 @@ from multiexit_engine.decoding.exits import (
     gives_tokens,
     mode_scores,
     mode_tokens,
+    no_candidates,
 )
 from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner
 from multiexit_engine.decoding.processors import allowed_tokens, process_scores
@@ -138,17 +139,21 @@ class TokenChooser:
         return [self._slice(list(rows[i : i + MAX_LOGIT_ROWS])) for i in steps]
 
     def scores(
-        self, part: LogitSlice, allowed: Sequence[Tensor | None] = ()
+        self,
+        part: LogitSlice,
+        allowed: Sequence[Tensor | None] = (),
+        num_candidates: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, str]]:
         """See ``mode_scores``."""
-        return mode_scores(part.plan, part.taps, self._heads, allowed)
+        return mode_scores(part.plan, part.taps, self._heads, allowed, num_candidates)
 
     def choose(self, part: LogitSlice, output: StepOutput) -> list[tuple[LogitRow, Choice]]:
-        """What each row gave; the candidates of beams go to the output."""
+        """What each row gave; the candidates of beams and of contrasts go to the output."""
+        counts = no_candidates(part.plan, self._device)
         if part.is_direct:
-            return self._choose_directly(part)
+            return self._choose_directly(part, counts, output)
         allowed = self._allowed(part.rows)
-        scores, failures = self.scores(part, allowed)
+        scores, failures = self.scores(part, allowed, counts)
         beams: dict[str, list[int]] = {}
         plain: list[int] = []
         chosen: list[tuple[LogitRow, Choice]] = []
@@ -169,6 +174,8 @@ class TokenChooser:
             if request_id not in failed:
                 indices.sort(key=lambda i: part.rows[i].sequence.index)
                 self._choose_beams(part, indices, scores, output)
+        if counts is not None:
+            output.note_candidates(*_to_host([counts]))
         return chosen
 
     def drafts(self, part: LogitSlice, num_tokens: int) -> Tensor:
@@ -230,12 +237,17 @@ class TokenChooser:
             and not needs_scores(request.sampling, row.num_output_tokens, request.bad_words)
         )
 
-    def _choose_directly(self, part: LogitSlice) -> list[tuple[LogitRow, Choice]]:
+    def _choose_directly(
+        self, part: LogitSlice, counts: Tensor | None, output: StepOutput
+    ) -> list[tuple[LogitRow, Choice]]:
         draws = self._draws(part.rows)
-        chosen = mode_tokens(part.plan, part.taps, self._heads, draws)
+        chosen = mode_tokens(part.plan, part.taps, self._heads, draws, counts)
+        wanted = [*chosen, *([] if counts is None else [counts])]
+        tokens, logprobs, *host_counts = _to_host(wanted)
+        output.note_candidates(*host_counts)
         return [
             (row, NOT_A_NUMBER if math.isnan(logprob) else [ChosenToken(token)])
-            for row, token, logprob in zip(part.rows, *_to_host(list(chosen)), strict=True)
+            for row, token, logprob in zip(part.rows, tokens, logprobs, strict=True)
         ]
 
     def _choose_tokens(

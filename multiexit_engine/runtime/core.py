@@ -5,6 +5,7 @@ Works on requests whose arguments were checked; knows nothing of texts' origin o
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.beam import BeamSearch
 from multiexit_engine.decoding.plan import resolve_mode
 from multiexit_engine.ops import use_backend
-from multiexit_engine.outputs import EngineStats, FinishReason
+from multiexit_engine.outputs import CANDIDATE_BOUNDS, EngineStats, FinishReason
 from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
 from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
 from multiexit_engine.runtime.exit_readings import ExitReadings, join_readings
@@ -54,6 +55,8 @@ class EngineCore:
         self.num_drafted_tokens = 0
         self.num_accepted_tokens = 0
         self.num_tokens_by_layer: Counter[int] = Counter()
+        self.num_candidates = 0
+        self.contrasts_by_candidates = [0] * len(CANDIDATE_BOUNDS)
         self._exit_layers: dict[str, int] = {}
         self._beams: dict[str, BeamSearch] = {}
         self._texts: dict[Sequence, Detokenizer] = {}
@@ -94,6 +97,7 @@ class EngineCore:
             output = self.runner.run(batch)
         self.scheduler.advance(batch, output.waiting)
         self.num_steps += 1
+        self._count_candidates(output.num_candidates)
         for request_id, reason in output.failures.items():
             self._fail(self.requests[request_id], reason)
         return self._update(output)
@@ -139,6 +143,8 @@ class EngineCore:
             num_free_kv_blocks=scheduler.num_free_blocks,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            contrasts_by_candidates=tuple(self.contrasts_by_candidates),
+            num_candidates=self.num_candidates,
         )
 
     def text(self, sequence: Sequence) -> Detokenizer | None:
@@ -181,6 +187,11 @@ class EngineCore:
             self._advance_beams(request, candidates)
         self._finish_scored(changed)
         return list(changed.values())
+
+    def _count_candidates(self, counts: list[int]) -> None:
+        self.num_candidates += sum(counts)
+        for count in counts:
+            self.contrasts_by_candidates[bisect_left(CANDIDATE_BOUNDS, count)] += 1
 
     def _append(self, sequence: Sequence, chosen: list[ChosenToken]) -> None:
         """Give a sequence its next token, or its first one to each of ``n`` siblings."""

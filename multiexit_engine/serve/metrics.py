@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from multiexit_engine.config import ModelConfig
-from multiexit_engine.outputs import EngineStats, RequestPiece
+from multiexit_engine.outputs import CANDIDATE_BOUNDS, EngineStats, RequestPiece
 
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
 LONG_S = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240)
@@ -188,3 +194,16 @@ class _StatsCollector(Collector):
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
+        yield self._candidates(stats)
+
+    def _candidates(self, stats: EngineStats) -> HistogramMetricFamily:
+        counts = stats.contrasts_by_candidates or (0,) * len(CANDIDATE_BOUNDS)
+        bounds = [*(f"{float(bound)}" for bound in CANDIDATE_BOUNDS[:-1]), "+Inf"]
+        histogram = HistogramMetricFamily(
+            "multiexit:contrast_candidates",
+            "Tokens that a contrast found plausible, each time it chose one.",
+            labels=["model_name"],
+        )
+        buckets = list(zip(bounds, accumulate(counts), strict=True))
+        histogram.add_metric([self._model_name], buckets, sum_value=stats.num_candidates)
+        return histogram

@@ -111,3 +111,13 @@ def test_many_samples_follow_the_contrasted_distribution(device):
     expected = exact_contrast(case)[0].exp() * 4 * draws
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert chi_square < 31.3, "0.1 % quantile of 11 degrees of freedom"
+
+
+@CASES
+@TEMPERATURES
+def test_the_plausible_tokens_are_counted(shape, temperature, device):
+    case = two_exits(*shape, temperature=temperature)
+    counts = torch.full((shape[0],), -1, dtype=torch.int32, device=device)
+    heads.contrast_tokens(*case.to(device).args(), counts)
+    p = exact_head(case).exp()
+    assert counts.tolist() == (p >= 0.1 * p.amax(-1, keepdim=True)).sum(-1).tolist()

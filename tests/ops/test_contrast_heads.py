@@ -110,3 +110,18 @@ def test_backend_matches_reference(backend, rows, vocab, hidden_size):
     args = tuple(x.to(device) for x in operands(rows, vocab, hidden_size))
     args = (*args, torch.full((rows,), 0.1, device=device))
     assert_as_good_as_reference(contrast_heads, implementation(*args), args, tolerance=1e-5)
+
+
+@all_backends(contrast_heads)
+@pytest.mark.parametrize("least", [None, 3])
+@pytest.mark.parametrize("share", [0.0, 2.0])
+def test_the_plausible_tokens_are_counted(monkeypatch, backend, least, share):
+    monkeypatch.setattr(contrast, "SPARSE_SHARE", share)
+    args, alpha = operands(3, 100, 33), torch.tensor([0.1, 1.0, 1e-3])
+    wanted = None if least is None else torch.full((3,), least)
+    expected, actual, own = (torch.full((3,), -1, dtype=torch.int32) for _ in range(3))
+    upper = args[0] @ args[1].T
+    contrast_logits.reference(upper, upper, alpha, wanted, expected)
+    implementation_or_skip(contrast_heads, backend)(*args, alpha, wanted, actual)
+    contrast_heads.reference(*args, alpha, wanted, own)
+    assert actual.tolist() == own.tolist() == expected.tolist()

@@ -174,3 +174,17 @@ def test_backend_matches_reference(backend, rows, vocab, alpha):
     upper, lower = (x.to(device) for x in logits(rows, vocab))
     args = (upper, lower, torch.full((rows,), alpha, device=device))
     assert_as_good_as_reference(contrast_logits, implementation(*args), args, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("least", [None, 3])
+def test_the_plausible_tokens_are_counted(least):
+    upper, lower = logits(4, 63)
+    alpha = torch.tensor([0.1, 1.0, 1e-3, 0.0])
+    counts = torch.full((4,), -1, dtype=torch.int32)
+    least = None if least is None else torch.full((4,), least)
+    contrast_logits.reference(upper, lower, alpha, least, counts)
+    p = upper.softmax(-1)
+    threshold = alpha[:, None] * p.amax(-1, keepdim=True)
+    if least is not None:
+        threshold = torch.minimum(threshold, p.topk(3).values[:, 2:])
+    assert counts.tolist() == (p >= threshold * (1 - 1e-6)).sum(-1).tolist()

@@ -49,3 +49,23 @@ def test_gives_what_the_groups_ops_give(backend, temperature):
         tokens, log_probs = function(*args, moved, *(x.to(device) for x in draws))
         assert tokens.tolist() == expected.tolist()
         torch.testing.assert_close(log_probs.cpu(), expected_log_probs, atol=2e-5, rtol=0)
+
+
+@all_backends(shared_head_tokens)
+def test_the_plausible_tokens_of_contrasted_rows_are_counted(backend):
+    case, groups = shared_case(0.0)
+    expected = torch.zeros(6, dtype=torch.int32)
+    for rows, *lower in groups[1:]:
+        counts = torch.empty(len(rows), dtype=torch.int32)
+        draws = case.temperature[rows], case.seeds[rows], case.positions[rows]
+        own = case.upper_hidden[rows], case.upper_weight
+        contrast_tokens.reference(*own, *lower, *draws, counts)
+        expected[rows] = counts
+    for function in (
+        shared_head_tokens.reference,
+        implementation_or_skip(shared_head_tokens, backend),
+    ):
+        actual = torch.full((6,), -1, dtype=torch.int32)
+        draws = case.temperature, case.seeds, case.positions
+        function(case.upper_hidden, case.upper_weight, groups, *draws, actual)
+        assert actual.tolist() == expected.tolist()

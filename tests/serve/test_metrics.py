@@ -65,6 +65,27 @@ def test_exit_layers_are_a_histogram(watched):
     assert grown["multiexit:exit_layer_count",] == 7
 
 
+CONTRAST = {"mode": "contrast", "upper": 8, "lower": 4}
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": 1}, {"seed": 1, "temperature": 1.0}], ids=str)
+def test_plausible_tokens_of_contrasts_are_a_histogram(watched, more):
+    body = {"prompt": "The old", "temperature": 0, "max_tokens": 9, "ignore_eos": True} | more
+    alone = growth(watched, decoding=CONTRAST | {"alpha": 1.0}, **body)
+    every = growth(watched, decoding=CONTRAST | {"alpha": 0.0}, **body)
+    name = "multiexit:contrast_candidates"
+    assert alone[f"{name}_count",] == alone[f"{name}_sum",] == 9
+    assert alone[f"{name}_bucket", ("le", "1.0")] == 9
+    assert every[f"{name}_count",] == 9 and every[f"{name}_sum",] == 9 * 4096
+    assert every[f"{name}_bucket", ("le", "1000.0")] == 0
+    assert every[f"{name}_bucket", ("le", "10000.0")] == 9
+
+
+def test_a_request_without_contrast_adds_no_candidates(watched):
+    body = {"prompt": "The old", "max_tokens": 9, "temperature": 0, "ignore_eos": True}
+    assert growth(watched, **body)["multiexit:contrast_candidates_count",] == 0
+
+
 def test_drafts_and_those_that_were_right_are_counted(watched):
     mode = {"mode": "self_speculative", "draft_exit": 4, "draft_len": 3}
     body = {"prompt": "The old", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
