@@ -7,9 +7,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from multiexit_engine.ops.activation import ACTIVATIONS
-from multiexit_engine.ops.operands import is_plain, is_streamable
+from multiexit_engine.ops.operands import is_dense, is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.quantization import QuantizedWeight, Weight, as_tensor
+
+# Up to so many rows the GPU's kernels stream a matrix at full bandwidth; PyTorch multiplies more.
+_FEW_ROWS = 64
 
 
 @register_op
@@ -54,6 +57,19 @@ def linear_activation(x: Tensor, weight: Weight, bias: Tensor | None, kind: str)
     return ACTIVATIONS[kind](linear.reference(x, weight, bias))
 
 
+def _is_skinny(x: Tensor, weight: Weight, *_: object) -> bool:
+    return is_dense(weight) and is_plain(x, weight) and x.shape[0] <= _FEW_ROWS
+
+
+linear.backend(
+    "triton", "multiexit_engine.kernels.products:linear", device="cuda", supports=_is_skinny
+)
+linear_activation.backend(
+    "triton",
+    "multiexit_engine.kernels.products:linear_activation",
+    device="cuda",
+    supports=_is_skinny,
+)
 linear.backend(
     "cpu",
     "multiexit_engine._native:linear",

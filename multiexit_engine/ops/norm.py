@@ -49,6 +49,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 layer_norm.backend(
+    "triton",
+    "multiexit_engine.kernels.norms:layer_norm",
+    device="cuda",
+    supports=lambda x, weight, bias, eps: is_plain(x) and is_plain(weight, bias),
+)
+rms_norm.backend(
+    "triton",
+    "multiexit_engine.kernels.norms:rms_norm",
+    device="cuda",
+    supports=lambda x, weight, eps: is_plain(x) and is_plain(weight),
+)
+layer_norm.backend(
     "cpu",
     "multiexit_engine._native:layer_norm",
     device="cpu",

@@ -31,12 +31,13 @@ from multiexit_engine.kernels import (
     packed_attention,
 )
 from multiexit_engine.kernels.launch import options
+from tests.kernels.shipped_layers import POINTERS, layers
 
+PRODUCTS = re.compile(r"mma\.sync\.aligned\.\w+|wgmma\.mma_async|tcgen05\.mma")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 DTYPES = (torch.bfloat16, torch.float32)
 # Arguments that are multiples of 16 for every model we know.
-DIVISIBLE = {"width", "query_stride", "key_stride", "value_stride"}
+DIVISIBLE = {"width", "split_width", "x_stride", "query_stride", "key_stride", "value_stride"}
 TYPES = {
     **dict.fromkeys(("alpha_ptr", "temperature_ptr", "running_ptr", "tile_stat_ptr"), "*fp32"),
     **dict.fromkeys(("candidate_logit_ptr", "candidate_score_ptr", "logprob_ptr"), "*fp32"),
@@ -45,7 +46,8 @@ TYPES = {
     **dict.fromkeys(("count_ptr", "listed_ptr", "tile_token_ptr"), "*i32"),
     **dict.fromkeys(("table_ptr", "start_ptr", "context_ptr"), "*i32"),
     **dict.fromkeys(("query_start_ptr", "key_start_ptr"), "*i32"),
-    "scale": "fp32",
+    "ticket_ptr": "*i32",
+    **dict.fromkeys(("scale", "eps"), "fp32"),
 }
 
 
@@ -57,12 +59,14 @@ class Shipped(NamedTuple):
     dtype: torch.dtype
     constants: dict[str, Any]
     options: dict[str, int]
+    types: dict[str, str] = {}
 
 
 def shipped(capability: int) -> Iterator[Shipped]:
     """Every configuration that a GPU of this capability may be asked to run."""
     overlap = capability >= 90
     for dtype in DTYPES:
+        yield from (Shipped(*item) for item in layers(dtype))
         for rows in (1, 16, 32, 64):
             for contrast in (False, True):
                 config = heads.head_config(rows, dtype)
@@ -197,10 +201,11 @@ def _attention(
 def compiled(item: Shipped, capability: int) -> dict[str, Any]:
     """Registers, stack bytes and shared memory of a kernel; raises if it does not compile."""
     names = item.kernel.arg_names
+    types = {**TYPES, **item.types}
     signature = {}
     for name in names:
         default = POINTERS[item.dtype] if name.endswith("_ptr") else "i32"
-        signature[name] = "constexpr" if name in item.constants else TYPES.get(name, default)
+        signature[name] = "constexpr" if name in item.constants else types.get(name, default)
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
@@ -221,6 +226,7 @@ def compiled(item: Shipped, capability: int) -> dict[str, Any]:
         "registers": int(numbers[1]),
         "stack": int(numbers[2]),
         "shared": kernel.metadata.shared,
+        "products": sorted(set(PRODUCTS.findall(kernel.asm["ptx"]))),
     }
 
 

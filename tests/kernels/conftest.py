@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,3 +27,25 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """A function: the bytes of a tensor that kernels have read since the test began."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load = InterpreterBuilder.create_masked_load
+    addresses = []
+
+    def counted(self, pointers, mask, *rest):
+        addresses.append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel())
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
+
+    def total(tensor):
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        elements = sum(int(((a >= first) & (a < last)).sum()) for a in addresses)
+        return elements * tensor.element_size()
+
+    return total

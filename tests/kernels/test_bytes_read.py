@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -10,28 +9,6 @@ from tests.kernels.hidden_states import exact_contrast, two_exits
 
 heads = pytest.importorskip("multiexit_engine.kernels.heads")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
-
-
-@pytest.fixture
-def bytes_read(monkeypatch):
-    """A function: the bytes of a tensor that kernels have read since the test began."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    load = InterpreterBuilder.create_masked_load
-    addresses = []
-
-    def counted(self, pointers, mask, *rest):
-        addresses.append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel())
-        return load(self, pointers, mask, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
-
-    def total(tensor):
-        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        elements = sum(int(((a >= first) & (a < last)).sum()) for a in addresses)
-        return elements * tensor.element_size()
-
-    return total
 
 
 @pytest.mark.parametrize("rows", [1, 16])

@@ -1,0 +1,157 @@
+"""The streaming half of ``products``: a tile of a weight matrix times a block of rows.
+
+Knows nothing of layers: what stands before the product (a norm) and behind it (bias, activation,
+residual) are arguments.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from multiexit_engine.kernels.activations import activate
+from multiexit_engine.kernels.norms import normalised, row_moments
+
+
+@triton.jit
+def multiplied(
+    x_ptr,
+    weight_ptr,
+    gain_ptr,
+    shift_ptr,
+    rows,
+    row_mask,
+    entries,
+    entry_mask,
+    start,
+    stop,
+    width,
+    x_stride,
+    eps,
+    NORM: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """[BLOCK_V, BLOCK_R] float32 sums over the columns ``start`` to ``stop - 1``, in their order.
+
+    Masked rows and entries are not read and give 0. NORM is "none", "layer" or "rms".
+    """
+    columns = tl.arange(0, BLOCK_K)
+    weight_ptrs = weight_ptr + entries.to(tl.int64)[:, None] * width + columns[None, :]
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    total = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
+    if NORM != "none":
+        center, scale = row_moments(x_ptr, rows, row_mask, width, x_stride, eps, NORM == "layer")
+    for k in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
+        inside = k + columns < stop
+        weight_mask = entry_mask[:, None]
+        x_mask = row_mask[:, None]
+        if not EVEN:
+            weight_mask = weight_mask & inside[None, :]
+            x_mask = x_mask & inside[None, :]
+        weight = tl.load(  # [BLOCK_V, BLOCK_K]
+            weight_ptrs + k, mask=weight_mask, other=0.0, eviction_policy="evict_first"
+        )
+        x = tl.load(x_ptrs + k, mask=x_mask, other=0.0)  # [BLOCK_R, BLOCK_K]
+        if NORM != "none":
+            gain = tl.load(gain_ptr + k + columns, mask=inside, other=0.0)  # [BLOCK_K]
+            shift = gain
+            if NORM == "layer":
+                shift = tl.load(shift_ptr + k + columns, mask=inside, other=0.0)
+            x = normalised(x, center, scale, gain, shift, NORM == "layer").to(weight.dtype)
+        if weight.dtype == tl.float32:
+            total = tl.dot(weight, x.T, total, input_precision="ieee")
+        else:
+            total = tl.dot(weight, x.T, total)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_rows", "out_features", "splits"])
+def product_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    gain_ptr,
+    shift_ptr,
+    residual_ptr,
+    output_ptr,
+    partial_ptr,
+    ticket_ptr,
+    num_rows,
+    out_features,
+    width,
+    split_width,
+    splits,
+    x_stride,
+    eps,
+    NORM: tl.constexpr,
+    FORM: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One tile of outputs for one block of rows, over one part of the columns.
+
+    The part that arrives last adds all of them, in their order whoever that was, and leaves the
+    ticket as it was found. GATED: the first half of a tile are gates, the other the numbers that
+    they let through; ``out_features`` counts what comes out.
+    """
+    part = tl.program_id(0)
+    tile = tl.program_id(1)
+    block = tl.program_id(2)
+    rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_mask = rows < num_rows
+    lanes = tl.arange(0, BLOCK_V)
+    if GATED:
+        HALF: tl.constexpr = BLOCK_V // 2
+        outs = tile * HALF + lanes % HALF
+        entry_mask = outs < out_features
+        entries = outs + tl.where(lanes < HALF, 0, out_features)
+    else:
+        entries = tile * BLOCK_V + lanes
+        entry_mask = entries < out_features
+    start = part * split_width
+    total = multiplied(
+        x_ptr, weight_ptr, gain_ptr, shift_ptr, rows, row_mask, entries, entry_mask,
+        start, tl.minimum(start + split_width, width), width, x_stride, eps,
+        NORM, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+    )  # fmt: skip
+    if SPLIT:
+        turn = block * tl.num_programs(1) + tile
+        cells = lanes[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+        cells = cells.to(tl.int64) + turn.to(tl.int64) * splits * BLOCK_V * BLOCK_R
+        tl.store(partial_ptr + cells + part * BLOCK_V * BLOCK_R, total)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(ticket_ptr + turn, 1, sem="acq_rel")
+        if arrived < splits - 1:
+            return
+        tl.store(ticket_ptr + turn, 0)
+        total = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
+        for other in range(splits):
+            place = partial_ptr + cells + other * BLOCK_V * BLOCK_R
+            total += tl.load(place, cache_modifier=".cg")  # [BLOCK_V, BLOCK_R]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + entries, mask=entry_mask, other=0.0)  # [BLOCK_V]
+        total += bias.to(tl.float32)[:, None]
+    if GATED:
+        halves = tl.permute(tl.reshape(total, (2, HALF, BLOCK_R)), (1, 2, 0))
+        gate, through = tl.split(halves)
+        total = activate(gate, FORM) * through
+        outs = tile * HALF + tl.arange(0, HALF)
+    else:
+        total = activate(total, FORM)
+        outs = entries
+    mask = (outs < out_features)[:, None] & row_mask[None, :]
+    places = rows.to(tl.int64)[None, :] * out_features + outs[:, None]
+    if HAS_RESIDUAL:
+        total += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    tl.store(output_ptr + places, total.to(output_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,199 @@
+"""Products with weight matrices, and what stands before and behind them in a layer.
+
+Up to 64 rows the weights are streamed once through small tiles, in one launch with the norm before
+the product and the bias, activation and residual behind it. For more rows PyTorch multiplies.
+
+Up to 64 rows a row's bits do not depend on the others: its sums run over the same columns in the
+same order on the same instruction, and which program adds the parts of a sum decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+
+from multiexit_engine.kernels.activations import FORMS
+from multiexit_engine.kernels.launch import kept_scratch, options
+from multiexit_engine.kernels.norms import NORM_ROWS, norm
+from multiexit_engine.kernels.product_tiles import product_kernel
+
+# More rows are PyTorch's.
+MAX_ROWS = 64
+# More rows are normalised by a launch of their own, as every tile would read them whole; those of
+# float32 too, whose products without tensor cores leave no registers for it.
+MAX_NORMED_ROWS = 4
+# Programs that fill a large card, and the columns that each of them should have at least.
+_PROGRAMS = 512
+_MIN_SPLIT = 256
+_MAX_SPLITS = 16
+
+
+class Norm(NamedTuple):
+    """LayerNorm, or RMSNorm where there is no shift."""
+
+    gain: Tensor
+    shift: Tensor | None
+    eps: float
+
+
+class Tile(NamedTuple):
+    """How a product is cut.
+
+    Attributes:
+        block_v: weight rows of a tile. 32 keep it on mma.sync on every card, for any block_r.
+        block_r: rows of x.
+        block_k: columns of one step.
+        num_stages: loads in flight.
+        num_warps: of a program.
+        max_registers: of a thread; None leaves them to the compiler.
+    """
+
+    block_v: int
+    block_r: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+    max_registers: int | None = None
+
+
+def tile_for(rows: int, dtype: torch.dtype) -> Tile:
+    """The tile for a number of rows, up to MAX_ROWS."""
+    if dtype == torch.float32:
+        return Tile(32, 16, 64, 3, 4)
+    if rows <= 16:
+        return Tile(32, 16, 128, 4, 4, 128)
+    if rows <= 32:
+        return Tile(32, 32, 128, 4, 8)
+    return Tile(32, 64, 64, 6, 8, 128)
+
+
+def splits_for(out_features: int, width: int) -> int:
+    """In how many parts sums are cut: enough programs for a card, whatever the rows."""
+    tiles = triton.cdiv(out_features, 32)
+    wanted = triton.next_power_of_2(triton.cdiv(_PROGRAMS, tiles))
+    return int(max(1, min(wanted, _MAX_SPLITS, width // _MIN_SPLIT)))
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_before: Norm | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``residual + activation(norm(x) @ weight.T + bias)``, in one launch up to 64 rows.
+
+    Args:
+        x: [rows, in_features], in the dtype of the weights, or float32 if it is normalised.
+        weight: [out_features, in_features], contiguous.
+        bias: [out_features].
+        norm_before: of x; its result is rounded to the dtype of the weights.
+        activation: a key of ``activations.FORMS``.
+        gated: the first half of the outputs, activated, times the second: half as many.
+        residual: [rows, outputs], of any float dtype.
+        dtype: of the result; that of the weights by default.
+
+    Returns:
+        [rows, outputs].
+    """
+    dtype = dtype or weight.dtype
+    rows = x.shape[0]
+    is_fused = 0 < rows <= MAX_NORMED_ROWS and weight.dtype != torch.float32
+    if norm_before is not None and not is_fused:
+        x, norm_before = norm(x, *norm_before, dtype=weight.dtype), None
+    outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    if rows > MAX_ROWS:
+        return _wide(x, weight, bias, activation, gated, residual, dtype)
+    output = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    if rows:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        _launch(x, weight, bias, norm_before, activation, gated, residual, output)
+    return output
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``multiexit_engine.ops.linear``. One launch."""
+    return product(x, weight, bias)
+
+
+def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """See ``multiexit_engine.ops.linear``. One launch up to 64 rows; rounds once."""
+    return product(x, weight, bias, activation=kind)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_before: Norm | None,
+    activation: str | None,
+    gated: bool,
+    residual: Tensor | None,
+    output: Tensor,
+) -> None:
+    rows, width = x.shape
+    outputs, device = output.shape[1], x.device
+    tile = tile_for(rows, weight.dtype)
+    assert norm_before is None or tile.block_r == NORM_ROWS.value
+    splits = splits_for(weight.shape[0], width)
+    tiles = triton.cdiv(outputs, tile.block_v // 2 if gated else tile.block_v)
+    blocks = triton.cdiv(rows, tile.block_r)
+    partial = ticket = None
+    if splits > 1:
+        cells = blocks * tiles * splits * tile.block_v * tile.block_r
+        partial = torch.empty(cells, dtype=torch.float32, device=device)
+        # at most MAX_ROWS // 16 blocks of rows, and sums of more tiles than this are not cut
+        ticket = kept_scratch("products", [0.0], 4 * 2 * _PROGRAMS, device).view(torch.int32)
+    step = triton.cdiv(width, splits * tile.block_k) * tile.block_k
+    gain, shift, eps = norm_before or (None, None, 0.0)
+    kind = "none"
+    if norm_before is not None:
+        kind = "rms" if shift is None else "layer"
+    product_kernel[(splits, tiles, blocks)](
+        x, weight, bias, gain, shift, residual, output, partial, ticket,
+        rows, outputs, width, step, splits, x.stride(0), eps,
+        NORM=kind, FORM=FORMS[activation] if activation else "none", GATED=gated,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, SPLIT=splits > 1,
+        EVEN=width % tile.block_k == 0, BLOCK_V=tile.block_v, BLOCK_R=tile.block_r,
+        BLOCK_K=tile.block_k, STAGES=tile.num_stages,
+        **options(tile.num_warps, tile.max_registers),
+    )  # fmt: skip
+
+
+_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "erf": functional.gelu,
+    "tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "quick": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+
+
+def _wide(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    gated: bool,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same by PyTorch's product, which rounds to the dtype of the weights before the rest."""
+    output = functional.linear(x, weight, bias)
+    activated = _TORCH[FORMS[activation] if activation else "none"]
+    if gated:
+        gate, through = output.chunk(2, dim=-1)
+        output = activated(gate) * through
+    else:
+        output = activated(output)
+    return (output if residual is None else residual + output).to(dtype)
