@@ -33,10 +33,10 @@ from multiexit_engine.train.elmer_objectives import (
     soft_losses,
 )
 from multiexit_engine.train.optimizers import RateSchedule, layer_optimizers
+from multiexit_engine.train.saved_state import load_state, save_state
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "training_state.pt"
 LOG_EVERY_STEPS = 20
 
 Part = Literal["pre-training", "hard", "soft"]
@@ -218,28 +218,12 @@ class ElmerLoop:
             on_progress(ElmerProgress(self.step, share, part, loss, rate))
 
     def _save_state(self) -> None:
-        self._config.output.mkdir(parents=True, exist_ok=True)
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "network": self._network.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-        }
-        # A run may be killed while it writes: the last whole state must survive that.
-        partial = self._config.output / f"{STATE_FILE}.partial"
-        torch.save(state, partial)
-        partial.replace(self._config.output / STATE_FILE)
+        counters = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        save_state(self._config.output, self._network, self._optimizers, counters)
 
     def _load_state(self) -> None:
-        path = self._config.output / STATE_FILE
-        if not path.exists():
-            return
-        state = torch.load(path, map_location=self._device, weights_only=True)
-        self.step = state["step"]
-        self.tokens = state["tokens"]
-        self.seconds = state["seconds"]
-        self._network.load_state_dict(state["network"])
-        for optimizer, optimizer_state in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
-        logger.info("resumed at step %d", self.step)
+        state = load_state(self._config.output, self._network, self._optimizers, self._device)
+        if state is not None:
+            self.step = state["step"]
+            self.tokens = state["tokens"]
+            self.seconds = state["seconds"]

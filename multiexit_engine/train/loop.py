@@ -17,10 +17,10 @@ from multiexit_engine.train.causal_config import CausalTrainingConfig, TrainingP
 from multiexit_engine.train.corpus import BlockSampler
 from multiexit_engine.train.exits import MultiExitNetwork, exit_loss_weights
 from multiexit_engine.train.optimizers import RateSchedule, layer_optimizers
+from multiexit_engine.train.saved_state import load_state, save_state
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "training_state.pt"
 LOG_EVERY_STEPS = 20
 
 
@@ -140,26 +140,11 @@ class TrainingLoop:
             on_progress(TrainingProgress(self.step, share, self.tokens_per_second, losses))
 
     def _save_state(self) -> None:
-        self._config.output.mkdir(parents=True, exist_ok=True)
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "network": self._network.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-        }
-        # A run may be killed while it writes: the last whole state must survive that.
-        partial = self._config.output / f"{STATE_FILE}.partial"
-        torch.save(state, partial)
-        partial.replace(self._config.output / STATE_FILE)
+        counters = {"step": self.step, "seconds": self.seconds}
+        save_state(self._config.output, self._network, self._optimizers, counters)
 
     def _load_state(self) -> None:
-        path = self._config.output / STATE_FILE
-        if not path.exists():
-            return
-        state = torch.load(path, map_location=self._device, weights_only=True)
-        self.step = state["step"]
-        self.seconds = state["seconds"]
-        self._network.load_state_dict(state["network"])
-        for optimizer, optimizer_state in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
-        logger.info("resumed at step %d", self.step)
+        state = load_state(self._config.output, self._network, self._optimizers, self._device)
+        if state is not None:
+            self.step = state["step"]
+            self.seconds = state["seconds"]
