@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from multiexit_engine.outputs import RequestOutput, RequestPiece, join_pieces
 from multiexit_engine.runtime.intake import Prompt
@@ -65,12 +64,7 @@ class Submission:
     def __enter__(self) -> Submission:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._living:
             self._abort(sorted(self._living))
             self._living.clear()
