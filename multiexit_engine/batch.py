@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.request import ChosenToken, Joining, Request, ScoredToken, Sequence
+from multiexit_engine.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,8 @@ class SequenceLayout:
         cu_query_lens: [seqs + 1] int32, first flat row of each sequence.
         context_lens_device: [seqs] int32, ``context_lens`` on the device.
         block_tables: [seqs, max_blocks] int32, padded with -1.
+        has_bounds: ``context_lens`` are upper bounds: what is captured for this layout serves every
+            ``context_lens_device`` within them. ``query_lens`` are all 1 then.
     """
 
     query_lens: tuple[int, ...]
@@ -132,6 +135,7 @@ class SequenceLayout:
     cu_query_lens: Tensor
     context_lens_device: Tensor
     block_tables: Tensor
+    has_bounds: bool = False
 
     @classmethod
     def build(
@@ -151,7 +155,7 @@ class SequenceLayout:
         ]
 
         def on_device(values: list[int] | list[list[int]]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+            return to_device(values, device, torch.int32)
 
         return cls(
             query_lens=tuple(query_lens),
@@ -179,6 +183,7 @@ class SequenceLayout:
             cu_query_lens=self.cu_query_lens[: num_seqs + 1],
             context_lens_device=self.context_lens_device[:num_seqs],
             block_tables=self.block_tables[:num_seqs],
+            has_bounds=self.has_bounds,
         )
 
 
@@ -236,7 +241,7 @@ class ForwardBatch:
             slots += [table[p // block_size] * block_size + p % block_size for p in item.positions]
 
         def on_device(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+            return to_device(values, device, torch.int64)
 
         return cls(
             on_device(tokens),

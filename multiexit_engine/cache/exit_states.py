@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from multiexit_engine.transfer import to_device
+
 
 class ExitStates:
     """The raw residual stream of a token after some layer, found by its KV slot.
@@ -46,5 +48,5 @@ class ExitStates:
         if not pairs or self._states is None:
             return
         blocks = self._states.view(-1, self._block_size, self._shape[1])
-        source, target = torch.tensor(pairs, device=self._device).unbind(1)
+        source, target = to_device(pairs, self._device).unbind(1)
         blocks[target] = blocks[source]

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from multiexit_engine.transfer import to_device
+
 
 class PagedKVCache:
     """Keys and values of all layers, in blocks of ``block_size`` tokens.
@@ -51,7 +53,7 @@ class PagedKVCache:
         """Copy whole blocks of every layer, from the first to the second of each pair."""
         if not pairs:
             return
-        source, target = torch.tensor(pairs, device=self._blocks.device).unbind(1)
+        source, target = to_device(pairs, self._blocks.device).unbind(1)
         self._blocks[:, :, target] = self._blocks[:, :, source]
 
     @staticmethod

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.processors import TokenRow, process_scores
+from multiexit_engine.transfer import to_device
 
 # transformers' score of what must not be taken while anything else is there.
 _HOPELESS = np.float32(-1e9)
@@ -77,7 +77,7 @@ def beam_candidates(
     Source: transformers' ``_beam_search`` and ``_get_top_k_continuations``.
     """
     if not isinstance(running, Tensor):
-        running = torch.tensor(running, dtype=scores.dtype).to(scores.device, non_blocking=True)
+        running = to_device(running, scores.device, scores.dtype)
     logprobs = process_scores(scores.log_softmax(-1), rows)
     values, ids = (logprobs + running[:, None]).topk(count, -1)
     return values, ids

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from multiexit_engine.layers.exit_heads import HeadOperands
 from multiexit_engine.ops import head_logits, js_divergences, relative_top_logits
+from multiexit_engine.transfer import to_device
 
 MAX_LOGIT_ROWS = 256  # rows of float32 logits held at once, over all heads
 
@@ -43,9 +44,7 @@ def dola_scores(
     Source: Chuang et al. 2023, arXiv:2309.03883, eqs. 2-4; ``_dola_select_contrast`` of
         transformers 4.55 at batch 1.
     """
-    tops = torch.tensor(relative_tops, dtype=torch.float32).to(
-        mature.hidden.device, non_blocking=True
-    )
+    tops = to_device(relative_tops, mature.hidden.device, torch.float32)
     at_once = max(1, MAX_LOGIT_ROWS // (1 + len(candidates)))
     parts = []
     for start in range(0, len(relative_tops), at_once):

@@ -24,6 +24,7 @@ from multiexit_engine.ops import (
 )
 from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.params import Contrast, DecodingMode, DoLa
+from multiexit_engine.transfer import to_device
 
 
 class Draws(NamedTuple):
@@ -215,7 +216,7 @@ def _shared_tokens(
 
 
 def _alphas(group: HeadGroup, device: torch.device) -> Tensor:
-    return torch.tensor(group.alphas, dtype=torch.float32).to(device, non_blocking=True)
+    return to_device(group.alphas, device, torch.float32)
 
 
 def _group_scores(
@@ -244,7 +245,7 @@ def _group_scores(
     alpha = _alphas(group, device)
     least = None
     if any(count != 1 for count in group.min_candidates):
-        least = torch.tensor(group.min_candidates).to(device, non_blocking=True)
+        least = to_device(group.min_candidates, device)
     counts = None if num_candidates is None else num_candidates.new_empty(len(group.rows))
     if upper.bias is None and lower.bias is None:
         scores = contrast_heads(
@@ -273,7 +274,7 @@ def _places(rows: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(rows).to(device, non_blocking=True)
+    return to_device(rows, device)
 
 
 def _custom_scores(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from multiexit_engine.ops.heads import HeadStatistics
 from multiexit_engine.parallel_mode import Parallel
+from multiexit_engine.transfer import to_device
 
 
 def tested_layers(mode: Parallel, num_layers: int) -> tuple[int, ...]:
@@ -25,8 +26,8 @@ def tested_layers(mode: Parallel, num_layers: int) -> tuple[int, ...]:
 def sure_rows(found: HeadStatistics, modes: Sequence[Parallel]) -> Tensor:
     """[rows] bool: whether each row's prediction is as sure as its mode asks; NaN never is."""
     device = found.entropy.device
-    thresholds = torch.tensor([mode.threshold for mode in modes], device=device)
-    by_entropy = torch.tensor([mode.measure == "entropy" for mode in modes], device=device)
+    thresholds = to_device([mode.threshold for mode in modes], device)
+    by_entropy = to_device([mode.measure == "entropy" for mode in modes], device)
     thresholds = thresholds.to(found.entropy.dtype)
     return torch.where(by_entropy, found.entropy <= thresholds, found.log_probs.exp() >= thresholds)
 

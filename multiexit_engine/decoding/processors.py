@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.params import SamplingParams
+from multiexit_engine.transfer import to_device
 
 
 class TokenRow(NamedTuple):
@@ -56,11 +57,11 @@ class _Edits:
         self.numbers += numbers
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        index = torch.tensor([self.rows, self.tokens]).to(device, non_blocking=True)
+        index = to_device([self.rows, self.tokens], device)
         return index[0], index[1]
 
     def values(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.numbers, dtype=like.dtype).to(like.device, non_blocking=True)
+        return to_device(self.numbers, like.device, like.dtype)
 
 
 def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
@@ -101,7 +102,7 @@ def allowed_tokens(masks: Sequence[bytes], vocab_size: int, device: torch.device
     if not masks:
         return torch.empty(0, vocab_size, dtype=torch.bool, device=device)
     bits = torch.frombuffer(bytearray().join(masks), dtype=torch.uint8)
-    bits = bits.view(len(masks), -1, 1).to(device, non_blocking=True)
+    bits = to_device(bits.view(len(masks), -1, 1), device)
     places = torch.arange(8, dtype=torch.uint8, device=device)
     return (bits >> places & 1).view(len(masks), -1)[:, :vocab_size].bool()
 
@@ -176,7 +177,7 @@ def _force(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
     ]
     if not forced:
         return
-    places = torch.tensor(forced).to(scores.device, non_blocking=True)
+    places = to_device(forced, scores.device)
     scores[places[:, 0]] = -math.inf
     scores[places[:, 0], places[:, 1]] = 0
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.processors import TokenRow, asks_for_processing, process_scores
 from multiexit_engine.decoding.warpers import is_warped, warp_scores
 from multiexit_engine.ops import sample_tokens
 from multiexit_engine.params import SamplingParams
+from multiexit_engine.transfer import to_device
 
 __all__ = [
     "LogprobTensors",
@@ -84,15 +84,15 @@ def pick_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     if len(sampled) == len(rows):
         return _draw(scores, rows)
     tokens = scores.argmax(-1)
-    places = torch.tensor(sampled).to(scores.device, non_blocking=True)
+    places = to_device(sampled, scores.device)
     tokens[places] = _draw(scores[places], [rows[index] for index in sampled])
     return tokens
 
 
 def _draw(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     device = scores.device
-    state = torch.tensor([[row.seed, len(row.output_token_ids)] for row in rows])
-    seeds, positions = state.to(device, non_blocking=True).unbind(1)
+    state = [[row.seed, len(row.output_token_ids)] for row in rows]
+    seeds, positions = to_device(state, device).unbind(1)
     return sample_tokens(warp_scores(scores, [row.params for row in rows]), seeds, positions)
 
 

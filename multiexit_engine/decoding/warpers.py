@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.params import SamplingParams
+from multiexit_engine.transfer import to_device
 
 # Room for tokens that tie with the k-th best, which top_k keeps.
 TIES = 64
@@ -37,7 +38,7 @@ def warp_scores(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         if param.top_p < 1 or param.min_p > 0 or param.typical_p < 1:
             by_width.setdefault(_width(param.top_k, scores.shape[1]), []).append(index)
     for width, indices in by_width.items():
-        places = torch.tensor(indices).to(scores.device, non_blocking=True)
+        places = to_device(indices, scores.device)
         chosen = [params[index] for index in indices]
         scores[places] = _keep_by_mass(scores[places], chosen, width)
     return scores
@@ -50,8 +51,7 @@ def is_warped(params: SamplingParams) -> bool:
 
 def _column(numbers: list[float], like: Tensor) -> Tensor:
     """[rows, 1] of one number for each row."""
-    column = torch.tensor(numbers, dtype=like.dtype)[:, None]
-    return column.to(like.device, non_blocking=True)
+    return to_device(numbers, like.device, like.dtype)[:, None]
 
 
 def _keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
@@ -60,11 +60,11 @@ def _keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
     if largest == 0:
         return scores
     best = scores.topk(largest, -1).values
-    last = torch.tensor([min(k, largest) - 1 if k else 0 for k in top_k])[:, None]
-    threshold = best.gather(1, last.to(scores.device, non_blocking=True))
+    last = to_device([min(k, largest) - 1 if k else 0 for k in top_k], scores.device)[:, None]
+    threshold = best.gather(1, last)
     is_off = [k == 0 or k >= vocab for k in top_k]
     if any(is_off):
-        column = torch.tensor(is_off)[:, None].to(scores.device, non_blocking=True)
+        column = to_device(is_off, scores.device)[:, None]
         threshold = threshold.masked_fill(column, -math.inf)
     return scores.masked_fill(scores < threshold, -math.inf)
 

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from multiexit_engine.batch import SequenceLayout
 from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
+from multiexit_engine.transfer import to_device
 
 # decode rows share a gather when their key counts round up to the same power of two, but below
 # this many keys padding costs less than another call
@@ -103,7 +104,7 @@ def _parts(layout: SequenceLayout, block_size: int, window: int | None) -> list[
                 bucket = max(seen[seq], _SMALLEST_BUCKET) - 1
                 buckets.setdefault(bucket.bit_length(), []).append(seq)
         layout.scratch[key] = [
-            *(_decode_part(layout, seqs, seen, block_size) for seqs in buckets.values()),
+            *(_decode_part(layout, seqs, seen, block_size, window) for seqs in buckets.values()),
             *(
                 _prefill_part(layout, seq, block_size, window)
                 for seq, (query_len, _) in enumerate(lens)
@@ -115,21 +116,23 @@ def _parts(layout: SequenceLayout, block_size: int, window: int | None) -> list[
 
 
 def _decode_part(
-    layout: SequenceLayout, seqs: list[int], seen: list[int], block_size: int
+    layout: SequenceLayout, seqs: list[int], seen: list[int], block_size: int, window: int | None
 ) -> _Part:
     device = layout.block_tables.device
     everyone = len(seqs) == len(layout.query_lens)
-    rows = [layout.query_starts[seq] for seq in seqs]
-    num_keys = torch.tensor([seen[seq] for seq in seqs], device=device)[:, None]
-    contexts = torch.tensor([layout.context_lens[seq] for seq in seqs], device=device)[:, None]
+    own = slice(None) if everyone else to_device(seqs, device)
+    # lengths come from the device, so that a captured call serves other ones, too
+    contexts = layout.context_lens_device[own].long()[:, None]
+    num_keys = contexts if window is None else contexts.clamp(max=window)
     offsets = torch.arange(max(seen[seq] for seq in seqs), device=device)
     # past a sequence's end its own last key is read again and masked
     positions = torch.minimum(contexts - num_keys + offsets, contexts - 1)
-    tables = layout.block_tables if everyone else layout.block_tables[seqs]
+    tables = layout.block_tables[own]
     slots = tables.gather(1, positions // block_size) * block_size + positions % block_size
-    equal = len({seen[seq] for seq in seqs}) == 1
+    equal = len({seen[seq] for seq in seqs}) == 1 and not layout.has_bounds
+    rows = [layout.query_starts[seq] for seq in seqs]
     return _Part(
-        rows=slice(None) if everyone else torch.tensor(rows, device=device),
+        rows=slice(None) if everyone else to_device(rows, device),
         num_seqs=len(seqs),
         slots=slots.flatten(),
         mask=None if equal else (offsets < num_keys)[:, None, None],

@@ -38,6 +38,7 @@ from multiexit_engine.params import DecodingMode
 from multiexit_engine.request import ChosenToken, Request, ScoredToken
 from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.runtime.flight import Flight
+from multiexit_engine.transfer import to_device, wait_for
 
 NOT_A_NUMBER = "its mode gave NaN as the score of a token"
 NO_TOKEN_LEFT = "its mode and its parameters together leave no token to choose"
@@ -109,7 +110,7 @@ def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
         return parts[0][1]
     states = torch.cat([part for _, part in parts])
     places = torch.tensor([place for places, _ in parts for place in places])
-    return states[places.argsort().to(states.device, non_blocking=True)]
+    return states[to_device(places.argsort(), states.device)]
 
 
 # what a row gave: its token (``n`` of them after a prompt), or why it has none
@@ -204,7 +205,7 @@ class TokenChooser:
         targets = [row.target for row in part.rows]
         asked = [request.sampling.prompt_logprobs for request in requests]
         num_top = _num_alternatives(asked, scores.shape[1]) or 0
-        wanted = torch.tensor(targets).to(scores.device, non_blocking=True)
+        wanted = to_device(targets, scores.device)
         found = token_logprobs(scores, wanted, num_top)
         best = scores.argmax(-1)
         greedy, tokens, *logprobs = _to_host([best, wanted, *found])
@@ -265,7 +266,7 @@ class TokenChooser:
             for copy in range(count)
         ]
         if source != list(range(scores.shape[0])):
-            scores = scores[torch.tensor(source).to(scores.device, non_blocking=True)]
+            scores = scores[to_device(source, scores.device)]
         processed = process_scores(scores, wanted)
         tokens = pick_tokens(processed, wanted)
         chosen_scores = processed.gather(1, tokens[:, None])[:, 0]
@@ -294,7 +295,7 @@ class TokenChooser:
         rows = [token_row(beam) for beam in beams]
         count = beam_candidate_count(request, rows[0])
         running = [beam.sequence.cumulative_logprob for beam in beams]
-        own = scores[torch.tensor(indices).to(scores.device, non_blocking=True)]
+        own = scores[to_device(indices, scores.device)]
         values, ids = beam_candidates(own, rows, running, min(count, own.shape[1]))
         host_values, host_ids = _to_host([values, ids])
         if any(math.isnan(value) for beam in host_values for value in beam):
@@ -318,15 +319,12 @@ class TokenChooser:
     def _draws(self, rows: list[LogitRow]) -> Draws:
         sequences = [row.sequence for row in rows]
         heats = [s.request.sampling.temperature for s in sequences]
-        state = torch.tensor(
-            [
-                [sequence_seed(s.request.seed, s.index) for s in sequences],
-                [row.num_output_tokens for row in rows],
-            ]
-        )
-        seeds, positions = state.to(self._device, non_blocking=True)
-        temperature = torch.tensor(heats, dtype=torch.float32)
-        return Draws(temperature.to(self._device, non_blocking=True), seeds, positions)
+        state = [
+            [sequence_seed(s.request.seed, s.index) for s in sequences],
+            [row.num_output_tokens for row in rows],
+        ]
+        seeds, positions = to_device(state, self._device)
+        return Draws(to_device(heats, self._device, torch.float32), seeds, positions)
 
 
 def token_row(row: LogitRow, copy: int = 0) -> TokenRow:
@@ -393,6 +391,5 @@ def _num_alternatives(asked: list[int | None], vocab_size: int) -> int | None:
 def _to_host(tensors: list[Tensor]) -> list[list[Any]]:
     """The step's one wait for the device: all results in one go, as lists."""
     on_host = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-    if any(tensor.is_cuda for tensor in tensors):
-        torch.cuda.current_stream().synchronize()
+    wait_for(tensors[0].device)
     return [tensor.tolist() for tensor in on_host]

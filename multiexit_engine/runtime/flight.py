@@ -15,6 +15,7 @@ from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.request import Joining
+from multiexit_engine.transfer import to_device
 
 Place = tuple[int, int]  # item of the step, position in its sequence
 
@@ -188,4 +189,4 @@ class Flight:
         return ForwardBatch.build(ScheduledBatch(items), self._kv_cache.block_size, device)
 
     def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64).to(self._kv_cache.device, non_blocking=True)
+        return to_device(rows, self._kv_cache.device, torch.int64)

@@ -31,6 +31,7 @@ from multiexit_engine.ops import (
     logit_errors,
 )
 from multiexit_engine.parallel_mode import Parallel
+from multiexit_engine.transfer import to_device
 
 
 @dataclass(eq=False)
@@ -101,7 +102,7 @@ class ParallelBatch:
         self._source_lens = [len(source) for source in sources]
         flat = [token for source in sources for token in source]
         device = model.start(1).embedded.device
-        self._encoded = model.encode(torch.tensor(flat, device=device), self._source_lens)
+        self._encoded = model.encode(to_device(flat, device), self._source_lens)
         starts = [model.start(answer.length) for answer in answers]
         self._embedded = torch.cat([start.embedded for start in starts])
         self._attended = torch.cat([start.attended for start in starts])
@@ -334,7 +335,7 @@ class ParallelBatch:
         return list(found.values())
 
     def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64).to(self._encoded.device, non_blocking=True)
+        return to_device(rows, self._encoded.device, torch.int64)
 
 
 @dataclass(frozen=True)

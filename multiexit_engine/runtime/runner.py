@@ -28,6 +28,7 @@ from multiexit_engine.runtime.exit_readings import ExitReadings, read_exits
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.sources import read_sources
 from multiexit_engine.runtime.step_clock import StepClock
+from multiexit_engine.transfer import to_device
 
 
 class ModelRunner:
@@ -100,7 +101,7 @@ class ModelRunner:
                 raise RequestFailed(message)
         scores = torch.cat([scores for scores, _ in results])
         places = torch.tensor([row.position for part in parts for row in part.rows])
-        return scores[places.argsort().to(scores.device)]
+        return scores[to_device(places.argsort(), scores.device)]
 
     @torch.inference_mode()
     def exit_readings(self, batch: ScheduledBatch) -> ExitReadings:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.models.encoder_decoder import EncoderDecoderModel
 from multiexit_engine.request import Sequence as TokenSequence
+from multiexit_engine.transfer import to_device
 
 
 def read_sources(
@@ -30,7 +30,7 @@ def read_sources(
     ]
 
     def on_device(values: list[int]) -> Tensor:
-        return torch.tensor(values).to(kv_cache.device, non_blocking=True)
+        return to_device(values, kv_cache.device)
 
     token_ids = on_device([token for source in sources for token in source])
     encoded = model.encode(token_ids, [len(source) for source in sources])

@@ -1,0 +1,32 @@
+"""Host numbers on their way to a device, so that neither waits for the other.
+
+Knows nothing of what the numbers mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_device(
+    values: Tensor | Sequence[Any], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A tensor of values from the host; on the CPU the host's own.
+
+    A copy from pageable memory may make the host wait for all that the device has to do; pinned
+    memory is read when its turn comes, and PyTorch keeps it until then.
+    """
+    host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Let a device finish what it was given on the current stream."""
+    if device.type != "cpu":
+        torch.get_device_module(device).current_stream().synchronize()

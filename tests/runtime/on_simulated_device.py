@@ -1,0 +1,49 @@
+"""Engines on the simulated device, beside the same engine on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from multiexit_engine import DecodingMode, Engine, RequestOutput, SamplingParams
+from multiexit_engine.checkpoint import open_checkpoint
+from tests.simulated_device import SimulatedDevice, simulated_device
+
+SMALL = {"max_batch_size": 8, "kv_cache_memory": 2**22, "dtype": "float32"}
+
+
+def on_cpu(folder: Path, **options) -> Engine:
+    return Engine.from_pretrained(folder, device="cpu", backend="reference", **{**SMALL, **options})
+
+
+@contextmanager
+def on_device(folder: Path, **options) -> Iterator[tuple[Engine, SimulatedDevice]]:
+    """An engine whose weights and cache lie on the simulated device."""
+    changes = {name: options.pop(name) for name in ("cuda_graphs",) if name in options}
+    config = on_cpu(folder, **options).config
+    with simulated_device() as device:
+        place = torch.device("sim:0")
+        engine = Engine(open_checkpoint(folder), replace(config, device=place, **changes), None)
+        yield engine, device
+
+
+def token_ids(outputs: list[RequestOutput]) -> list[list[list[int]]]:
+    return [[list(one.token_ids) for one in output.outputs] for output in outputs]
+
+
+def counts_of_a_decode_step(
+    folder: Path, sampling: list[SamplingParams], modes: list[DecodingMode]
+) -> dict[str, int]:
+    """What the host does in the third step, when every request decodes."""
+    with on_device(folder) as (engine, device):
+        for params, mode in zip(sampling, modes, strict=True):
+            engine.add_request([1, 2, 3], params, mode)
+        for _ in range(2):
+            engine.step()
+        device.counts.clear()
+        engine.step()
+        return dict(device.counts)

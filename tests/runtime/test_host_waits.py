@@ -1,0 +1,65 @@
+"""What the host makes the device wait for, and the other way round, in a decode step."""
+
+from __future__ import annotations
+
+import pytest
+
+from multiexit_engine import (
+    Contrast,
+    DoLa,
+    EarlyExit,
+    Exit,
+    Original,
+    SamplingParams,
+    SelfSpeculative,
+)
+from tests.runtime.on_simulated_device import counts_of_a_decode_step, on_cpu, on_device, token_ids
+from tests.tiny import save_gpt2
+
+GREEDY = SamplingParams(max_new_tokens=5, ignore_eos=True)
+DRAWN = SamplingParams(max_new_tokens=5, ignore_eos=True, temperature=0.9, top_k=0, seed=1)
+WARPED = SamplingParams(max_new_tokens=5, ignore_eos=True, temperature=0.9, top_k=20, seed=1)
+PENALISED = SamplingParams(max_new_tokens=5, repetition_penalty=1.3, logprobs=2)
+BEAMS = SamplingParams(max_new_tokens=5, num_beams=2)
+
+PLAIN = {
+    "original": ([GREEDY], [Original()]),
+    "exit": ([GREEDY], [Exit(4)]),
+    "contrast": ([GREEDY], [Contrast(6, 2)]),
+    "drawn": ([DRAWN, DRAWN], [Original(), Contrast(6, 4)]),
+    "mixed": ([GREEDY, DRAWN, GREEDY, GREEDY], [Original(), Exit(2), Contrast(6, 2), Exit(4)]),
+}
+OTHERS = {
+    "warped": ([WARPED], [Original()]),
+    "penalised": ([PENALISED], [Contrast(6, 2)]),
+    "beams": ([BEAMS], [Exit(4)]),
+    "dola": ([GREEDY], [DoLa("low")]),
+    "early": ([GREEDY], [EarlyExit(threshold=0.5)]),
+    "speculative": ([GREEDY], [SelfSpeculative(2)]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_gpt2(tmp_path_factory.mktemp("tiny") / "gpt2")
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
+def test_the_simulated_device_gives_the_ids_of_the_cpu(folder, name):
+    sampling, modes = {**PLAIN, **OTHERS}[name]
+    prompts = [[7 * i + 1, 5, 9] for i in range(len(modes))]
+    wanted = token_ids(on_cpu(folder).generate(prompts, sampling, modes))
+    with on_device(folder) as (engine, _):
+        assert token_ids(engine.generate(prompts, sampling, modes)) == wanted
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
+def test_every_copy_to_the_device_comes_from_pinned_memory(folder, name):
+    assert "pageable copies" not in counts_of_a_decode_step(folder, *{**PLAIN, **OTHERS}[name])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_step_waits_for_the_device_once(folder, name):
+    counts = counts_of_a_decode_step(folder, *PLAIN[name])
+    assert counts["synchronisations"] == 1
+    assert "waits" not in counts
