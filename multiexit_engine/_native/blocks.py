@@ -56,7 +56,7 @@ class _Span:
             is_gated=is_gated,
             activation=ACTIVATIONS[mlp.kind],
             down=self._linear(mlp.down),
-            cross=self._cross(block) if hasattr(block, "cross_attention") else None,
+            cross=None if block.cross_attention is None else self._cross(block),
         )
 
     def _cross(self, block: Any) -> _C.CrossAttention:

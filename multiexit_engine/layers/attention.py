@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +15,6 @@ from multiexit_engine.ops.attention import paged_attention
 from multiexit_engine.ops.biased_attention import biased_paged_attention
 from multiexit_engine.ops.kv import write_kv
 from multiexit_engine.ops.linear import linear
-from multiexit_engine.ops.packed_attention import packed_attention
 from multiexit_engine.quantization import row_span
 
 
@@ -60,23 +57,6 @@ class SelfAttention(nn.Module):
         self.rotary = rotary
         self.query_norm = query_norm
         self.key_norm = key_norm
-
-    def over_all(self, hidden: Tensor, lens: Sequence[int]) -> Tensor:
-        """Attend in both directions among packed sequences, without the cache.
-
-        Args:
-            hidden: [sum(lens), hidden].
-            lens: rows of each sequence.
-
-        Returns:
-            [sum(lens), hidden].
-        """
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim))
-            for part in self.qkv(hidden).split(self.widths, dim=-1)
-        )
-        mixed = packed_attention(query, key, value, lens, lens, self.scale)
-        return self.output(mixed.flatten(1))  # type: ignore[no-any-return]
 
     def write_kv(
         self, hidden: Tensor, kv_cache: PagedKVCache, positions: Tensor, slot_mapping: Tensor

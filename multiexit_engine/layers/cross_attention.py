@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from multiexit_engine.batch import ForwardBatch
@@ -11,6 +9,7 @@ from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.layers.linear import Linear
 from multiexit_engine.ops.attention import paged_attention
 from multiexit_engine.ops.packed_attention import packed_attention
+from multiexit_engine.ops.packed_blocks import PackedSources
 
 
 class CrossAttention(nn.Module):
@@ -52,26 +51,11 @@ class CrossAttention(nn.Module):
         )
         return self.output(mixed.flatten(1))  # type: ignore[no-any-return]
 
-    def over(
-        self,
-        hidden: Tensor,
-        key: Tensor,
-        value: Tensor,
-        target_lens: Sequence[int],
-        source_lens: Sequence[int],
-    ) -> Tensor:
-        """Attend to packed keys and values, as ``packed_attention`` wants them.
-
-        Args:
-            hidden: [sum(target_lens), hidden].
-            key: [sum(source_lens), heads, head_dim].
-            value: of the shape of ``key``.
-            target_lens: rows of each sequence in ``hidden``.
-            source_lens: rows of its source.
-
-        Returns:
-            [sum(target_lens), hidden].
-        """
+    def over(self, hidden: Tensor, sources: PackedSources) -> Tensor:
+        """[rows, hidden] of packed texts to the same shape; ``sources`` are of this block alone."""
+        key, value = sources.keys_values[:, 0].unbind(1)
         query = self.queries(hidden)
-        mixed = packed_attention(query, key, value, target_lens, source_lens, self.scale)
+        mixed = packed_attention(
+            query, key, value, sources.query_lens, sources.lens, self.scale
+        )
         return self.output(mixed.flatten(1))  # type: ignore[no-any-return]

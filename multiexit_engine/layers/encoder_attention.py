@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor, nn
 
+from multiexit_engine.layers.attention import SelfAttention
 from multiexit_engine.layers.linear import Linear
 from multiexit_engine.ops.biased_attention import biased_packed_attention
+from multiexit_engine.ops.linear import linear
 from multiexit_engine.ops.packed_attention import packed_attention
+from multiexit_engine.ops.packed_blocks import PackedTexts
+from multiexit_engine.quantization import Weight, row_span
 
 
 class EncoderAttention(nn.Module):
-    """One encoder block's attention over packed texts.
+    """The weights of one encoder block's attention, for ``attend_packed``.
 
     Args:
         qkv: queries, keys and values in one matrix, in this order and of equal widths.
@@ -38,13 +41,45 @@ class EncoderAttention(nn.Module):
         self.head_dim = head_dim
         self.scale = scale
 
-    def forward(self, hidden: Tensor, lens: Sequence[int]) -> Tensor:
-        """[tokens, hidden] to the same shape; ``lens`` are the tokens of each text."""
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(hidden).chunk(3, dim=-1)
-        )
-        if self.bias is None:
-            mixed = packed_attention(query, key, value, lens, lens, self.scale)
-        else:
-            mixed = biased_packed_attention(query, key, value, lens, self.scale, self.bias)
-        return self.output(mixed.flatten(1))  # type: ignore[no-any-return]
+
+def attend_packed(
+    attention: EncoderAttention | SelfAttention, hidden: Tensor, texts: PackedTexts
+) -> Tensor:
+    """What the rows that go on read of their texts, projected back.
+
+    Args:
+        attention: whose weights; a bias for distances asks for texts of which all rows go on.
+        hidden: [sum(texts.lens), hidden], what the projection reads.
+        texts: whose rows.
+
+    Returns:
+        [sum(texts.query_lens), hidden].
+    """
+    qkv, head_dim = attention.qkv, attention.head_dim
+    if texts.rows is None:
+        product = qkv(hidden)
+        width = product.shape[1] // 3
+        query, rest = product[:, :width], product[:, width:]
+    else:
+        width = qkv.weight.shape[0] // 3
+        query = linear(hidden[texts.rows], *_span_of(qkv, 0, width))
+        keyed = hidden
+        if len(texts.alive) < len(texts.lens):
+            keyed = hidden[torch.tensor(texts.keyed).to(hidden.device, non_blocking=True)]
+        rest = linear(keyed, *_span_of(qkv, width, 3 * width))
+    query, key, value = (
+        part.unflatten(-1, (-1, head_dim)) for part in (query, rest[:, :width], rest[:, width:])
+    )
+    lens = [texts.lens[text] for text in texts.alive]
+    if attention.bias is None:
+        counts = [texts.query_lens[text] for text in texts.alive]
+        mixed = packed_attention(query, key, value, counts, lens, attention.scale)
+    else:
+        assert texts.rows is None, "distances are those of whole texts"
+        mixed = biased_packed_attention(query, key, value, lens, attention.scale, attention.bias)
+    return attention.output(mixed.flatten(1))  # type: ignore[no-any-return]
+
+
+def _span_of(layer: Linear, start: int, stop: int) -> tuple[Weight, Tensor | None]:
+    bias = None if layer.bias is None else layer.bias[start:stop]
+    return row_span(layer.weight, start, stop), bias

@@ -5,17 +5,14 @@ Source: Lewis et al. 2019, arXiv:1910.13461; ``BartForConditionalGeneration`` of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from multiexit_engine.batch import ForwardBatch
-from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.checkpoint import TensorLoader
 from multiexit_engine.config import EncoderConfig, ModelConfig
 from multiexit_engine.errors import CheckpointError
 from multiexit_engine.layers.attention import SelfAttention
+from multiexit_engine.layers.block import Block, DecoderBlock
 from multiexit_engine.layers.cross_attention import CrossAttention
 from multiexit_engine.layers.embedding import NormedEmbedding
 from multiexit_engine.layers.encoder_attention import EncoderAttention
@@ -36,76 +33,6 @@ _FIXED = {
     "static_position_embeddings": False,
     "extra_pos_embeddings": _FIRST_POSITION,
 }
-
-
-class BartEncoderBlock(nn.Module):
-    """``h = norm(h + attention(h))``, then ``h = norm(h + mlp(h))``."""
-
-    def __init__(
-        self, attention: EncoderAttention, attention_norm: LayerNorm, mlp: MLP, mlp_norm: LayerNorm
-    ) -> None:
-        super().__init__()
-        self.attention = attention
-        self.attention_norm = attention_norm
-        self.mlp = mlp
-        self.mlp_norm = mlp_norm
-
-    def forward(self, hidden: Tensor, lens: Sequence[int]) -> Tensor:
-        """[tokens, hidden] of packed texts to the same shape."""
-        hidden = self.attention_norm(hidden + self.attention(hidden, lens))
-        return self.mlp_norm(hidden + self.mlp(hidden))  # type: ignore[no-any-return]
-
-
-class BartDecoderBlock(nn.Module):
-    """Self-attention, cross-attention and MLP, each added to the stream and then normalised."""
-
-    is_post_norm = True
-
-    def __init__(
-        self,
-        attention: SelfAttention,
-        attention_norm: LayerNorm,
-        cross_attention: CrossAttention,
-        cross_norm: LayerNorm,
-        mlp: MLP,
-        mlp_norm: LayerNorm,
-    ) -> None:
-        super().__init__()
-        self.attention = attention
-        self.attention_norm = attention_norm
-        self.cross_attention = cross_attention
-        self.cross_norm = cross_norm
-        self.mlp = mlp
-        self.mlp_norm = mlp_norm
-
-    def forward(self, hidden: Tensor, kv_cache: PagedKVCache, batch: ForwardBatch) -> Tensor:
-        """[tokens, hidden] to the same shape; writes keys and values of its layer."""
-        hidden = self.attention_norm(hidden + self.attention(hidden, kv_cache, batch))
-        hidden = self.cross_norm(hidden + self.cross_attention(hidden, kv_cache, batch))
-        return self.feed_forward(hidden)
-
-    def packed(
-        self,
-        hidden: Tensor,
-        key: Tensor,
-        value: Tensor,
-        target_lens: Sequence[int],
-        source_lens: Sequence[int],
-    ) -> Tensor:
-        """One pass over packed targets that see themselves whole; see ``run_packed``."""
-        hidden = self.attention_norm(hidden + self.attention.over_all(hidden, target_lens))
-        mixed = self.cross_attention.over(hidden, key, value, target_lens, source_lens)
-        return self.feed_forward(self.cross_norm(hidden + mixed))
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] to the same shape: the last third of the block."""
-        return self.mlp_norm(hidden + self.mlp(hidden))  # type: ignore[no-any-return]
-
-    def write_kv(
-        self, hidden: Tensor, kv_cache: PagedKVCache, positions: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Write keys and values of its layer only; see ``MultiExitModel.write_kv``."""
-        self.attention.write_kv(hidden.to(kv_cache.dtype), kv_cache, positions, slot_mapping)
 
 
 def build_bart(config: ModelConfig, loader: TensorLoader) -> EncoderDecoderModel:
@@ -170,25 +97,27 @@ def _embedding(
 
 def _encoder_block(
     config: ModelConfig, encoder: EncoderConfig, loader: TensorLoader, layer: int
-) -> BartEncoderBlock:
+) -> Block:
     name = f"model.encoder.layers.{layer}"
-    return BartEncoderBlock(
+    return Block(
+        _norm(config, loader, f"{name}.self_attn_layer_norm"),
         EncoderAttention(
             _qkv(config, loader, f"{name}.self_attn"),
             _square(config, loader, f"{name}.self_attn.out_proj"),
             encoder.head_dim,
             encoder.head_dim**-0.5,
         ),
-        _norm(config, loader, f"{name}.self_attn_layer_norm"),
-        _mlp(config, loader, name, config.family["encoder_ffn_dim"]),
         _norm(config, loader, f"{name}.final_layer_norm"),
+        _mlp(config, loader, name, config.family["encoder_ffn_dim"]),
+        is_post_norm=True,
     )
 
 
-def _decoder_block(config: ModelConfig, loader: TensorLoader, layer: int) -> BartDecoderBlock:
+def _decoder_block(config: ModelConfig, loader: TensorLoader, layer: int) -> DecoderBlock:
     name = f"model.decoder.layers.{layer}"
     scale = config.head_dim**-0.5
-    return BartDecoderBlock(
+    return DecoderBlock(
+        _norm(config, loader, f"{name}.self_attn_layer_norm"),
         SelfAttention(
             config,
             layer,
@@ -196,7 +125,9 @@ def _decoder_block(config: ModelConfig, loader: TensorLoader, layer: int) -> Bar
             _square(config, loader, f"{name}.self_attn.out_proj"),
             scale,
         ),
-        _norm(config, loader, f"{name}.self_attn_layer_norm"),
+        _norm(config, loader, f"{name}.final_layer_norm"),
+        _mlp(config, loader, name, config.family["decoder_ffn_dim"]),
+        _norm(config, loader, f"{name}.encoder_attn_layer_norm"),
         CrossAttention(
             layer,
             _square(config, loader, f"{name}.encoder_attn.q_proj"),
@@ -204,9 +135,7 @@ def _decoder_block(config: ModelConfig, loader: TensorLoader, layer: int) -> Bar
             config.head_dim,
             scale,
         ),
-        _norm(config, loader, f"{name}.encoder_attn_layer_norm"),
-        _mlp(config, loader, name, config.family["decoder_ffn_dim"]),
-        _norm(config, loader, f"{name}.final_layer_norm"),
+        is_post_norm=True,
     )
 
 

@@ -9,7 +9,6 @@ Source: Li et al. 2022, arXiv:2210.13304, and ELMER's code.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple, cast
 
@@ -21,10 +20,19 @@ from multiexit_engine.checkpoint import TensorLoader
 from multiexit_engine.checkpoint.checkpoint import ELMER_MARK
 from multiexit_engine.config import ModelConfig
 from multiexit_engine.errors import CheckpointError
+from multiexit_engine.layers.block import DecoderBlock
 from multiexit_engine.layers.exit_heads import HeadOperands
-from multiexit_engine.models.bart import BartDecoderBlock, build_bart
+from multiexit_engine.models.bart import build_bart
 from multiexit_engine.models.encoder_decoder import EncoderDecoderModel
-from multiexit_engine.ops import CodedHead, are_codes_fast, code_head, linear, packed_attention
+from multiexit_engine.ops import (
+    CodedHead,
+    PackedSources,
+    PackedTexts,
+    are_codes_fast,
+    code_head,
+    linear,
+    packed_blocks,
+)
 from multiexit_engine.quantization import row_span
 
 KEPT_STARTS = 64
@@ -55,7 +63,7 @@ class ElmerModel(EncoderDecoderModel):
     def __init__(
         self, bart: EncoderDecoderModel, mask_token_id: int, concat: Tensor | None
     ) -> None:
-        blocks = [cast(BartDecoderBlock, block) for block in bart.blocks]
+        blocks = [cast(DecoderBlock, block) for block in bart.blocks]
         super().__init__(bart.config, bart.encoder, bart.embedding, blocks, bart.heads, bart.cross)
         self.mask_token_id = mask_token_id
         self._layers = blocks
@@ -74,97 +82,54 @@ class ElmerModel(EncoderDecoderModel):
             token_ids = torch.full((length,), self.mask_token_id, device=device)
             token_ids[0] = self.config.bos_token_id or 0
             embedded = self.embed(token_ids, torch.arange(length, device=device))
-            self._starts[length] = Start(
-                embedded, self.self_attend(0, embedded, None, [length], [length])
-            )
+            attended = self._layers[0].attended(embedded, PackedTexts.whole([length]))
+            self._starts[length] = Start(embedded, attended)
             if len(self._starts) > KEPT_STARTS:
                 self._starts.popitem(last=False)
         self._starts.move_to_end(length)
         return self._starts[length]
 
-    def cross_span(self, encoded: Tensor, start: int, stop: int) -> Tensor:
-        """Keys and values of the decoder layers ``start`` to ``stop - 1``, in one product.
+    def cross_span(self, encoded: Tensor, span: range) -> Tensor:
+        """Keys and values of a span of 0-based decoder layers, in one product.
 
         Args:
             encoded: [rows, hidden] of ``encode``.
-            start: first 0-based layer.
-            stop: end of the span.
+            span: the layers.
 
         Returns:
-            [rows, stop - start, 2, heads, head_dim], keys before values.
+            [rows, len(span), 2, heads, head_dim], keys before values.
         """
         config = self.config
         width = 2 * config.num_kv_heads * config.head_dim
-        rows = start * width, stop * width
+        rows = span.start * width, span.stop * width
         bias = None if self.cross.bias is None else self.cross.bias[slice(*rows)]
         product = linear(encoded, row_span(self.cross.weight, *rows), bias)
-        return product.view(-1, stop - start, 2, config.num_kv_heads, config.head_dim)
+        return product.view(-1, len(span), 2, config.num_kv_heads, config.head_dim)
 
-    def self_attend(
+    def run(
         self,
-        layer: int,
         hidden: Tensor,
-        rows: Tensor | None,
-        query_lens: Sequence[int],
-        key_lens: Sequence[int],
+        span: range,
+        texts: PackedTexts,
+        sources: PackedSources,
+        *,
+        is_attended: bool,
     ) -> Tensor:
-        """The first third of a layer for some rows of packed sequences.
+        """Advance some rows of packed answers by a span of 0-based layers; see ``packed_blocks``.
 
         Args:
-            layer: 0-based.
-            hidden: [sum(key_lens), hidden], all rows; each gives its key and value.
-            rows: [sum(query_lens)] int64, those that go on, ascending; None for all.
-            query_lens: how many of each sequence go on.
-            key_lens: rows of each sequence.
+            hidden: [sum(texts.lens), hidden], all rows.
+            span: the layers.
+            texts: the answers.
+            sources: keys and values of these layers, of ``cross_span``.
+            is_attended: whether ``hidden`` is that of ``Start.attended``, which is layer 0's.
 
         Returns:
-            [sum(query_lens), hidden].
+            A new tensor of the shape of ``hidden``, in its dtype or in float32.
         """
-        block = self._layers[layer]
-        attention = block.attention
-        width = attention.widths[0]
-        weight, bias = attention.qkv.weight, attention.qkv.bias
-        assert bias is not None, "BART's projections have biases"
-        if rows is None:
-            own = hidden
-            product = attention.qkv(hidden)
-            query, rest = product[:, :width], product[:, width:]
-        else:
-            own = hidden[rows]
-            query = linear(own, row_span(weight, 0, width), bias[:width])
-            rest = linear(hidden, row_span(weight, width, 3 * width), bias[width:])
-        key, value = rest[:, :width], rest[:, width:]
-        query, key, value = (
-            part.unflatten(-1, (-1, attention.head_dim)) for part in (query, key, value)
+        return packed_blocks(
+            hidden, self._layers[span.start : span.stop], texts, sources, is_attended
         )
-        mixed = packed_attention(query, key, value, query_lens, key_lens, attention.scale)
-        return block.attention_norm(own + attention.output(mixed.flatten(1)))  # type: ignore[no-any-return]
-
-    def read_source(
-        self,
-        layer: int,
-        hidden: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_lens: Sequence[int],
-        source_lens: Sequence[int],
-    ) -> Tensor:
-        """The rest of a layer: cross-attention and MLP.
-
-        Args:
-            layer: 0-based.
-            hidden: [sum(query_lens), hidden] of ``self_attend``.
-            key: [sum(source_lens), heads, head_dim].
-            value: of the shape of ``key``.
-            query_lens: rows that read each source.
-            source_lens: rows of each source.
-
-        Returns:
-            [sum(query_lens), hidden], the states after the layer.
-        """
-        block = self._layers[layer]
-        mixed = block.cross_attention.over(hidden, key, value, query_lens, source_lens)
-        return block.feed_forward(block.cross_norm(hidden + mixed))
 
     def feed_back(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """What the next layer reads of states and what they predict.

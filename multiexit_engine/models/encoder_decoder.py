@@ -18,6 +18,7 @@ from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.layers.linear import Linear
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.ops.kv import write_kv
+from multiexit_engine.ops.packed_blocks import PackedTexts, packed_blocks
 
 
 class Encoder(nn.Module):
@@ -25,7 +26,7 @@ class Encoder(nn.Module):
 
     Args:
         embedding: of token ids and positions.
-        blocks: each takes [tokens, hidden] and the tokens of each source.
+        blocks: in order.
         norm: after the last block, where blocks do not end with one.
     """
 
@@ -36,14 +37,14 @@ class Encoder(nn.Module):
         self.embedding = embedding
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
+        self._order = tuple(blocks)
 
     def forward(self, token_ids: Tensor, lens: Sequence[int]) -> Tensor:
         """[sum(lens)] int64 tokens of all sources to [sum(lens), hidden]."""
         positions = packed_positions(lens, token_ids.device)
         hidden: Tensor = self.embedding(token_ids, positions)
-        for block in self.blocks:
-            hidden = block(hidden, lens)
-        return hidden if self.norm is None else self.norm(hidden)
+        found = packed_blocks(hidden, self._order, PackedTexts.whole(lens)).to(hidden.dtype)
+        return found if self.norm is None else self.norm(found)
 
 
 class EncoderDecoderModel(MultiExitModel):
@@ -98,25 +99,6 @@ class EncoderDecoderModel(MultiExitModel):
         for layer in range(self.config.num_layers):
             key, value = cross[:, layer].unbind(1)
             write_kv(key, value, kv_cache.key(layer), kv_cache.value(layer), slots)
-
-    def run_packed(
-        self, hidden: Tensor, cross: Tensor, target_lens: Sequence[int], source_lens: Sequence[int]
-    ) -> Tensor:
-        """Run all decoder layers once, every target token seeing the whole target; no cache.
-
-        Args:
-            hidden: [sum(target_lens), hidden] of ``embed``.
-            cross: of ``cross_keys_values``.
-            target_lens: rows of each sequence in ``hidden``.
-            source_lens: rows of its source in ``cross``.
-
-        Returns:
-            [sum(target_lens), hidden], the residual stream after the last layer.
-        """
-        for layer, block in enumerate(self._order):
-            key, value = cross[:, layer].unbind(1)
-            hidden = block.packed(hidden, key, value, target_lens, source_lens)
-        return hidden
 
 
 def packed_positions(lens: Sequence[int], device: torch.device) -> Tensor:

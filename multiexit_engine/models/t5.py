@@ -6,16 +6,13 @@ Source: Raffel et al. 2020, arXiv:1910.10683; ``T5ForConditionalGeneration`` of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from multiexit_engine.batch import ForwardBatch
-from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.checkpoint import TensorLoader
 from multiexit_engine.config import EncoderConfig, ModelConfig
 from multiexit_engine.layers.attention import SelfAttention
+from multiexit_engine.layers.block import Block, DecoderBlock
 from multiexit_engine.layers.cross_attention import CrossAttention
 from multiexit_engine.layers.embedding import Embedding
 from multiexit_engine.layers.encoder_attention import EncoderAttention
@@ -27,64 +24,6 @@ from multiexit_engine.models.base import load_original_head
 from multiexit_engine.models.encoder_decoder import Encoder, EncoderDecoderModel, load_cross
 
 _SCALE = 1.0  # T5's scores are not scaled
-
-
-class T5EncoderBlock(nn.Module):
-    """``h += attention(norm(h))``, then ``h += mlp(norm(h))``, over packed texts."""
-
-    def __init__(
-        self,
-        attention_norm: RMSNorm,
-        attention: EncoderAttention,
-        mlp_norm: RMSNorm,
-        mlp: MLP | GatedMLP,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = attention_norm
-        self.attention = attention
-        self.mlp_norm = mlp_norm
-        self.mlp = mlp
-
-    def forward(self, hidden: Tensor, lens: Sequence[int]) -> Tensor:
-        """[tokens, hidden] of packed texts to the same shape."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), lens)
-        return hidden + self.mlp(self.mlp_norm(hidden))  # type: ignore[no-any-return]
-
-
-class T5DecoderBlock(nn.Module):
-    """As the encoder's block, with attention over the source between its halves."""
-
-    is_post_norm = False
-
-    def __init__(
-        self,
-        attention_norm: RMSNorm,
-        attention: SelfAttention,
-        cross_norm: RMSNorm,
-        cross_attention: CrossAttention,
-        mlp_norm: RMSNorm,
-        mlp: MLP | GatedMLP,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = attention_norm
-        self.attention = attention
-        self.cross_norm = cross_norm
-        self.cross_attention = cross_attention
-        self.mlp_norm = mlp_norm
-        self.mlp = mlp
-
-    def forward(self, hidden: Tensor, kv_cache: PagedKVCache, batch: ForwardBatch) -> Tensor:
-        """[tokens, hidden] to the same shape; writes keys and values of its layer."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), kv_cache, batch)
-        hidden = hidden + self.cross_attention(self.cross_norm(hidden), kv_cache, batch)
-        return hidden + self.mlp(self.mlp_norm(hidden))  # type: ignore[no-any-return]
-
-    def write_kv(
-        self, hidden: Tensor, kv_cache: PagedKVCache, positions: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Write keys and values of its layer only; see ``MultiExitModel.write_kv``."""
-        normed = self.attention_norm(hidden).to(kv_cache.dtype)
-        self.attention.write_kv(normed, kv_cache, positions, slot_mapping)
 
 
 def build_t5(config: ModelConfig, loader: TensorLoader) -> EncoderDecoderModel:
@@ -149,7 +88,7 @@ def _encoder(
             bias,
         )
         blocks.append(
-            T5EncoderBlock(
+            Block(
                 _norm(config, loader, f"{name}.0.layer_norm"),
                 attention,
                 _norm(config, loader, f"{name}.1.layer_norm"),
@@ -159,7 +98,7 @@ def _encoder(
     return Encoder(Embedding(tokens), blocks, _norm(config, loader, "encoder.final_layer_norm"))
 
 
-def _decoder_blocks(config: ModelConfig, loader: TensorLoader) -> list[T5DecoderBlock]:
+def _decoder_blocks(config: ModelConfig, loader: TensorLoader) -> list[DecoderBlock]:
     bias = _bias(config, loader, "decoder", both_ways=False)
     blocks = []
     for layer in range(config.num_layers):
@@ -180,13 +119,13 @@ def _decoder_blocks(config: ModelConfig, loader: TensorLoader) -> list[T5Decoder
             _SCALE,
         )
         blocks.append(
-            T5DecoderBlock(
+            DecoderBlock(
                 _norm(config, loader, f"{name}.0.layer_norm"),
                 attention,
-                _norm(config, loader, f"{name}.1.layer_norm"),
-                cross,
                 _norm(config, loader, f"{name}.2.layer_norm"),
                 _mlp(config, loader, f"{name}.2.DenseReluDense"),
+                _norm(config, loader, f"{name}.1.layer_norm"),
+                cross,
             )
         )
     return blocks

@@ -22,6 +22,7 @@ from multiexit_engine.ops.kv import write_kv
 from multiexit_engine.ops.linear import linear, linear_activation
 from multiexit_engine.ops.norm import layer_norm, rms_norm
 from multiexit_engine.ops.packed_attention import packed_attention
+from multiexit_engine.ops.packed_blocks import PackedSources, PackedTexts, packed_blocks
 from multiexit_engine.ops.registry import (
     NATIVE,
     REFERENCE,
@@ -40,6 +41,8 @@ __all__ = [
     "CodedHead",
     "HeadStatistics",
     "Op",
+    "PackedSources",
+    "PackedTexts",
     "are_codes_fast",
     "assume_device",
     "biased_packed_attention",
@@ -62,6 +65,7 @@ __all__ = [
     "linear_activation",
     "logit_errors",
     "packed_attention",
+    "packed_blocks",
     "paged_attention",
     "register_op",
     "relative_top_logits",

@@ -23,6 +23,8 @@ from multiexit_engine.decoding.parallel import (
 )
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.ops import (
+    PackedSources,
+    PackedTexts,
     code_hidden,
     coded_head_statistics,
     head_logits,
@@ -133,49 +135,42 @@ class ParallelBatch:
 
     def _pass(self, rows: list[int], *, is_first: bool) -> None:
         self._cross = None
-        for layer in range(self._num_layers):
-            self._run_layer(layer, rows, is_first=is_first)
-            rows = self._leave(layer + 1, rows)
-            if not rows:
-                break
+        layer = 0
+        while rows:
+            stop = self._next_stop(layer, rows)
+            self._feed_back(layer, rows)
+            self._run(range(layer, stop), rows, is_attended=is_first and layer == 0)
+            rows = self._leave(stop, rows)
+            layer = stop
         self._read_untested()
         self._hand_out()
 
-    def _run_layer(self, layer: int, rows: list[int], *, is_first: bool) -> None:
-        """Advance ``rows`` by one layer; all others of their answers give keys and values."""
-        counts = self._counts(rows)
-        self._rows.computed[layer] += len(rows)
-        if layer == 0 and is_first:
-            attended = self._attended
-        else:
-            self._feed_back(layer, rows)
-            attended = self._self_attend(layer, rows, counts)
-        cross = self._cross_at(layer, counts, rows)
-        query_lens = self._per_source(counts, cross.sources)
-        source_lens = [self._source_lens[source] for source in cross.sources]
-        key, value = cross.keys_values[:, layer - cross.start].unbind(1)
-        hidden = self._model.read_source(layer, attended, key, value, query_lens, source_lens)
-        if len(rows) == len(self._owner):
-            self._hidden = hidden
-        else:
-            self._hidden[self._index(rows)] = hidden
+    def _next_stop(self, layer: int, rows: list[int]) -> int:
+        """The next layer, from 1-based ``layer`` on, after which rows may leave or are fed back."""
+        return min(self._sure_depth(layer, mode, to_next=True) for mode in self._modes(rows))
 
-    def _self_attend(self, layer: int, rows: list[int], counts: list[int]) -> Tensor:
-        """Among the rows of the answers that still go on."""
-        alive = [i for i, count in enumerate(counts) if count]
-        lens = [self._answers[i].length for i in alive]
-        self._rows.keyed[layer] += sum(lens)
-        query_lens = [counts[i] for i in alive]
-        if len(rows) == sum(lens) == len(self._owner):
-            return self._model.self_attend(layer, self._hidden, None, query_lens, lens)
-        if sum(lens) == len(self._owner):
-            hidden, own = self._hidden, rows
-        else:
-            kept = [row for i in alive for row in self._span(i)]
-            place = {row: new for new, row in enumerate(kept)}
-            hidden, own = self._hidden[self._index(kept)], [place[row] for row in rows]
-        index = None if len(own) == hidden.shape[0] else self._index(own)
-        return self._model.self_attend(layer, hidden, index, query_lens, lens)
+    def _run(self, span: range, rows: list[int], *, is_attended: bool) -> None:
+        """Advance ``rows`` by some layers; all others of their answers give keys and values."""
+        counts = self._counts(rows)
+        num_keyed = sum(a.length for a, n in zip(self._answers, counts, strict=True) if n)
+        for layer in span:
+            self._rows.computed[layer] += len(rows)
+            self._rows.keyed[layer] += 0 if is_attended and layer == 0 else num_keyed
+        cross = self._cross_at(span.start, counts, rows)
+        keys_values = cross.keys_values[:, span.start - cross.start : span.stop - cross.start]
+        sources = PackedSources(
+            keys_values,
+            [self._source_lens[source] for source in cross.sources],
+            self._per_source(counts, cross.sources),
+        )
+        is_all = len(rows) == len(self._owner)
+        texts = PackedTexts(
+            [answer.length for answer in self._answers],
+            counts,
+            None if is_all else self._index(rows),
+        )
+        hidden = self._attended if is_attended else self._hidden
+        self._hidden = self._model.run(hidden, span, texts, sources, is_attended=is_attended)
 
     def _feed_back(self, layer: int, rows: list[int]) -> None:
         """Give soft rows what they predict so far, without the bias, as ELMER does."""
@@ -198,24 +193,33 @@ class ParallelBatch:
         cross = self._cross
         if cross is None or layer >= cross.stop:
             sources = sorted({a.source for a, n in zip(self._answers, counts, strict=True) if n})
-            stop = min(self._sure_depth(layer, row) for row in rows)
+            stop = min(self._sure_depth(layer, mode) for mode in self._modes(rows))
             encoded = self._encoded
             if len(sources) < len(self._source_lens):
                 starts = list(accumulate(self._source_lens, initial=0))
                 kept = [row for s in sources for row in range(starts[s], starts[s + 1])]
                 encoded = encoded[self._index(kept)]
-            keys_values = self._model.cross_span(encoded, layer, stop)
+            keys_values = self._model.cross_span(encoded, range(layer, stop))
             cross = self._cross = _Cross(keys_values, layer, stop, sources)
         return cross
 
-    def _sure_depth(self, layer: int, row: int) -> int:
-        """The layer that a row is certain to reach, from 0-based ``layer`` on."""
-        mode = self._mode(row)
+    def _sure_depth(self, layer: int, mode: Parallel, *, to_next: bool = False) -> int:
+        """The layer that an answer is certain to reach, from 0-based ``layer`` on.
+
+        With ``to_next`` where its next row leaves, or all are fed back, before that.
+        """
+        if mode.exit == "soft" and to_next:
+            return layer + 1
         if mode.exit == "prescribed" and mode.layers is not None:
             # the deepest row of an answer needs them all
-            return max(layer + 1, max(mode.layers))
+            deeper = [each for each in mode.layers if each > layer]
+            return min(deeper) if to_next else max(deeper)
         tested = tested_layers(mode, self._num_layers)
         return min((k for k in tested if k > layer), default=self._num_layers)
+
+    def _modes(self, rows: list[int]) -> list[Parallel]:
+        """Of the answers that rows belong to."""
+        return [self._answers[i].mode for i in sorted({self._owner[row] for row in rows})]
 
     def _leave(self, layer: int, rows: list[int]) -> list[int]:
         """Let rows leave after a 1-based layer; gives those that go on."""
@@ -317,9 +321,6 @@ class ParallelBatch:
 
     def _mode(self, row: int) -> Parallel:
         return self._answers[self._owner[row]].mode
-
-    def _span(self, answer: int) -> range:
-        return range(self._first[answer], self._first[answer] + self._answers[answer].length)
 
     def _counts(self, rows: list[int]) -> list[int]:
         counts = [0] * len(self._answers)

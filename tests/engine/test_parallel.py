@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from multiexit_engine import Engine, Original, Parallel, SamplingParams
-from multiexit_engine.ops import code_head, head_statistics
+from multiexit_engine.ops import PackedSources, PackedTexts, code_head, head_statistics
 from tests.golden.acd_checkpoints import byte_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "elmer" / "t1"
@@ -68,8 +68,8 @@ def dense_logits(engine, source, layers):
         cross = model.cross_keys_values(model.encode(torch.tensor(source), [len(source)]))
         hidden = model.start(length).embedded
         for layer, block in enumerate(model.blocks):
-            key, value = cross[:, layer].unbind(1)
-            after = block.packed(hidden, key, value, [length], [len(source)])
+            read = PackedSources(cross[:, layer : layer + 1], [len(source)], [length])
+            after = block.packed(hidden, PackedTexts.whole([length]), read)
             hidden = torch.where(exits > layer, after, hidden)
         operands = model.predict(hidden)
         return operands.hidden @ operands.weight.T + operands.bias

@@ -8,7 +8,7 @@ from multiexit_engine.batch import ForwardBatch, ScheduledBatch, ScheduledSequen
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.checkpoint import open_checkpoint
 from multiexit_engine.models import build_model
-from multiexit_engine.ops import use_backend
+from multiexit_engine.ops import PackedSources, PackedTexts, packed_blocks, use_backend
 from multiexit_engine.params import Original, SamplingParams
 from multiexit_engine.request import Request, Sequence
 from tests.models.harness import (
@@ -182,12 +182,10 @@ def test_one_pass_equals_transformers_without_its_causal_mask(pair):
     token_ids, target_lens = packed(TARGETS)
     with torch.inference_mode():
         positions = torch.cat([torch.arange(count) for count in target_lens])
-        hidden = ours.run_packed(
-            ours.embed(token_ids, positions),
-            ours.cross_keys_values(encode(ours, SOURCES)),
-            target_lens,
-            [len(source) for source in SOURCES],
-        )
+        cross = ours.cross_keys_values(encode(ours, SOURCES))
+        sources = PackedSources(cross, [len(source) for source in SOURCES], target_lens)
+        texts = PackedTexts.whole(target_lens)
+        hidden = packed_blocks(ours.embed(token_ids, positions), list(ours.blocks), texts, sources)
     for source, target, tap in zip(SOURCES, TARGETS, hidden.split(target_lens), strict=True):
         with torch.inference_mode():
             seen = torch.zeros(1, 1, len(target), len(target))
