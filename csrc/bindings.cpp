@@ -8,6 +8,7 @@
 #include "cpu/head_statistics.h"
 #include "cpu/heads.h"
 #include "cpu/packed_attention.h"
+#include "cpu/packed_block.h"
 
 namespace py = pybind11;
 using namespace multiexit::cpu;
@@ -91,6 +92,14 @@ void decoder_blocks(int threads, const Span& span, const Rows& rows, Address hid
                     int dtype) {
   Release nogil;
   run_blocks(threads, span, rows, at<void>(hidden), at<void>(out), static_cast<DType>(dtype));
+}
+
+// States in place.
+void packed_blocks(int threads, const std::vector<Block>& blocks, const PackedTexts& texts,
+                   const std::optional<PackedSources>& sources, bool is_attended, Address states) {
+  Release nogil;
+  run_packed_blocks(threads, blocks, texts, sources ? &*sources : nullptr, is_attended,
+                    at(states));
 }
 
 void project(int threads, Address hidden, int dtype, int64_t rows, const Matrix& weight,
@@ -242,6 +251,16 @@ PYBIND11_MODULE(_C, m) {
         return Span{blocks, caches};
       }));
 
+  py::class_<PackedTexts>(m, "PackedTexts")
+      .def(py::init([](std::vector<int64_t> lens, std::vector<int64_t> query_lens, Address rows) {
+        return PackedTexts{{std::move(query_lens), std::move(lens)}, at<int64_t>(rows)};
+      }));
+  py::class_<PackedSources>(m, "PackedSources")
+      .def(py::init([](Address keys_values, int64_t stride, std::vector<int64_t> lens,
+                       std::vector<int64_t> query_lens) {
+        return PackedSources{at(keys_values), stride, {std::move(query_lens), std::move(lens)}};
+      }));
+
   py::class_<Choice>(m, "Choice")
       .def(py::init([](Address temperature, Address seeds, Address positions, Address tokens,
                        Address log_probs, Address num_candidates) {
@@ -269,6 +288,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("paged_attention", &attention);
   m.def("packed_attention", &attend_packed);
   m.def("decoder_blocks", &decoder_blocks);
+  m.def("packed_blocks", &packed_blocks);
   m.def("plain_read", &plain_read);
   m.def("isa", [] { return kernels().name; });
   m.def("choose_isa", [](const std::string& name) { return choose_isa(name.c_str()); });

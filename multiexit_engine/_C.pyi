@@ -67,6 +67,14 @@ class Block:
 class Span:
     def __init__(self, blocks: list[Block], caches: list[Cache]) -> None: ...
 
+class PackedTexts:
+    def __init__(self, lens: list[int], query_lens: list[int], rows: int) -> None: ...
+
+class PackedSources:
+    def __init__(
+        self, keys_values: int, stride: int, lens: list[int], query_lens: list[int]
+    ) -> None: ...
+
 class LowerHead:
     def __init__(self, rows: int, count: int, hidden: int, head: Matrix, alpha: int) -> None: ...
 
@@ -189,6 +197,14 @@ def packed_attention(
 ) -> None: ...
 def decoder_blocks(
     threads: int, span: Span, rows: Rows, hidden: int, out: int, dtype: int
+) -> None: ...
+def packed_blocks(
+    threads: int,
+    blocks: list[Block],
+    texts: PackedTexts,
+    sources: PackedSources | None,
+    is_attended: bool,
+    states: int,
 ) -> None: ...
 def plain_read(threads: int, numbers: int, count: int) -> float: ...
 def isa() -> str: ...

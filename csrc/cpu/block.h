@@ -56,6 +56,9 @@ struct Span {
 void run_blocks(int threads, const Span& span, const Rows& rows, const void* hidden, void* out,
                 DType dtype);
 
+// Rows that a thread takes at once of work that costs little for each.
+constexpr int64_t kRowsOfChunk = 16;
+
 // x[i] = norm(x[i]) for `count` rows of `size` numbers each; out may be x.
 void normalise(int threads, const float* x, const Norm& norm, float* out, int64_t count,
                int64_t size);

@@ -49,6 +49,19 @@ inline const void* input_of(int threads, const float* x, int64_t tokens, const M
   return rounded;
 }
 
+// Calls body(token, tokens, first, count) for rectangles that cover `tokens` rows of input times
+// `rows` rows of the weight, `size` of the latter at a time.
+template <class Body>
+void in_rectangles(int threads, int64_t tokens, int64_t rows, int64_t size, Body&& body) {
+  const int64_t slabs = (tokens + kSlabTokens - 1) / kSlabTokens;
+  const int64_t chunks = (rows + size - 1) / size;
+  parallel_for(threads, slabs * chunks, [&](int64_t index, int) {
+    const int64_t slab = index / chunks, first = index % chunks * size;
+    const int64_t token = tokens * slab / slabs, many = tokens * (slab + 1) / slabs - token;
+    body(token, many, first, std::min(size, rows - first));
+  });
+}
+
 // For `multiply` where nothing follows.
 inline constexpr auto kNothingMore = [](int64_t, int64_t, int64_t, int64_t) {};
 
@@ -61,16 +74,12 @@ void multiply(int threads, const float* x, int64_t tokens, const Linear& linear,
   const Matrix& weight = linear.weight;
   const auto* input = static_cast<const char*>(input_of(threads, x, tokens, weight));
   const int64_t token_bytes = weight.columns * size_of(k.input_dtype(weight.dtype));
-  const int64_t slabs = (tokens + kSlabTokens - 1) / kSlabTokens;
-  const int64_t size = rows_of_chunk(weight, tokens), chunks = (weight.rows + size - 1) / size;
-  parallel_for(threads, slabs * chunks, [&](int64_t index, int) {
-    const int64_t slab = index / chunks, first = index % chunks * size;
-    const int64_t count = std::min(size, weight.rows - first);
-    const int64_t token = tokens * slab / slabs, many = tokens * (slab + 1) / slabs - token;
-    k.product(input + token * token_bytes, many, weight, first, count, linear.bias,
-              out + token * weight.rows + first, weight.rows);
-    then(token, many, first, count);
-  });
+  in_rectangles(threads, tokens, weight.rows, rows_of_chunk(weight, tokens),
+                [&](int64_t token, int64_t many, int64_t first, int64_t count) {
+                  k.product(input + token * token_bytes, many, weight, first, count, linear.bias,
+                            out + token * weight.rows + first, weight.rows);
+                  then(token, many, first, count);
+                });
 }
 
 // x itself where it is float32, else a float32 copy in scratch.

@@ -12,6 +12,7 @@
 #include "cpu/block.h"
 #include "cpu/head_statistics.h"
 #include "cpu/heads.h"
+#include "cpu/packed_block.h"
 
 using namespace multiexit::cpu;
 
@@ -161,6 +162,96 @@ void blocks(bool is_gated, bool is_bart, int64_t head_dim, int64_t window) {
   }
 }
 
+// Three texts, of the second no row goes on; the first and the last read a source. The rows that go
+// on, alone and beside the others, and a whole text.
+void packed_texts(bool is_bart, bool is_gated, int64_t head_dim) {
+  const int64_t heads = 2, hidden = 10, inner = 20, width = heads * head_dim;
+  const auto scale = numbers(hidden), shift = numbers(hidden);
+  const auto w_qkv = numbers(3 * width * hidden), w_out = numbers(hidden * width);
+  const auto w_query = numbers(width * hidden), w_up = numbers(2 * inner * hidden);
+  const auto w_down = numbers(hidden * inner), b_qkv = numbers(3 * width);
+  const auto matrix = [](const std::vector<float>& weight, int64_t rows, int64_t columns) {
+    return Matrix{weight.data(), DType::kFloat32, rows, columns};
+  };
+  const Norm norm = {scale.data(), is_gated ? nullptr : shift.data(), 1e-5f};
+  const Norm none = {nullptr, nullptr, 0.0f};
+  std::optional<CrossAttention> cross;
+  if (is_bart)
+    cross = {norm, {matrix(w_query, width, hidden), nullptr},
+             {matrix(w_out, hidden, width), nullptr}, 0.2f};
+  const Block block = {is_bart, norm, norm, none, none, {matrix(w_qkv, 3 * width, hidden), b_qkv.data()},
+                       {matrix(w_out, hidden, width), nullptr},
+                       {matrix(w_up, (is_gated ? 2 : 1) * inner, hidden), nullptr},
+                       {matrix(w_down, hidden, inner), nullptr},
+                       is_gated, Activation::kGelu, heads, heads, head_dim, 0, 0.3f, nullptr,
+                       nullptr, cross};
+  const auto keys_values = numbers(7 * 2 * width);
+  const auto input = numbers(9 * hidden);
+  const auto run = [&](const PackedTexts& texts, const PackedSources& sources, int64_t first,
+                       int64_t count) {
+    std::vector<float> states(input.begin() + first * hidden,
+                              input.begin() + (first + count) * hidden);
+    run_packed_blocks(3, {block}, texts, is_bart ? &sources : nullptr, false, states.data());
+    return states;
+  };
+  const std::vector<int64_t> rows = {0, 3, 7, 8}, own = {1, 2};
+  const auto whole = run({{{4, 2, 3}, {4, 2, 3}}, nullptr},
+                         {keys_values.data(), 2 * width, {{4, 2, 3}, {3, 1, 3}}}, 0, 9);
+  const auto some = run({{{2, 0, 2}, {4, 2, 3}}, rows.data()},
+                        {keys_values.data(), 2 * width, {{2, 0, 2}, {3, 1, 3}}}, 0, 9);
+  const auto alone = run({{{2}, {3}}, own.data()},
+                         {keys_values.data() + 4 * 2 * width, 2 * width, {{2}, {3}}}, 6, 3);
+  for (int64_t row = 0; row < 9; ++row) {
+    const bool goes_on = std::count(rows.begin(), rows.end(), row) > 0;
+    for (int64_t i = row * hidden; i < (row + 1) * hidden; ++i) {
+      if (some[i] != (goes_on ? whole[i] : input[i])) expect_near(some[i], 1e9, "a row of some");
+      if (row >= 6 && alone[i - 6 * hidden] != some[i])
+        expect_near(alone[i - 6 * hidden], 1e9, "a text alone");
+    }
+  }
+}
+
+// Codes of the head [vocab, columns] and of the states, with scales of powers of two.
+void coded_heads(int64_t vocab, int64_t rows, int64_t columns) {
+  const int64_t lanes = CodedMatrix::kLanes, padded = (vocab + lanes - 1) / lanes * lanes;
+  std::vector<int8_t> codes(padded * columns);
+  std::vector<int32_t> starts(padded);
+  std::vector<float> scales(padded, 0.0f), logits(vocab);
+  const auto code_at = [&](int64_t row, int64_t column) -> int8_t& {
+    return codes[row / lanes * lanes * columns + column / 4 * lanes * 4 + row % lanes * 4 +
+                 column % 4];
+  };
+  for (int64_t row = 0; row < vocab; ++row) {
+    scales[row] = 1.0f / 1024;
+    for (int64_t i = 0; i < columns; ++i) {
+      code_at(row, i) = static_cast<int8_t>((row * 7 + i * 13) % 255 - 127);
+      starts[row] -= 128 * code_at(row, i);
+    }
+  }
+  std::vector<uint8_t> hidden(rows * columns);
+  for (size_t i = 0; i < hidden.size(); ++i) hidden[i] = static_cast<uint8_t>(i * 31);
+  const std::vector<float> hidden_scales(rows, 1.0f / 64);
+  const auto bias = numbers(vocab);
+  std::vector<int64_t> likely(rows);
+  std::vector<float> first(rows), second(rows), log_sum(rows), entropy(rows);
+  coded_head_statistics(2, {hidden.data(), hidden_scales.data()}, rows,
+                        {codes.data(), starts.data(), scales.data(), vocab, columns}, bias.data(),
+                        {likely.data(), first.data(), second.data(), log_sum.data(),
+                         entropy.data()});
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t v = 0; v < vocab; ++v) {
+      int64_t sum = 0;
+      for (int64_t i = 0; i < columns; ++i) sum += (hidden[row * columns + i] - 128) * code_at(v, i);
+      logits[v] = sum / 65536.0f + bias[v];
+    }
+    const int64_t best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+    double mass = 0.0;
+    for (float logit : logits) mass += std::exp(double(logit) - logits[best]);
+    expect_near(likely[row], best, "likely token of codes");
+    expect_near(first[row], -std::log(mass), "its log-probability");
+  }
+}
+
 // One sequence over the borders of splits: a prompt's tokens at once, and its last one alone.
 void attention(int64_t tokens, int64_t context, int64_t window, int64_t group, int64_t head_dim) {
   const int64_t kv_heads = 3, heads = kv_heads * group, block_size = 5, width = heads * head_dim;
@@ -272,6 +363,11 @@ int main() {
         attention(70, 300, window, group, 18);
       }
     for (int64_t vocab : {1, 7, 513, 1031}) heads(vocab);
+    for (int64_t head_dim : {1, 6, 16, 20})
+      for (bool is_bart : {false, true})
+        for (bool is_gated : {false, true}) packed_texts(is_bart, is_gated, head_dim);
+    for (int64_t vocab : {1, 16, 530})
+      for (int64_t rows : {1, 12, 27}) coded_heads(vocab, rows, 36);
   }
   std::printf("%d failures\n", failures);
   return failures ? EXIT_FAILURE : EXIT_SUCCESS;

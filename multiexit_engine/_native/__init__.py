@@ -5,7 +5,7 @@ Importing this raises ImportError where the extension was not built.
 """
 
 from multiexit_engine._native.attention import paged_attention
-from multiexit_engine._native.blocks import decoder_blocks
+from multiexit_engine._native.blocks import decoder_blocks, packed_blocks
 from multiexit_engine._native.dense import layer_norm, linear, linear_activation, rms_norm
 from multiexit_engine._native.heads import (
     coded_head_statistics,
@@ -31,6 +31,7 @@ __all__ = [
     "linear",
     "linear_activation",
     "packed_attention",
+    "packed_blocks",
     "paged_attention",
     "rms_norm",
     "sample_tokens",

@@ -17,39 +17,31 @@ from multiexit_engine._native.attention import layout_view
 from multiexit_engine._native.tensors import ACTIVATIONS, DTYPES, address, matrix, vector
 
 
-class _Span:
-    """Blocks as the extension sees them, with all that its addresses point into."""
+class _Views:
+    """Blocks as the extension sees them, with all that its addresses point into but weights."""
 
-    def __init__(self, blocks: Sequence[Any], kv_cache: Any) -> None:
-        self.kept: list[object] = [*blocks]
-        views = [self._block(block) for block in blocks]
-        caches = [
-            self._cache(kv_cache.key(i), kv_cache.value(i))
-            for i in (block.attention.layer for block in blocks)
-        ]
-        self.view = _C.Span(views, caches)
-
-    def _cache(self, key: Tensor, value: Tensor) -> _C.Cache:
-        return _C.Cache(key.data_ptr(), value.data_ptr(), DTYPES[key.dtype], *key.shape[1:])
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        self._kept: list[Tensor | None] = []
+        self.blocks = [self._block(block) for block in blocks]
 
     def _block(self, block: Any) -> _C.Block:
         attention, mlp = block.attention, block.mlp
-        rotary = attention.rotary
-        heads, kv_heads = (width // attention.head_dim for width in attention.widths[:2])
+        # an encoder's attention has none of these
+        rotary, window = getattr(attention, "rotary", None), getattr(attention, "window", None)
         is_gated = hasattr(mlp, "gate_up")
         return _C.Block(
             is_post_norm=block.is_post_norm,
             attention_norm=self._norm(block.attention_norm),
             qkv=self._linear(attention.qkv),
-            query_norm=self._norm(attention.query_norm),
-            key_norm=self._norm(attention.key_norm),
+            query_norm=self._norm(getattr(attention, "query_norm", None)),
+            key_norm=self._norm(getattr(attention, "key_norm", None)),
             cos=0 if rotary is None else self._keep(rotary.cos),
             sin=0 if rotary is None else self._keep(rotary.sin),
-            heads=heads,
-            kv_heads=kv_heads,
+            heads=attention.widths[0] // attention.head_dim,
+            kv_heads=attention.widths[1] // attention.head_dim,
             head_dim=attention.head_dim,
             scale=attention.scale,
-            window=attention.window or 0,
+            window=window or 0,
             output=self._linear(attention.output),
             mlp_norm=self._norm(block.mlp_norm),
             up=self._linear(mlp.gate_up if is_gated else mlp.up),
@@ -71,7 +63,7 @@ class _Span:
     def _keep(self, values: Tensor | None) -> int:
         """The address of the float32 form, which lives as long as this."""
         kept = vector(values)
-        self.kept.append(kept)
+        self._kept.append(kept)
         return address(kept)
 
     def _norm(self, norm: Any) -> _C.Norm:
@@ -83,7 +75,23 @@ class _Span:
         return _C.Linear(matrix(linear.weight), self._keep(linear.bias))
 
 
+class _Span:
+    """Blocks with their parts of a cache; keeps both alive."""
+
+    def __init__(self, blocks: Sequence[Any], kv_cache: Any) -> None:
+        self._kept = [*blocks], _Views(blocks)
+        caches = [
+            self._cache(kv_cache.key(i), kv_cache.value(i))
+            for i in (block.attention.layer for block in blocks)
+        ]
+        self.view = _C.Span(self._kept[1].blocks, caches)
+
+    def _cache(self, key: Tensor, value: Tensor) -> _C.Cache:
+        return _C.Cache(key.data_ptr(), value.data_ptr(), DTYPES[key.dtype], *key.shape[1:])
+
+
 _spans: WeakKeyDictionary[Any, dict[tuple[int, int], _Span]] = WeakKeyDictionary()
+_views: WeakKeyDictionary[Any, _Views] = WeakKeyDictionary()
 
 
 def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: Any) -> Tensor:
@@ -112,5 +120,41 @@ def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: 
         hidden.data_ptr(),
         out.data_ptr(),
         DTYPES[hidden.dtype],
+    )
+    return out
+
+
+def packed_blocks(
+    hidden: Tensor,
+    blocks: Sequence[Any],
+    texts: Any,
+    sources: Any = None,
+    is_attended: bool = False,
+) -> Tensor:
+    """See ``multiexit_engine.ops.packed_blocks``."""
+    for block in blocks:
+        if block not in _views:
+            _views[block] = _Views([block])
+    views = [_views[block].blocks[0] for block in blocks]
+    out = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    rows = None if texts.rows is None else texts.rows.contiguous()
+    read = keys_values = None
+    if sources is not None:
+        keys_values = sources.keys_values.float()
+        if keys_values[0].numel() and not keys_values[0].is_contiguous():
+            keys_values = keys_values.contiguous()
+        read = _C.PackedSources(
+            keys_values.data_ptr(),
+            keys_values.stride(0),
+            list(sources.lens),
+            list(sources.query_lens),
+        )
+    _C.packed_blocks(
+        torch.get_num_threads(),
+        views,
+        _C.PackedTexts(list(texts.lens), list(texts.query_lens), address(rows)),
+        read,
+        is_attended,
+        out.data_ptr(),
     )
     return out

@@ -55,7 +55,5 @@ class CrossAttention(nn.Module):
         """[rows, hidden] of packed texts to the same shape; ``sources`` are of this block alone."""
         key, value = sources.keys_values[:, 0].unbind(1)
         query = self.queries(hidden)
-        mixed = packed_attention(
-            query, key, value, sources.query_lens, sources.lens, self.scale
-        )
+        mixed = packed_attention(query, key, value, sources.query_lens, sources.lens, self.scale)
         return self.output(mixed.flatten(1))  # type: ignore[no-any-return]

@@ -38,6 +38,7 @@ class EncoderAttention(nn.Module):
         self.bias = bias
         self.qkv = qkv
         self.output = output
+        self.widths = [qkv.weight.shape[0] // 3] * 3
         self.head_dim = head_dim
         self.scale = scale
 
@@ -55,13 +56,11 @@ def attend_packed(
     Returns:
         [sum(texts.query_lens), hidden].
     """
-    qkv, head_dim = attention.qkv, attention.head_dim
+    qkv, width, head_dim = attention.qkv, attention.widths[0], attention.head_dim
     if texts.rows is None:
         product = qkv(hidden)
-        width = product.shape[1] // 3
         query, rest = product[:, :width], product[:, width:]
     else:
-        width = qkv.weight.shape[0] // 3
         query = linear(hidden[texts.rows], *_span_of(qkv, 0, width))
         keyed = hidden
         if len(texts.alive) < len(texts.lens):

@@ -6,6 +6,7 @@ Source: Raffel et al. 2020, arXiv:1910.10683; ``T5ForConditionalGeneration`` of 
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from multiexit_engine.ops.operands import is_plain
 from multiexit_engine.ops.registry import register_op
 
 
@@ -102,3 +103,13 @@ def packed_blocks(
         read = None if sources is None else sources.of_block(place)
         hidden = own.packed(hidden, texts, read, is_attended=is_attended and place == 0)
     return hidden
+
+
+def _has_no_bias(hidden: Tensor, blocks: Sequence[Any], *_: object, **__: object) -> bool:
+    """Whether attention has no bias for distances, as T5's has: all blocks of a model, or none."""
+    return is_plain(hidden) and blocks[0].attention.bias is None
+
+
+packed_blocks.backend(
+    "cpu", "multiexit_engine._native:packed_blocks", device="cpu", supports=_has_no_bias
+)
