@@ -40,7 +40,7 @@ from multiexit_engine.runtime.exit_readings import ExitReadings
 from multiexit_engine.runtime.intake import Intake, Prompt, as_prompts, one_for_each
 from multiexit_engine.runtime.parallel_core import ParallelCore
 from multiexit_engine.runtime.parallel_intake import ParallelIntake
-from multiexit_engine.runtime.progress import Progress
+from multiexit_engine.runtime.progress import finish_all
 from multiexit_engine.runtime.report import request_output
 from multiexit_engine.runtime.scoring import (
     ScoreItem,
@@ -195,7 +195,7 @@ class Engine:
         ]
         for request in requests:
             self._core.add(request)
-        self._finish_all(requests, progress)
+        finish_all(self._core, requests, progress)
         outputs = [request_output(self._core, request) for request in requests]
         for request in requests:
             self._core.forget(request.request_id)
@@ -262,7 +262,7 @@ class Engine:
         requests = [request for part in parts for request in part]
         for request in requests:
             self._core.add(request)
-        self._finish_all(requests, progress)
+        finish_all(self._core, requests, progress)
         for request in requests:
             self._core.forget(request.request_id)
         for request in requests:
@@ -383,18 +383,3 @@ class Engine:
     def _new_id(self) -> str:
         names = (f"request-{number}" for number in self._ids)
         return next(name for name in names if name not in self._core.requests)
-
-    def _finish_all(self, requests: Sequence[Request], progress: bool | None) -> None:
-        """Step until all of ``requests`` are finished; on an interrupt they leave no trace."""
-        try:
-            with Progress(len(requests), progress) as bar:
-                num_left = sum(not request.is_finished for request in requests)
-                while num_left:
-                    changed = self._core.step()
-                    if any(request.is_finished for request in changed):
-                        num_left = sum(not request.is_finished for request in requests)
-                        bar.show(len(requests) - num_left, self._core.num_generated_tokens)
-        except BaseException:
-            for request in requests:
-                self._core.forget(request.request_id)
-            raise

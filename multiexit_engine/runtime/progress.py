@@ -1,13 +1,17 @@
-"""A progress bar for many requests."""
+"""Requests that are run to their end, with a progress bar."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from multiexit_engine.request import Request
+from multiexit_engine.runtime.core_protocol import Core
 
 FEW_REQUESTS = 8
 
@@ -46,3 +50,19 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+
+def finish_all(core: Core, requests: Sequence[Request], progress: bool | None) -> None:
+    """Step until all of ``requests`` are finished; on an interrupt they leave no trace."""
+    try:
+        with Progress(len(requests), progress) as bar:
+            num_left = sum(not request.is_finished for request in requests)
+            while num_left:
+                changed = core.step()
+                if any(request.is_finished for request in changed):
+                    num_left = sum(not request.is_finished for request in requests)
+                    bar.show(len(requests) - num_left, core.num_generated_tokens)
+    except BaseException:
+        for request in requests:
+            core.forget(request.request_id)
+        raise
