@@ -27,6 +27,7 @@ from multiexit_engine.models.registry import build_model
 from multiexit_engine.outputs import (
     CompletionOutput,
     EngineStats,
+    FollowedText,
     RequestOutput,
     RequestPiece,
     ScoreOutput,
@@ -40,8 +41,8 @@ from multiexit_engine.runtime.exit_readings import ExitReadings
 from multiexit_engine.runtime.intake import Intake, Prompt, as_prompts, one_for_each
 from multiexit_engine.runtime.parallel_core import ParallelCore
 from multiexit_engine.runtime.parallel_intake import ParallelIntake
-from multiexit_engine.runtime.progress import finish_all
-from multiexit_engine.runtime.report import request_output
+from multiexit_engine.runtime.progress import run_all
+from multiexit_engine.runtime.report import followed_text, request_output
 from multiexit_engine.runtime.scoring import (
     ScoreItem,
     as_items,
@@ -193,9 +194,7 @@ class Engine:
             self._checked(prompt, params, mode, f"prompts[{i}]: " if len(many) > 1 else "")
             for i, (prompt, params, mode) in enumerate(zip(many, samplings, modes, strict=True))
         ]
-        for request in requests:
-            self._core.add(request)
-        finish_all(self._core, requests, progress)
+        run_all(self._core, requests, progress)
         outputs = [request_output(self._core, request) for request in requests]
         for request in requests:
             self._core.forget(request.request_id)
@@ -260,9 +259,7 @@ class Engine:
             for text, mode in zip(texts, modes, strict=True)
         ]
         requests = [request for part in parts for request in part]
-        for request in requests:
-            self._core.add(request)
-        finish_all(self._core, requests, progress)
+        run_all(self._core, requests, progress)
         for request in requests:
             self._core.forget(request.request_id)
         for request in requests:
@@ -289,6 +286,24 @@ class Engine:
         request = self._alone(prompt, decoding)
         assert isinstance(self._core, EngineCore), "another intake refuses the mode"
         return self._core.exit_readings(request)
+
+    def follow(
+        self, texts: Sequence[Sequence[int]], prompt_len: int, decoding: DecodingMode
+    ) -> list[FollowedText]:
+        """What a mode chooses greedily in the place of each token of texts from ``prompt_len`` on.
+
+        Texts are fed one token after the other, so that what each token sees is what it would see
+        had the mode written the text. Raises ValueError as ``generate``.
+        """
+        requests = []
+        for text in texts:
+            sampling = SamplingParams(max_new_tokens=len(text) - prompt_len, ignore_eos=True)
+            requests.append(self._checked(text[:prompt_len], sampling, decoding, ""))
+            requests[-1].continuation = tuple(text[prompt_len:])
+        run_all(self._core, requests, None)
+        for request in requests:
+            self._core.forget(request.request_id)
+        return [followed_text(request) for request in requests]
 
     def add_request(
         self,

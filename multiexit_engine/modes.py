@@ -183,7 +183,7 @@ class SelfSpeculative:
             raise reject("SelfSpeculative.draft_vocab", self.draft_vocab, allowed)
 
 
-Measure: TypeAlias = Literal["max_prob", "margin", "entropy", "similarity", "patience"]
+Measure: TypeAlias = Literal["max_prob", "margin", "entropy", "similarity", "patience", "probe"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 # those that look at the distribution of one exit
 HEAD_MEASURES: tuple[Measure, ...] = ("max_prob", "margin", "entropy")
@@ -203,9 +203,13 @@ class EarlyExit:
     Attributes:
         threshold: what passes. At least this probability of the best token ("max_prob"),
             difference of the two best probabilities ("margin"), cosine between the outputs of the
-            last two layers ("similarity"), or number of exits in a row with the same best token
-            ("patience"); at most this entropy in nats ("entropy").
-        measure: what is measured.
+            last two layers ("similarity"), number of exits in a row with the same best token
+            ("patience"), or chance, told by a small classifier of the hidden state, that the exit's
+            best token is that of the last layer ("probe"); at most this entropy in nats
+            ("entropy").
+        measure: what is measured. "probe" needs classifiers beside the model, which
+            ``multiexit train probes`` makes; with them and "similarity" rows that stay read no
+            head.
         layers: the exits that may be taken, ascending; None for all below the last layer.
         min_layer: no exit before this layer.
         shortlist: for "max_prob", "margin" and "entropy": look at this many tokens first, the
@@ -244,11 +248,6 @@ class EarlyExit:
         self._check_shortlist()
         if self.kv not in ("recompute", "copy"):
             raise reject("EarlyExit.kv", self.kv, "'recompute' or 'copy'")
-        if self.kv == "copy" and self.calibrated is not None:
-            raise ValueError(
-                f"EarlyExit.calibrated={self.calibrated!r}, kv='copy': what was calibrated holds "
-                "for caches of full depth; use kv='recompute' or give a threshold"
-            )
 
     def _check_threshold(self) -> None:
         if (self.threshold is None) == (self.calibrated is None):

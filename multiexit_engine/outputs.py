@@ -135,6 +135,19 @@ class ScoreOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class FollowedText:
+    """What a mode would have written in the place of a given text's tokens.
+
+    Attributes:
+        token_ids: its choice at each place, the text's own tokens standing before it.
+        exit_layers: the layer that made each choice.
+    """
+
+    token_ids: list[int]
+    exit_layers: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counts since the engine was made, and how full it is now.
 

@@ -202,6 +202,7 @@ class Request:
         forced_bos_token_id: what the first output token has to be, if anything.
         forced_eos_token_id: what the last one has to be when the output grows to its full length.
         max_output_tokens: that length.
+        continuation: what follows the prompt whatever is chosen, for as long as it reaches.
         score_from: for a scoring request, the first position whose token is scored (>= 1); None
             for a generating one. A scoring request ends with its prefill.
         sequences: one until the prompt is computed, then one for each of ``n`` or of the beams.
@@ -225,6 +226,7 @@ class Request:
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | None = None
     max_output_tokens: int | None = None
+    continuation: tuple[int, ...] = ()
     score_from: int | None = None
     sequences: list[Sequence] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)

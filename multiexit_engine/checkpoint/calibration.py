@@ -31,6 +31,8 @@ class Calibration:
         mean_layer: at which tokens left there.
         num_windows: independent stretches of that text.
         num_tokens: tokens measured in them.
+        kv: of ``EarlyExit``.
+        probes: tells the probes that were asked from others; None for other measures.
     """
 
     measure: str
@@ -43,11 +45,21 @@ class Calibration:
     mean_layer: float
     num_windows: int
     num_tokens: int
+    kv: str = "recompute"
+    probes: str | None = None
 
-    def fits(self, mode: EarlyExit, layers: tuple[int, ...]) -> bool:
-        """Whether it is what a mode with ``calibrated`` asks for, its exits being ``layers``."""
+    def fits(self, mode: EarlyExit, layers: tuple[int, ...], probes: str | None) -> bool:
+        """Whether it is what a mode with ``calibrated`` asks for.
+
+        Args:
+            mode: that asks.
+            layers: its exits.
+            probes: tells the model's probes at these exits from others, where it asks them.
+        """
         return (
             self.measure == mode.measure
+            and self.kv == mode.kv
+            and self.probes == probes
             and self.layers == layers
             and self.shortlist == mode.shortlist
             and self.agreement == mode.calibrated
@@ -79,7 +91,7 @@ def write_calibration(folder: Path, found: Calibration) -> Path:
 
 
 def _question(item: Calibration) -> tuple[object, ...]:
-    return item.measure, item.layers, item.shortlist, item.agreement
+    return item.measure, item.layers, item.shortlist, item.agreement, item.kv
 
 
 def _lines(items: Iterable[Calibration]) -> str:

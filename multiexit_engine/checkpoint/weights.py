@@ -101,6 +101,11 @@ class Weights:
         self._opened: dict[Path, _SafetensorsFile | _PickleFile] = {}
         self._files = self._locate()
 
+    @property
+    def folder(self) -> Path:
+        """Where the files lie."""
+        return self._folder
+
     def names(self) -> tuple[str, ...]:
         """Names as they stand in the files, without buffers that are computed anyway."""
         return tuple(name for name in self._index if not _BUFFERS.search(name))

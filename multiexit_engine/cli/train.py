@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
@@ -11,18 +12,26 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from multiexit_engine.cli.app import console, error_console
-from multiexit_engine.cli.options import options_of_dataclass, with_options
+from multiexit_engine.cli.options import (
+    ENGINE,
+    options_of_dataclass,
+    options_of_function,
+    with_options,
+)
+from multiexit_engine.engine import Engine
 from multiexit_engine.train import (
     CausalTrainingConfig,
     ElmerProgress,
     ElmerReport,
     ElmerTrainingConfig,
     HeadTrainingConfig,
+    ProbeReport,
     TrainingProgress,
     TrainingReport,
     train_causal,
     train_elmer,
     train_exit_heads,
+    train_probes,
 )
 
 train = typer.Typer(name="train", help="Train models with exits.", no_args_is_help=True)
@@ -80,6 +89,26 @@ def heads(config: dict[str, Any]) -> None:
     typer.echo(f"written to {wanted.output}")
 
 
+@train.command()
+@with_options(training=options_of_function(train_probes), engine=ENGINE)
+def probes(
+    training: dict[str, Any],
+    engine: dict[str, Any],
+    model: Annotated[str, typer.Argument(help='A folder, a hub id, or "demo".')],
+    texts: Annotated[
+        list[Path], typer.Option(help="A text file that is new to the model; several times.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the result; default: the model's own.")
+    ] = None,
+) -> None:
+    """Train what tells EarlyExit, at every exit, whether its token is that of full depth."""
+    loaded = Engine.from_pretrained(model, **engine)
+    read = [path.read_text("utf-8") for path in texts]
+    console.print(_probe_table(train_probes(loaded, read, output, **training)))
+    typer.echo(f"written to {output or loaded.checkpoint.folder}")
+
+
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     return Progress(*columns, console=error_console)
@@ -94,6 +123,15 @@ def _text_table(report: ElmerReport) -> Table:
     for mode, figures in report.modes.items():
         numbers = (figures.bleu, figures.rouge_l, figures.mean_exit_layer)
         table.add_row(mode, *(f"{number:.1f}" for number in numbers))
+    return table
+
+
+def _probe_table(reports: list[ProbeReport]) -> Table:
+    table = Table(title=f"figures of held-out windows after {reports[0].num_tokens} tokens")
+    for name in ("exit", "agrees with the last layer", "ranking (0.5 is a guess)"):
+        table.add_column(name, justify="right")
+    for report in reports:
+        table.add_row(str(report.layer), f"{report.agreement:.1%}", f"{report.ranking:.3f}")
     return table
 
 

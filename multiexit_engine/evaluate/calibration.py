@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from multiexit_engine.checkpoint.calibration import Calibration
+from multiexit_engine.checkpoint.probes import probe_digest
 from multiexit_engine.engine import Engine
 from multiexit_engine.modes import EarlyExit, Measure
 from multiexit_engine.runtime.exit_readings import ExitReadings
@@ -21,6 +24,8 @@ WINDOW = 128
 # of a window, the part that is context only
 CONTEXT = 32
 NUM_THRESHOLDS = 80
+# with copied keys and values, where each threshold takes a pass over the texts of its own
+NUM_PASSES = 20
 
 
 def calibrate(
@@ -31,6 +36,7 @@ def calibrate(
     layers: tuple[int, ...] | None = None,
     min_layer: int = 1,
     shortlist: int | None = None,
+    kv: Literal["recompute", "copy"] = "recompute",
     agreement: float = 0.95,
     confidence: float = 0.95,
 ) -> Calibration:
@@ -39,7 +45,9 @@ def calibrate(
     With at least ``confidence`` the expected share, over texts like the given ones, of tokens that
     are those of the model's own head given the same text before them is ``agreement`` or more.
     The given texts must be new to the model. They are cut into windows of 128 tokens, the first 32
-    of them context only, and the windows are taken for independent.
+    of them context only, and the windows are taken for independent. With ``kv="copy"`` the keys and
+    values before each token are those that the threshold itself leaves there, so every threshold
+    that is tried takes a pass over the windows, a token at a time; a quarter of them are tried.
 
     Args:
         engine: on the model; holds no requests.
@@ -49,6 +57,7 @@ def calibrate(
         layers: the exits that may be taken; None for all below the last layer.
         min_layer: no exit before it.
         shortlist: as in the mode.
+        kv: as in the mode.
         agreement: wanted share, in (0, 1).
         confidence: of the statement, in (0, 1).
 
@@ -63,22 +72,26 @@ def calibrate(
     for name, share in (("agreement", agreement), ("confidence", confidence)):
         if not 0 < share < 1:
             raise ValueError(f"{name}={share!r}: must be in (0, 1)")
-    mode = EarlyExit(2.0, measure, layers, min_layer, shortlist)
+    mode = EarlyExit(2.0, measure, layers, min_layer, shortlist, kv=kv)
     windows = list(_windows(engine, texts))
     if not windows:
         raise ValueError(f"the texts hold no window of {WINDOW} tokens: give longer ones")
-    readings = [engine.exit_readings(window, mode) for window in windows]
+    # without the states, of which only probes learn
+    readings = [
+        engine.exit_readings(window, mode)._replace(states=torch.empty(0)) for window in windows
+    ]
     exits = readings[0].layers
+    tried = thresholds(measure, len(exits), engine.model_config.vocab_size)
     best: Calibration | None = None
-    for threshold in thresholds(measure, len(exits), engine.model_config.vocab_size):
-        left = torch.stack([taken_exits(r, measure, threshold)[CONTEXT:] for r in readings])
-        agrees = torch.stack(
-            [agreements(r, measure, threshold)[CONTEXT:] for r in readings]
-        ).double()
+    for threshold in tried[:: max(len(tried) // NUM_PASSES, 1)] if kv == "copy" else tried:
+        if kv == "copy":
+            found = _followed(engine, windows, readings, replace(mode, threshold=threshold))
+        else:
+            found = _read(engine, readings, measure, threshold)
+        agrees, depths = found
         missed = 1 - float(agrees.mean())
         if p_value(missed, len(windows), 1 - agreement) > 1 - confidence:
             break
-        depths = torch.tensor([*exits, engine.model_config.num_layers]).double()
         best = Calibration(
             measure=measure,
             layers=exits,
@@ -87,9 +100,11 @@ def calibrate(
             confidence=confidence,
             threshold=threshold,
             found_agreement=1 - missed,
-            mean_layer=float(depths[left].mean()),
+            mean_layer=float(depths.mean()),
             num_windows=len(windows),
             num_tokens=agrees.numel(),
+            kv=kv,
+            probes=probe_digest(engine.checkpoint.weights) if measure == "probe" else None,
         )
     if best is None:
         raise ValueError(
@@ -97,6 +112,30 @@ def calibrate(
             "it for no threshold; give more text or ask for less"
         )
     return best
+
+
+def _read(
+    engine: Engine, readings: Sequence[ExitReadings], measure: Measure, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """[windows, tokens] float64 each: 1 where the token is full depth's, and where it left."""
+    layers = torch.tensor([*readings[0].layers, engine.model_config.num_layers]).double()
+    left = torch.stack([taken_exits(r, measure, threshold)[CONTEXT:] for r in readings])
+    agrees = torch.stack([agreements(r, measure, threshold)[CONTEXT:] for r in readings])
+    return agrees.double(), layers[left]
+
+
+def _followed(
+    engine: Engine,
+    windows: Sequence[Sequence[int]],
+    readings: Sequence[ExitReadings],
+    mode: EarlyExit,
+) -> tuple[Tensor, Tensor]:
+    """As ``_read``, of a mode that is run over the windows a token at a time."""
+    found = engine.follow(windows, CONTEXT, mode)
+    chosen = torch.tensor([each.token_ids for each in found])
+    full = torch.stack([r.tokens[CONTEXT - 1 : -1, -1] for r in readings])
+    layers = torch.tensor([each.exit_layers for each in found])
+    return (chosen == full).double(), layers.double()
 
 
 def thresholds(measure: Measure, num_exits: int, vocab_size: int) -> list[float]:

@@ -27,6 +27,7 @@ DEFAULT_THRESHOLDS: dict[Measure, tuple[float, ...]] = {
     "entropy": (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 20.0),
     "similarity": (0.999, 0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, -1.0),
     "patience": (4.0, 3.0, 2.0),
+    "probe": (0.95, 0.92, 0.9, 0.88, 0.85, 0.82, 0.8, 0.75, 0.7, 0.0),
 }
 
 
@@ -100,7 +101,9 @@ def measure_frontier(
         EarlyExit(threshold, measure, layers, shortlist=shortlist)
         for threshold in thresholds or DEFAULT_THRESHOLDS[measure]
     ]
-    readings = [engine.exit_readings(window, modes[0]) for window in windows]
+    readings = [
+        engine.exit_readings(window, modes[0])._replace(states=torch.empty(0)) for window in windows
+    ]
     params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
     speeds, tokens_by_layer = _speeds(
         engine, [Original(), *modes], prompts, params, batch_size, num_runs

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from multiexit_engine.checkpoint import TensorLoader, exit_weight_name
 from multiexit_engine.config import ModelConfig, VocabularyProjectionMode
+from multiexit_engine.layers.exit_probes import ExitProbes
 from multiexit_engine.layers.norm import LayerNorm, RMSNorm
 from multiexit_engine.ops.linear import linear
 from multiexit_engine.quantization import Weight, first_rows
@@ -61,6 +62,9 @@ class ExitHeads:
             blocks end with a norm of their own.
         weight: [vocab, hidden] of the original head.
         bias: [vocab] of the original head, if it has one.
+
+    Attributes:
+        probes: tell where an exit's token is that of the original head, if there are any.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class ExitHeads:
         weight: Weight,
         bias: Tensor | None = None,
     ) -> None:
+        self.probes = ExitProbes(config, loader)
         self._config = config
         self._loader = loader
         self._final_norm = final_norm
@@ -125,13 +130,17 @@ class ExitHeads:
         dtype = self._loader.dtype
         if head.is_raw:
             return HeadOperands(tap.to(dtype), self._weight, self._bias)
-        hidden = (tap if self._final_norm is None else self._final_norm(tap)).to(dtype)
+        hidden = self.normed(tap)
         own = None if head.is_original else self._loaded.get(head.layer)
         if own is None:
             return HeadOperands(hidden, self._weight, self._bias)
         if self._config.projection is VocabularyProjectionMode.LAYER_SPECIFIC_PROJECTION:
             return HeadOperands(hidden, own, None)
         return HeadOperands(linear(hidden, own, None), self._weight, self._bias)
+
+    def normed(self, tap: Tensor) -> Tensor:
+        """[rows, hidden] in the dtype of the weights: a block's output after the final norm."""
+        return (tap if self._final_norm is None else self._final_norm(tap)).to(self._loader.dtype)
 
     def _weight_name(self, head: Head) -> str | None:
         if head.is_original or head.is_raw or self._config.projection is None:

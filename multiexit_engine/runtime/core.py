@@ -222,7 +222,8 @@ class EngineCore:
         self, sequence: Sequence, token: ChosenToken, *, is_draft: bool = False
     ) -> None:
         request = sequence.request
-        sequence.token_ids.append(token.token_id)
+        given = request.continuation[sequence.num_output_tokens :]
+        sequence.token_ids.append(given[0] if given else token.token_id)
         sequence.chosen.append(token)
         sequence.cumulative_logprob += token.logprob or 0.0
         sequence.exit_layers.append(token.exit_layer or self._exit_layer(request))

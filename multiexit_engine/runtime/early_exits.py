@@ -153,7 +153,8 @@ class EarlyRows:
 
     def _measure(self, rows: Sequence[_Row], layer: int, flight: Flight) -> None:
         self._compare([row for row in rows if row.mode.measure == "similarity"], flight)
-        readers = [row for row in rows if row.mode.measure != "similarity"]
+        self._ask_probes([row for row in rows if row.mode.measure == "probe"], layer, flight)
+        readers = [row for row in rows if row.mode.measure not in ("similarity", "probe")]
         whole = [row for row in readers if row.mode.shortlist is None]
         for shortlist in sorted({row.mode.shortlist or 0 for row in readers} - {0}):
             listed = [row for row in readers if row.mode.shortlist == shortlist]
@@ -175,6 +176,14 @@ class EarlyRows:
         assert self._states is not None, "these rows were looked at one layer below"
         places = [self._compared.index(row) for row in rows]
         values = similarity(self._states[places], _states(rows, flight)).tolist()
+        for row, value in zip(rows, values, strict=True):
+            row.value = value
+
+    def _ask_probes(self, rows: Sequence[_Row], layer: int, flight: Flight) -> None:
+        if not rows:
+            return
+        heads = self._exits.heads
+        values = heads.probes.chances(layer, heads.normed(_states(rows, flight))).tolist()
         for row, value in zip(rows, values, strict=True):
             row.value = value
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from multiexit_engine.batch import ScheduledBatch
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
-from multiexit_engine.decoding.gates import bounds, read_head, similarity
+from multiexit_engine.decoding.gates import HeadReading, bounds, read_head, similarity
 from multiexit_engine.decoding.plan import resolve_mode
-from multiexit_engine.layers.exit_heads import Head
+from multiexit_engine.layers.exit_heads import Head, HeadOperands
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.modes import EarlyExit
+from multiexit_engine.modes import HEAD_MEASURES, EarlyExit
 from multiexit_engine.ops import head_statistics
 from multiexit_engine.runtime.flight import Flight
 
@@ -30,17 +30,23 @@ class ExitReadings(NamedTuple):
         values: [positions, exits] float32, what the threshold is compared with; where a shortlist
             is looked at first, the stricter of its bound and the measure.
         tokens: [positions, exits + 1] int64, the best token of each exit and of the model's head.
+        states: [positions, exits, hidden], what probes read.
     """
 
     layers: tuple[int, ...]
     values: Tensor
     tokens: Tensor
+    states: Tensor
 
 
 def join_readings(parts: list[ExitReadings]) -> ExitReadings:
     """The readings of a text that was computed in parts."""
-    values = torch.cat([part.values for part in parts])
-    return ExitReadings(parts[0].layers, values, torch.cat([part.tokens for part in parts]))
+    return ExitReadings(
+        parts[0].layers,
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.states for part in parts]),
+    )
 
 
 def read_exits(
@@ -55,29 +61,41 @@ def read_exits(
     compares = mode.measure == "similarity"
     stops = sorted({*exits, last, *(layer - 1 for layer in exits if compares)} - {0})
     flight = Flight(model, kv_cache, states, {0: item})
-    values, tokens = [], []
+    values, tokens, normed = [], [], []
     for start, stop in zip([0, *stops], stops, strict=False):
         before = flight.hidden
         flight.run(start, stop)
         if stop not in exits:
             continue
+        normed.append(model.heads.normed(flight.hidden))
         operands = model.heads.operands(Head(stop), flight.hidden)
-        measures = [mode.measure] * flight.num_rows
-        if compares:
-            values.append(similarity(before, flight.hidden))
-            tokens.append(head_statistics(*operands).tokens)
-            continue
-        reading = read_head(measures, operands)
-        tokens.append(reading.tokens)
+        if mode.measure in HEAD_MEASURES or mode.measure == "patience":
+            reading = _read_head(mode, operands)
+        else:
+            value = (
+                similarity(before, flight.hidden)
+                if compares
+                else model.heads.probes.chances(stop, normed[-1])
+            )
+            reading = HeadReading(value, head_statistics(*operands).tokens)
         values.append(reading.values)
-        if mode.shortlist is not None:
-            stricter = torch.maximum if mode.measure == "entropy" else torch.minimum
-            values[-1] = stricter(values[-1], bounds(measures, operands, mode.shortlist))
+        tokens.append(reading.tokens)
     best = head_statistics(*model.heads.operands(model.heads.original, flight.hidden)).tokens
     columns = torch.stack(values, 1)
     if mode.measure == "patience":
         columns = _streaks(torch.stack(tokens, 1))
-    return ExitReadings(tuple(exits), columns, torch.stack([*tokens, best], 1))
+    found = torch.stack([*tokens, best], 1)
+    return ExitReadings(tuple(exits), columns, found, torch.stack(normed, 1))
+
+
+def _read_head(mode: EarlyExit, operands: HeadOperands) -> HeadReading:
+    measures = [mode.measure] * len(operands.hidden)
+    reading = read_head(measures, operands)
+    if mode.shortlist is None:
+        return reading
+    stricter = torch.maximum if mode.measure == "entropy" else torch.minimum
+    values = stricter(reading.values, bounds(measures, operands, mode.shortlist))
+    return HeadReading(values, reading.tokens)
 
 
 def _streaks(tokens: Tensor) -> Tensor:

@@ -183,6 +183,8 @@ class Intake:
         resolved = resolve_mode(mode, self._model_config)
         for head in resolved.heads:
             self._heads.require(head)
+        if isinstance(mode, EarlyExit) and mode.measure == "probe":
+            self._heads.probes.require(head.layer for head in resolved.exits)
         return resolved.depth
 
     def _mode_and_depth(self, decoding: DecodingMode | None) -> tuple[DecodingMode, int]:
@@ -195,18 +197,22 @@ class Intake:
 
     def _with_threshold(self, mode: EarlyExit) -> EarlyExit:
         layers = tuple(head.layer for head in resolve_mode(mode, self._model_config).exits)
+        probes = self._heads.probes.digest if mode.measure == "probe" else None
         found = [] if self._folder is None else read_calibrations(self._folder)
         for item in found:
-            if item.fits(mode, layers):
+            if item.fits(mode, layers, probes):
                 return replace(mode, threshold=item.threshold, calibrated=None)
         known = "; ".join(
             f"{item.agreement} for {item.measure} at layers {list(item.layers)}"
             + (f" with shortlist={item.shortlist}" if item.shortlist else "")
+            + (" with kv='copy'" if item.kv == "copy" else "")
+            + (" of other probes" if item.probes not in (None, probes) else "")
             for item in found
         )
         raise ValueError(
             f"EarlyExit.calibrated={mode.calibrated}: no threshold was found for {mode.measure} at "
-            f"layers {list(layers)} with shortlist={mode.shortlist}; run `multiexit calibrate`. "
+            f"layers {list(layers)} with shortlist={mode.shortlist} and kv={mode.kv!r}; run "
+            "`multiexit calibrate`. "
             f"Beside the model there are: {known or 'none'}"
         )
 

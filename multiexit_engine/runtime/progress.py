@@ -52,8 +52,10 @@ class Progress:
         self._bar.stop()
 
 
-def finish_all(core: Core, requests: Sequence[Request], progress: bool | None) -> None:
-    """Step until all of ``requests`` are finished; on an interrupt they leave no trace."""
+def run_all(core: Core, requests: Sequence[Request], progress: bool | None) -> None:
+    """Add requests and step until all are finished; on an interrupt they leave no trace."""
+    for request in requests:
+        core.add(request)
     try:
         with Progress(len(requests), progress) as bar:
             num_left = sum(not request.is_finished for request in requests)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from multiexit_engine.outputs import CompletionOutput, Logprob, RequestOutput, RequestPiece
+from multiexit_engine.outputs import (
+    CompletionOutput,
+    FollowedText,
+    Logprob,
+    RequestOutput,
+    RequestPiece,
+)
 from multiexit_engine.request import ChosenToken, Request, ScoredToken, Sequence
 from multiexit_engine.runtime.core_protocol import Core
 
@@ -35,6 +41,13 @@ def request_piece(
         admitted_at=request.admitted_at,
         error=request.error,
     )
+
+
+def followed_text(request: Request) -> FollowedText:
+    """What was chosen where a text went on as it was given."""
+    (sequence,) = request.sequences
+    chosen = [token.token_id for token in sequence.chosen]
+    return FollowedText(chosen, list(sequence.exit_layers))
 
 
 def completion_piece(core: Core, sequence: Sequence, start: int) -> CompletionOutput:

@@ -189,13 +189,6 @@ def test_how_prompts_are_cut_changes_nothing(folder, engine, options):
         assert cut == whole
 
 
-def test_calibrated_thresholds_are_refused():
-    with pytest.raises(
-        ValueError, match=r"kv='copy': what was calibrated holds for caches of full"
-    ):
-        EarlyExit(calibrated=0.95, kv="copy")
-
-
 def test_another_word_for_kv_is_refused():
     with pytest.raises(ValueError, match=r"EarlyExit\.kv='lazy': must be 'recompute' or 'copy'"):
         EarlyExit(0.5, kv="lazy")

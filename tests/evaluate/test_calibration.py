@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,52 @@ def test_a_request_uses_the_threshold_beside_its_model(engine, tmp_path):
     message = "no threshold was found for margin.*there are: 0.7 for max_prob at layers \\[2, 4\\]"
     with pytest.raises(ValueError, match=message):
         other.generate([1], decoding=EarlyExit(measure="margin", calibrated=0.7))
+
+
+def test_what_a_followed_text_meets_is_what_its_own_writing_meets(engine):
+    """A mode that follows its own text chooses that text, by way of the same exits."""
+    prompts = [text[:20] for text in texts(5)]
+    sampling = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    for mode in (EarlyExit(0.3, kv="copy"), EarlyExit(0.3), Exit(4)):
+        written = [output.outputs[0] for output in engine.generate(prompts, sampling, mode)]
+        whole = [p + each.token_ids for p, each in zip(prompts, written, strict=True)]
+        followed = engine.follow(whole, 20, mode)
+        assert [each.token_ids for each in followed] == [each.token_ids for each in written]
+        assert [each.exit_layers for each in followed] == [each.exit_layers for each in written]
+
+
+def test_a_followed_text_goes_on_as_it_is_given(engine):
+    text = texts(1)[0]
+    (found,) = engine.follow([text], 30, Exit(4))
+    assert found.token_ids == engine.logits(text, Exit(4)).argmax(-1).tolist()[29:-1]
+
+
+def test_a_threshold_for_copied_keys_and_values_is_found_with_them(engine, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(engine.checkpoint.folder, folder)
+    found = calibrate(engine, texts(40), measure="patience", agreement=0.5, kv="copy")
+    mode = EarlyExit(found.threshold, "patience", kv="copy")
+    followed = engine.follow(texts(40), CONTEXT, mode)
+    full = [engine.logits(text).argmax(-1).tolist()[CONTEXT - 1 : -1] for text in texts(40)]
+    equal = [
+        one == other
+        for each, row in zip(followed, full, strict=True)
+        for one, other in zip(each.token_ids, row, strict=True)
+    ]
+    layers = [layer for each in followed for layer in each.exit_layers]
+    assert found.found_agreement == pytest.approx(sum(equal) / len(equal))
+    assert found.mean_layer == pytest.approx(sum(layers) / len(layers))
+    assert found.mean_layer < 6
+    write_calibration(folder, found)
+    other = Engine.from_pretrained(
+        folder,
+        dtype="float32",
+        vocab_projection_mode="SHARED_PROJECTION_DIRECT",
+        lm_head_layer_indices=[2, 4, 6],
+    )
+    assert other.generate([1, 2], decoding=replace(mode, threshold=None, calibrated=0.5))
+    with pytest.raises(ValueError, match=r"kv='recompute'.*layers \[2, 4\] with kv='copy'"):
+        other.generate([1, 2], decoding=EarlyExit(measure="patience", calibrated=0.5))
 
 
 def test_without_a_file_the_request_is_refused(engine):

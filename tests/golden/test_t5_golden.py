@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from multiexit_engine import Engine, SamplingParams
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.compat.ibm import AutoMultiExitModel, MultiExitConfiguration
-from multiexit_engine.runtime.progress import finish_all
+from multiexit_engine.runtime.progress import run_all
 from tests.golden.test_acd_golden import decoding_of
 
 FOLDER = Path(__file__).with_name("acd_t5")
@@ -152,8 +152,7 @@ def test_scores_of_every_position_are_equal(case, backend):
             "r", [start, *target], 1, mode, content["scoring_encoder_input_ids"]
         )
         engine = engine_of(case, backend)
-        engine._core.add(request)
-        finish_all(engine._core, [request], None)
+        run_all(engine._core, [request], None)
         engine._core.forget("r")
         found = torch.tensor([token.logprob for token in request.scored])
         wanted = expected_of(case)[entry["tensor"]]
