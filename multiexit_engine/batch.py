@@ -236,7 +236,7 @@ class ForwardBatch:
         for item in batch.scheduled:
             table = item.sequence.block_table
             tokens += item.sequence.token_ids[item.start : item.stop]
-            tokens += [0] * (item.stop - max(item.start, item.sequence.num_tokens))
+            tokens += [0] * (item.stop - max(item.start, len(item.sequence.token_ids)))
             positions += item.positions
             slots += [table[p // block_size] * block_size + p % block_size for p in item.positions]
 

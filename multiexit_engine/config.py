@@ -147,6 +147,7 @@ class EngineConfig:
         prefix_caching: reuse the KV blocks of equal beginnings.
         seed: of requests that bring none.
         quantization: of the weight matrices; None for ``dtype``.
+        cuda_graphs: numbers of rows that decode steps are captured for; none: they run from Python.
     """
 
     device: torch.device
@@ -160,3 +161,4 @@ class EngineConfig:
     prefix_caching: bool
     seed: int
     quantization: Quantization | None = None
+    cuda_graphs: tuple[int, ...] = ()

@@ -114,6 +114,7 @@ class Sequence:
         confidences: for each output token of ``EarlyExit`` what its exit measured.
         acceptance: what became of its drafts.
         grammar: what its text may go on with, where its form is given.
+        num_expected: tokens after its known ones that a step on the device is choosing.
     """
 
     request: Request
@@ -133,10 +134,12 @@ class Sequence:
     grammar: Grammar | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    num_expected: int = 0
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Its tokens, those included that are only expected yet."""
+        return len(self.token_ids) + self.num_expected
 
     @property
     def num_exact_tokens(self) -> int:

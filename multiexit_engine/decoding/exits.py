@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multiexit_engine.decoding.dola import dola_scores
 from multiexit_engine.decoding.plan import ContrastFunction, ExitPlan, HeadGroup
-from multiexit_engine.layers.exit_heads import ExitHeads, Head
+from multiexit_engine.layers.exit_heads import ExitHeads, Head, HeadOperands
 from multiexit_engine.ops import (
     contrast_heads,
     contrast_logits,
@@ -137,6 +137,35 @@ def mode_tokens(
     return tokens, logprobs
 
 
+def pair_tokens(
+    upper: HeadOperands,
+    lower: HeadOperands | None,
+    alpha: Tensor | None,
+    draws: Draws,
+    num_candidates: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``mode_tokens`` of rows that all have one head, or the contrast of the same two.
+
+    Args:
+        upper: the head.
+        lower: what it is contrasted with, if anything; neither head has a bias then.
+        alpha: [rows] float32, see ``contrast_logits``; with ``lower`` only.
+        draws: how each row's token is drawn.
+        num_candidates: [rows] int32 that takes the sizes of plausible sets; with ``lower`` only.
+    """
+    if lower is None or alpha is None:
+        return head_tokens(*upper, *draws)
+    return contrast_tokens(
+        upper.hidden,
+        upper.weight,
+        lower.hidden,
+        lower.weight,
+        alpha,
+        *draws,
+        num_candidates=num_candidates,
+    )
+
+
 def no_candidates(plan: ExitPlan, device: torch.device) -> Tensor | None:
     """[rows] int32 zeros to take the sizes of plausible sets; None where no row has one."""
     if not any(group.has_plausible_set for group in plan.groups):
@@ -174,18 +203,9 @@ def _group_tokens(
 ) -> tuple[Tensor, Tensor]:
     upper = heads.operands(group.upper, _hidden(group.rows, group.upper.layer, plan, taps))
     if group.lower is None:
-        return head_tokens(*upper, *draws)
+        return pair_tokens(upper, None, None, draws, None)
     lower = heads.operands(group.lower, _hidden(group.rows, group.lower.layer, plan, taps))
-    alpha = _alphas(group, upper.hidden.device)
-    return contrast_tokens(
-        upper.hidden,
-        upper.weight,
-        lower.hidden,
-        lower.weight,
-        alpha,
-        *draws,
-        num_candidates=num_candidates,
-    )
+    return pair_tokens(upper, lower, _alphas(group, upper.hidden.device), draws, num_candidates)
 
 
 def _shared_tokens(

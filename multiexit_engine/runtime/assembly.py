@@ -19,7 +19,8 @@ def autoregressive_core(
     shape = model.config
     kv_cache = PagedKVCache(
         shape.num_layers,
-        config.num_kv_blocks,
+        # one block that nobody owns, where the padding of decode steps writes
+        config.num_kv_blocks + 1,
         config.block_size,
         shape.num_kv_heads,
         shape.head_dim,

@@ -130,7 +130,7 @@ class TokenChooser:
         direct: list[LogitRow] = []
         scored: list[LogitRow] = []
         for row in rows:
-            (direct if self._is_direct(row) else scored).append(row)
+            (direct if self.is_direct(row) else scored).append(row)
         found = [self._slice(direct, is_direct=True)] if direct else []
         return [*found, self._slice(scored)] if scored else found
 
@@ -192,9 +192,20 @@ class TokenChooser:
         pairs = zip(part.rows, allowed, strict=True)
         return choose_tokens(scores, [token_row(row)._replace(allowed=own) for row, own in pairs])
 
+    def is_direct(self, row: LogitRow) -> bool:
+        """Whether a row's token is all that is wanted of its distribution."""
+        request = row.sequence.request
+        return (
+            not request.is_beam_search
+            and _num_choices(row) == 1
+            and gives_tokens(row.mode, self._heads)
+            and request.forced_token_id(row.num_output_tokens) is None
+            and not needs_scores(request.sampling, row.num_output_tokens, request.bad_words)
+        )
+
     def takes_best(self, row: LogitRow) -> bool:
         """Whether a row's token is just the best one of its mode."""
-        return row.sequence.request.sampling.is_greedy and self._is_direct(row)
+        return row.sequence.request.sampling.is_greedy and self.is_direct(row)
 
     def score(self, part: LogitSlice, output: StepOutput) -> list[tuple[LogitRow, ScoredToken]]:
         """The score of each row's given token."""
@@ -227,16 +238,6 @@ class TokenChooser:
 
     def _slice(self, rows: list[LogitRow], is_direct: bool = False) -> LogitSlice:
         return LogitSlice(rows, self._planner.plan([row.mode for row in rows]), is_direct)
-
-    def _is_direct(self, row: LogitRow) -> bool:
-        request = row.sequence.request
-        return (
-            not request.is_beam_search
-            and _num_choices(row) == 1
-            and gives_tokens(row.mode, self._heads)
-            and request.forced_token_id(row.num_output_tokens) is None
-            and not needs_scores(request.sampling, row.num_output_tokens, request.bad_words)
-        )
 
     def _choose_directly(
         self, part: LogitSlice, counts: Tensor | None, output: StepOutput

@@ -22,10 +22,12 @@ from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import EarlyExit, Exit
 from multiexit_engine.request import ChosenToken, ScoredToken
 from multiexit_engine.runtime.choosing import Choice, LogitRow, LogitSlice, TokenChooser
+from multiexit_engine.runtime.decode_steps import DecodeSteps, LaunchedStep
 from multiexit_engine.runtime.drafting import Drafter, Drafts
 from multiexit_engine.runtime.early_exits import EarlyExits, EarlyRows
 from multiexit_engine.runtime.exit_readings import ExitReadings, read_exits
 from multiexit_engine.runtime.flight import Flight
+from multiexit_engine.runtime.graphs import Eager, Graphs, Pieces, capture_on
 from multiexit_engine.runtime.sources import read_sources
 from multiexit_engine.runtime.step_clock import StepClock
 from multiexit_engine.transfer import to_device
@@ -56,12 +58,38 @@ class ModelRunner:
             config.device,
         )
         self._chooser = TokenChooser(model.heads, ExitPlanner(model.config), config.device)
+        self._decode = _decode_steps(model, kv_cache, self._chooser, config)
         self._drafter = Drafter(model, kv_cache, self._states, self._chooser)
         self._early_exits = EarlyExits(model, self._chooser)
 
     @torch.inference_mode()
+    def launch(
+        self, batch: ScheduledBatch, before: LaunchedStep | None = None
+    ) -> LaunchedStep | None:
+        """Start a step and come back at once; None, and nothing done, where the host is needed.
+
+        Args:
+            batch: the step. It may count on tokens that are not known yet.
+            before: the step that is choosing these; it has not been waited for.
+        """
+        if self._decode is None or not self._decode.fits(batch):
+            return None
+        self._prepare_blocks(batch)
+        return self._decode.launch(batch, before)
+
+    def finish(self, step: LaunchedStep) -> StepOutput:
+        """Wait for a launched step."""
+        output = step.wait()
+        self._record_times(step.batch, step.clock)
+        return output
+
     def run(self, batch: ScheduledBatch) -> StepOutput:
         """Compute one step: write keys and values, choose tokens, score prompt tokens."""
+        launched = self.launch(batch)
+        return self.finish(launched) if launched is not None else self._run(batch)
+
+    @torch.inference_mode()
+    def _run(self, batch: ScheduledBatch) -> StepOutput:
         clock = StepClock(self.config.device)
         self._prepare_blocks(batch)
         drafts = Drafts({index: [] for index, item in _items(batch) if item.num_drafts})
@@ -164,6 +192,19 @@ class ModelRunner:
         # rounds of fewer sequences cost about as much as the first one: they read the same weights
         self.draft_policy.drafts.add(sum(map(bool, lengths)), drafting / max(lengths))
         self.draft_policy.checks.add(batch.num_tokens, rest)
+
+
+def _decode_steps(
+    model: MultiExitModel, kv_cache: PagedKVCache, chooser: TokenChooser, config: EngineConfig
+) -> DecodeSteps | None:
+    """What runs plain decode steps without waits; None on a CPU, which never waits."""
+    if config.device.type == "cpu" or model.config.encoder is not None:
+        return None
+    pieces: Pieces = Eager()
+    if config.cuda_graphs:
+        capture = capture_on(config.device)
+        pieces = Graphs(config.cuda_graphs, config.max_model_len, capture)
+    return DecodeSteps(model, kv_cache, chooser, config, pieces)
 
 
 def _items(batch: ScheduledBatch) -> Iterable[tuple[int, ScheduledSequence]]:

@@ -1,0 +1,197 @@
+"""Where decode steps read and write on the device: always the same memory, filled in one copy.
+
+One row for each sequence, and a spare one that padding points to. Knows nothing of layers or
+heads, or of who owns a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# groups of rows with different heads that a step may have
+MAX_GROUPS = 8
+# host copies of each buffer: one may still be read by the device while the other is filled
+TURNS = 2
+_ALIGNMENT = 8
+
+Fields = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
+
+
+class Packed:
+    """Arrays side by side in one stretch of the device's memory, with pinned twins on the host.
+
+    Attributes:
+        on_device: the arrays by name.
+    """
+
+    def __init__(self, fields: Fields, device: torch.device) -> None:
+        places, size = [], 0
+        for name, dtype, shape in fields:
+            num_bytes = int(np.prod(shape)) * dtype.itemsize
+            places.append((name, dtype, shape, size, size + num_bytes))
+            size += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+        def views(memory: Tensor) -> dict[str, Tensor]:
+            return {
+                name: memory[start:stop].view(dtype).view(shape)
+                for name, dtype, shape, start, stop in places
+            }
+
+        pinned = device.type != "cpu"
+        self._memory = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._twins = [
+            torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(TURNS)
+        ]
+        self._starts = {name: start for name, _, _, start, _ in places}
+        self.on_device = views(self._memory)
+        self._arrays = [
+            {name: view.numpy() for name, view in views(twin).items()} for twin in self._twins
+        ]
+
+    def on_host(self, turn: int) -> dict[str, Any]:
+        """One of the twins, as numpy arrays by name."""
+        return self._arrays[turn]
+
+    def send(self, turn: int, last: str, num_bytes: int) -> None:
+        """Copy a twin to the device: all before the field ``last`` and so much of that."""
+        stop = self._starts[last] + num_bytes
+        self._memory[:stop].copy_(self._twins[turn][:stop], non_blocking=True)
+
+    def fetch(self, turn: int) -> None:
+        """Copy what is on the device to a twin; it is there when the device has come so far."""
+        self._twins[turn].copy_(self._memory, non_blocking=True)
+
+
+class DecodeRow(NamedTuple):
+    """What a step has to know of one sequence.
+
+    Attributes:
+        token: its last token, or 0 where only the device knows it.
+        source: then the row of the step before that chooses it, else -1.
+        position: of that token, 0-based.
+        block_table: its KV blocks.
+        seed: of its random numbers.
+        num_output_tokens: before the one to be chosen.
+        temperature: 0 is greedy.
+        alpha: of its contrast; any number without one.
+    """
+
+    token: int
+    source: int
+    position: int
+    block_table: list[int]
+    seed: int
+    num_output_tokens: int
+    temperature: float
+    alpha: float
+
+
+class DecodeMemory:
+    """The inputs of decode steps and their results.
+
+    Args:
+        num_rows: most sequences of a step.
+        max_model_len: most tokens of a sequence.
+        block_size: tokens of a KV block.
+        spare_block: a block of the KV cache that nobody owns: padding writes there.
+        device: where it lies.
+
+    Attributes:
+        spare_row: the row whose results nobody reads.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        max_model_len: int,
+        block_size: int,
+        spare_block: int,
+        device: torch.device,
+    ) -> None:
+        self.spare_row = num_rows
+        self._block_size = block_size
+        self._width = -(-max_model_len // block_size)
+        self._padding = DecodeRow(0, -1, 0, [spare_block], 0, 0, 0.0, 1.0)
+        rows = (num_rows + 1,)
+        self._inputs = Packed(
+            [
+                *((name, torch.int64, rows) for name in ("tokens", "sources", "positions")),
+                *((name, torch.int64, rows) for name in ("slots", "seeds", "counts")),
+                ("groups", torch.int64, (MAX_GROUPS, *rows)),
+                ("contexts", torch.int32, rows),
+                ("temperatures", torch.float32, rows),
+                ("alphas", torch.float32, rows),
+                ("tables", torch.int32, (*rows, self._width)),
+            ],
+            device,
+        )
+        self._results = Packed(
+            [
+                ("tokens", torch.int64, rows),
+                ("logprobs", torch.float32, rows),
+                ("candidates", torch.int32, rows),
+            ],
+            device,
+        )
+        self.inputs = self._inputs.on_device
+        self.results = self._results.on_device
+        self._tables: list[list[list[int]]] = [[[]] * (num_rows + 1) for _ in range(TURNS)]
+        for turn in range(TURNS):
+            self._inputs.on_host(turn)["tables"].fill(-1)
+
+    def send(
+        self, turn: int, rows: Sequence[DecodeRow], size: int, groups: Sequence[Sequence[int]]
+    ) -> None:
+        """Copy a step's inputs to the device.
+
+        Args:
+            turn: which twin; the step that used it last must be over.
+            rows: one for each sequence.
+            size: rows that the step runs; those beyond ``rows`` are padding.
+            groups: rows with the same heads, each list to be padded to ``size`` entries.
+        """
+        arrays = self._inputs.on_host(turn)
+        padded = [*rows, *[self._padding] * (size - len(rows))]
+        block = self._block_size
+        arrays["tokens"][:size] = [row.token for row in padded]
+        arrays["sources"][:size] = [row.source for row in padded]
+        arrays["positions"][:size] = [row.position for row in padded]
+        arrays["slots"][:size] = [
+            row.block_table[row.position // block] * block + row.position % block for row in padded
+        ]
+        arrays["seeds"][:size] = [row.seed for row in padded]
+        arrays["counts"][:size] = [row.num_output_tokens for row in padded]
+        arrays["contexts"][:size] = [row.position + 1 for row in padded]
+        arrays["temperatures"][:size] = [row.temperature for row in padded]
+        arrays["alphas"][:size] = [row.alpha for row in padded]
+        for place, members in enumerate(groups):
+            own = arrays["groups"][place]
+            own[: len(members)] = members
+            own[len(members) : size] = self.spare_row
+        self._fill_tables(turn, arrays["tables"], padded)
+        self._inputs.send(turn, "tables", size * self._width * 4)
+
+    def fetch(self, turn: int) -> None:
+        """Copy the results to a twin; see ``found``."""
+        self._results.fetch(turn)
+
+    def found(self, turn: int, num_rows: int) -> tuple[list[int], list[float], list[int]]:
+        """Tokens, log-probabilities and plausible tokens of rows, once they were waited for."""
+        arrays = self._results.on_host(turn)
+        tokens, logprobs, counts = (
+            arrays[name][:num_rows].tolist() for name in ("tokens", "logprobs", "candidates")
+        )
+        return tokens, logprobs, counts
+
+    def _fill_tables(self, turn: int, tables: Any, rows: Sequence[DecodeRow]) -> None:
+        """Write the block tables that are not what they were when this twin was sent last."""
+        known = self._tables[turn]
+        for place, row in enumerate(rows):
+            if known[place] != row.block_table:
+                known[place] = table = list(row.block_table)
+                tables[place, : len(table)] = table

@@ -1,0 +1,104 @@
+"""Decode steps as recorded pieces: for which numbers of rows, and what is recorded once.
+
+A piece reads and writes memory that stays where it is. Knows nothing of models, heads or requests.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[], None]
+# turns a call into one that repeats what it did on the device, without Python between
+Capture = Callable[[Call], Call]
+
+# keys below this number share a piece; above it, up to the next power of two
+LEAST_BOUND = 256
+
+
+class Pieces(Protocol):
+    """How the pieces of a step run."""
+
+    def size(self, num_rows: int) -> int:
+        """Rows to run for so many sequences, padding included."""
+
+    def bound(self, num_keys: int) -> int:
+        """Keys to provide for when the longest sequence has so many."""
+
+    def run(self, key: Hashable, size: int, call: Call) -> None:
+        """Do what ``call`` does, which equal keys say is the same but for memory's contents."""
+
+
+class Eager:
+    """Runs every piece from Python, for just the rows there are."""
+
+    def size(self, num_rows: int) -> int:
+        return num_rows
+
+    def bound(self, num_keys: int) -> int:
+        return num_keys
+
+    def run(self, key: Hashable, size: int, call: Call) -> None:
+        call()
+
+
+class Graphs:
+    """Runs a piece from Python when it is new, and what was captured of it from then on.
+
+    Args:
+        sizes: numbers of rows that pieces are captured for; more rows run from Python.
+        max_model_len: most keys of a sequence.
+        capture: records a piece.
+    """
+
+    def __init__(self, sizes: Sequence[int], max_model_len: int, capture: Capture) -> None:
+        self._sizes = sorted(sizes)
+        self._max_model_len = max_model_len
+        self._capture = capture
+        self._captured: dict[Hashable, Call] = {}
+
+    @property
+    def num_captured(self) -> int:
+        """Pieces that are recorded by now."""
+        return len(self._captured)
+
+    def size(self, num_rows: int) -> int:
+        place = bisect_left(self._sizes, num_rows)
+        return self._sizes[place] if place < len(self._sizes) else num_rows
+
+    def bound(self, num_keys: int) -> int:
+        bound = max(LEAST_BOUND, 1 << (num_keys - 1).bit_length())
+        return min(bound, self._max_model_len)
+
+    def run(self, key: Hashable, size: int, call: Call) -> None:
+        if size > self._sizes[-1]:
+            call()
+        elif key in self._captured:
+            self._captured[key]()
+        else:
+            # Kernels are compiled and libraries set up outside the capture, which runs nothing.
+            call()
+            self._captured[key] = self._capture(call)
+
+
+def capture_on(device: torch.device) -> Capture:
+    """Captures pieces as CUDA graphs in one pool of memory: they run one after the other."""
+    pool: Any = torch.cuda.graph_pool_handle()
+
+    def capture(call: Call) -> Call:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+            call()
+        return graph.replay
+
+    return capture
+
+
+def graph_sizes(max_batch_size: int) -> tuple[int, ...]:
+    """1, 2, 4 and multiples of 8, up to the first that holds the largest batch."""
+    small = [size for size in (1, 2, 4) if size < max_batch_size]
+    large = range(8, max_batch_size + 8, 8) if max_batch_size > 4 else [max_batch_size]
+    return (*small, *(min(size, max_batch_size) for size in large))

@@ -1,0 +1,89 @@
+"""Captured decode steps: replays serve other contents of the memory that they were captured on."""
+
+from __future__ import annotations
+
+import pytest
+
+from multiexit_engine import Contrast, Exit, Original, SamplingParams
+from multiexit_engine.runtime.graphs import Graphs, graph_sizes
+from tests.runtime.on_simulated_device import on_cpu, on_device, token_ids
+from tests.tiny import save_gpt2
+
+GREEDY = SamplingParams(max_new_tokens=9, ignore_eos=True)
+DRAWN = SamplingParams(max_new_tokens=7, ignore_eos=True, temperature=0.9, top_k=0, seed=1)
+LISTED = SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=1)
+MODES = [Contrast(4, 2), Original(), Exit(2), Contrast(4, 2, alpha=0.5), Exit(4)]
+PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12], [9] * 20, [77], [5, 6]]
+SAMPLING = [GREEDY, DRAWN, GREEDY, DRAWN, SamplingParams(max_new_tokens=3, ignore_eos=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "gpt2"
+    return save_gpt2(path, num_layers=4, num_heads=2, exits=(2, 4))
+
+
+def test_a_mixed_batch_gives_the_ids_of_the_cpu(folder):
+    wanted = token_ids(on_cpu(folder).generate(PROMPTS, SAMPLING, MODES))
+    with on_device(folder, cuda_graphs=(2, 4, 8)) as (engine, device):
+        assert token_ids(engine.generate(PROMPTS, SAMPLING, MODES)) == wanted
+        assert device.counts["replays"] > device.counts["captures"] > 0
+
+
+def test_what_one_request_captured_serves_another(folder):
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    sampling = [DRAWN, SamplingParams(max_new_tokens=12, temperature=0.7, top_k=0, seed=5)]
+    wanted = [on_cpu(folder).generate(prompts[i], sampling[i], MODES[0]) for i in range(2)]
+    with on_device(folder, cuda_graphs=(1,)) as (engine, device):
+        found = [engine.generate(prompts[0], sampling[0], MODES[0])]
+        captures = device.counts["captures"]
+        found.append(engine.generate(prompts[1], sampling[1], Contrast(4, 2)))
+    assert device.counts["captures"] == captures
+    assert list(map(token_ids, found)) == list(map(token_ids, wanted))
+
+
+def test_a_replayed_step_launches_graphs_and_nothing_else(folder):
+    with on_device(folder, cuda_graphs=(1,)) as (engine, device):
+        engine.add_request([1, 2, 3], GREEDY, Contrast(4, 2))
+        for _ in range(3):
+            engine.step()
+        device.counts.clear()
+        engine.step()
+    # two spans of layers and the heads
+    assert device.counts.pop("replays") == 3
+    assert device.counts == {"pinned copies": 1, "copies to the host": 1, "synchronisations": 1}
+
+
+def test_steps_beyond_the_largest_size_run_without_graphs(folder):
+    wanted = token_ids(on_cpu(folder).generate(PROMPTS, GREEDY, Exit(2)))
+    with on_device(folder, cuda_graphs=(4,)) as (engine, device):
+        assert token_ids(engine.generate(PROMPTS, GREEDY, Exit(2))) == wanted
+        assert not device.counts["captures"]
+
+
+def test_rows_with_listed_logprobs_bring_their_step_back_to_python(folder):
+    wanted = token_ids(on_cpu(folder).generate(PROMPTS[:2], [GREEDY, LISTED], MODES[:2]))
+    with on_device(folder, cuda_graphs=(1, 2)) as (engine, _):
+        assert token_ids(engine.generate(PROMPTS[:2], [GREEDY, LISTED], MODES[:2])) == wanted
+
+
+def test_preempted_and_cached_sequences_give_the_ids_of_the_cpu(folder):
+    prompts = [[*range(16), i] for i in range(4)]
+    options = {"kv_cache_memory": 9 * 4 * 2 * 4 * 64 * 4, "block_size": 4, "max_model_len": 32}
+    wanted = token_ids(on_cpu(folder, **options).generate(prompts, GREEDY, Contrast(4, 2)))
+    with on_device(folder, cuda_graphs=(1, 2, 4), **options) as (engine, _):
+        assert token_ids(engine.generate(prompts, GREEDY, Contrast(4, 2))) == wanted
+        stats = engine.stats()
+    assert stats.num_preemptions
+    assert stats.prefix_hit_tokens
+
+
+def test_sizes_grow_by_eight_and_hold_the_largest_batch():
+    assert graph_sizes(1) == (1,)
+    assert graph_sizes(3) == (1, 2, 3)
+    assert graph_sizes(20) == (1, 2, 4, 8, 16, 20)
+
+
+def test_keys_are_bounded_by_a_power_of_two_within_the_model():
+    graphs = Graphs((4,), 1000, capture=lambda call: call)
+    assert [graphs.bound(n) for n in (1, 256, 257, 513)] == [256, 256, 512, 1000]
