@@ -23,6 +23,7 @@ from multiexit_engine.outputs import CANDIDATE_BOUNDS, EngineStats, FinishReason
 from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
 from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
 from multiexit_engine.runtime.exit_readings import ExitReadings, join_readings
+from multiexit_engine.runtime.lookahead import StepLoop
 from multiexit_engine.runtime.runner import ModelRunner
 from multiexit_engine.runtime.scheduler import Scheduler
 
@@ -48,6 +49,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self.tokenizer = tokenizer
+        self._steps = StepLoop(config, scheduler, runner)
         self.requests: dict[str, Request] = {}
         self.streamed: set[str] = set()
         self.num_steps = 0
@@ -90,12 +92,10 @@ class EngineCore:
 
     def step(self) -> list[Request]:
         """Run one step; returns the requests that it changed, finished ones included."""
-        batch = self.scheduler.schedule()
-        if batch is None:
-            return []
         with self._backend():
-            output = self.runner.run(batch)
-        self.scheduler.advance(batch, output.waiting)
+            output = self._steps.run()
+        if output is None:
+            return []
         self.num_steps += 1
         self._count_candidates(output.num_candidates)
         for request_id, reason in output.failures.items():
