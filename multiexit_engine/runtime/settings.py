@@ -116,8 +116,7 @@ def pick_backend(backend: BackendName, device: torch.device) -> BackendName:
         return "reference"
     try:
         for op in Op.registry.values():
-            for name in (b.name for b in op.backends.values() if b.device == device.type):
-                op.implementation(name)
+            op.require(device.type)
     except BackendUnavailable as error:
         if backend == "native":
             raise BackendUnavailable(f"backend='native': {error}; use 'auto'") from error
