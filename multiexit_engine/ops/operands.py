@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from torch import Tensor
 
 from multiexit_engine.quantization import QuantizedWeight, Weight
 
@@ -35,3 +38,31 @@ def is_dense(*matrices: Weight) -> bool:
         not isinstance(m, QuantizedWeight) and m.is_contiguous() and m.dtype in _DTYPES
         for m in matrices
     )
+
+
+def fits_ring(hidden: Tensor, *matrices: Weight) -> bool:
+    """Whether the CUDA C++ kernels, which keep all hidden states in shared memory, read operands.
+
+    They take 1 to 4 rows of half precision on compute capability 8.0 and later, of a width up to
+    16384 for one row and 4096 for three and four; rows and matrices start at multiples of 16 bytes.
+    """
+    rows, width = hidden.shape
+    return (
+        1 <= rows <= 4
+        and (rows if rows <= 2 else 4) * width <= 16384
+        and width % 8 == 0
+        and hidden.dtype in (torch.bfloat16, torch.float16)
+        and all(
+            isinstance(m, Tensor)
+            and m.dtype == hidden.dtype
+            and m.is_contiguous()
+            and m.data_ptr() % 16 == 0
+            for m in matrices
+        )
+        and _capability(hidden.device) >= (8, 0)
+    )
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from multiexit_engine.ops.contrast import contrast_heads
 from multiexit_engine.ops.heads import head_logits
-from multiexit_engine.ops.operands import is_dense, is_plain, is_streamable
+from multiexit_engine.ops.operands import fits_ring, is_dense, is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.ops.sampling import gumbel_noise
 from multiexit_engine.quantization import Weight
@@ -188,6 +188,33 @@ def _heads_stream(
     return is_dense(upper_hidden, upper_weight, lower_hidden, lower_weight)
 
 
+def _head_fits_ring(hidden: Tensor, weight: Weight, *_: object, **__: object) -> bool:
+    return fits_ring(hidden, weight)
+
+
+def _heads_fit_ring(
+    upper_hidden: Tensor,
+    upper_weight: Weight,
+    lower_hidden: Tensor,
+    lower_weight: Weight,
+    *_: object,
+    **__: object,
+) -> bool:
+    return fits_ring(upper_hidden, upper_weight, lower_weight)
+
+
+head_tokens.backend(
+    "cuda",
+    "multiexit_engine._cuda.built:head_tokens",
+    device="cuda",
+    supports=_head_fits_ring,
+)
+contrast_tokens.backend(
+    "cuda",
+    "multiexit_engine._cuda.built:contrast_tokens",
+    device="cuda",
+    supports=_heads_fit_ring,
+)
 head_tokens.backend(
     "triton",
     "multiexit_engine.kernels.heads:head_tokens",

@@ -3,7 +3,12 @@ import torch
 
 from multiexit_engine.ops import contrast_heads, contrast_tokens, head_tokens
 from tests.kernels.hidden_states import assert_chosen, exact_contrast, exact_head, two_exits
-from tests.ops.backends import all_backends, device_for, implementation_or_skip
+from tests.ops.backends import (
+    all_backends,
+    device_for,
+    implementation_or_skip,
+    skip_unless_supported,
+)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -30,7 +35,9 @@ def test_backend_chooses_as_the_formula_does(backend, temperature):
     function = implementation_or_skip(contrast_tokens, backend)
     case = two_exits(3, 100, 24, temperature=temperature)
     device = device_for(contrast_tokens, backend)
-    assert_chosen(function(*case.to(device).args()), exact_contrast(case), case)
+    args = case.to(device).args()
+    skip_unless_supported(contrast_tokens, backend, args)
+    assert_chosen(function(*args), exact_contrast(case), case)
 
 
 @all_backends(contrast_tokens)
@@ -41,8 +48,10 @@ def test_the_plausible_tokens_are_counted(backend, temperature, alpha):
     case = two_exits(3, 100, 24, temperature=temperature, alpha=alpha)
     device = device_for(contrast_tokens, backend)
     own, actual = (torch.full((3,), -1, dtype=torch.int32, device=d) for d in ("cpu", device))
+    args = case.to(device).args()
+    skip_unless_supported(contrast_tokens, backend, args)
     contrast_tokens.reference(*case.args(), own)
-    function(*case.to(device).args(), actual)
+    function(*args, actual)
     p = exact_head(case).exp()
     assert own.tolist() == (p >= alpha * p.amax(-1, keepdim=True)).sum(-1).tolist()
     assert actual.tolist() == own.tolist()

@@ -1,0 +1,95 @@
+// One launch of the head kernel: its operands, its scratch, and a block's share of the vocabulary.
+#pragma once
+#include "cuda/partials.cuh"
+
+namespace multiexit::cuda {
+
+constexpr int kMostRows = 4;  // of hidden states in a launch
+
+// A token that may be plausible: found while the upper head is read.
+struct Candidate {
+  float logit;
+  int token;
+};
+
+// A token that was plausible when its block had read its part, with its logit in the contrast.
+struct Scored {
+  float logit, score;
+  int token;
+};
+
+struct Partial {
+  Softmax softmax;
+  Best best;
+};
+
+// All zero between launches, so that a replayed graph needs no node to fill it.
+struct Kept {
+  uint32_t top[kMostRows];  // the largest logit so far, see `ordered`
+  uint32_t scored[kMostRows];
+  uint32_t blocks_done;
+};
+
+struct HeadTask {
+  Rows weight;
+  const char* hidden;  // [rows, width]
+  const void* bias;    // [vocab] or null
+  const char* lower_weight;
+  const char* lower_hidden;  // [rows, width]
+  const float* alpha;        // [rows]
+  const float* temperature;  // [rows]
+  const int64_t* seeds;      // [rows]
+  const int64_t* positions;  // [rows]
+  int64_t* tokens;           // [rows]
+  float* log_probs;          // [rows]
+  int* num_candidates;       // [rows] or null
+  Kept* kept;
+  Partial* partials;      // [rows, blocks]
+  Candidate* candidates;  // [rows, vocab], each block's from its first token on
+  Scored* scored;         // [rows, vocab], of all blocks
+  int rows;
+  int piece;  // bytes of a row that a slot of a ring holds
+
+  // For a row that is not there, what harms nobody.
+  __device__ __forceinline__ Draw draw(int row) const {
+    if (row >= rows || !(temperature[row] > 0.0f)) return {0.0f, 0, 0};
+    return {temperature[row], static_cast<uint64_t>(seeds[row]),
+            static_cast<uint32_t>(positions[row] & 0x7fffffff)};
+  }
+  __device__ __forceinline__ float log_alpha(int row) const {
+    return row < rows ? logf(fminf(fmaxf(alpha[row], 0.0f), 1.0f)) : 0.0f;
+  }
+};
+
+// Groups of vocabulary rows from `first` to `stop`: as many for each block, give or take one.
+struct Share {
+  int first, stop;
+
+  static __device__ __forceinline__ Share of_this_block(int vocab) {
+    const int64_t groups = (vocab + kGroup - 1) / kGroup;
+    return {static_cast<int>(groups * blockIdx.x / gridDim.x),
+            static_cast<int>(groups * (blockIdx.x + 1) / gridDim.x)};
+  }
+  __device__ __forceinline__ int first_token() const { return first * kGroup; }
+};
+
+// A block's shared memory, in front of the hidden states and the rings.
+struct Shared {
+  Transfers transfers[kWarps][Ring::kTransfers];
+  Softmax softmax[kWarps][kMostRows];
+  Best best[kWarps][kMostRows];
+  Sums sums[kWarps];
+  uint32_t top[kMostRows];  // of this block so far, see `ordered`
+  int listed[kMostRows];    // candidates of this block
+  float limit[kMostRows];   // no token with a lower logit can be plausible
+  bool is_last;
+};
+
+constexpr int kSharedBytes = (sizeof(Shared) + 127) / 128 * 128;
+
+constexpr int64_t shared_bytes(int rows, int row_bytes, int piece) {
+  return kSharedBytes + static_cast<int64_t>(rows) * row_bytes +
+         static_cast<int64_t>(kWarps) * kSlots * kGroup * piece;
+}
+
+}  // namespace multiexit::cuda
