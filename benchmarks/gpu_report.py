@@ -33,13 +33,33 @@ import triton  # noqa: E402
 if not torch.cuda.is_available():
     from tests.kernels import interpreter  # noqa: F401
 
-from benchmarks.gpu import attention_cases, ceilings, engine_check, head_cases, timing  # noqa: E402
+from benchmarks.gpu import (  # noqa: E402
+    attention_cases,
+    ceilings,
+    engine_check,
+    head_cases,
+    ring_cases,
+    timing,
+)
+
+
+def build() -> str:
+    """The CUDA C++ kernels for this card; without nvcc the others do alone."""
+    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=ROOT,
+        env={**os.environ, "MULTIEXIT_CUDA": capability},
+        capture_output=True,
+        text=True,
+    )
+    return "built" if run.returncode == 0 else f"failed: {run.stderr[-1000:]}"
 
 
 def run_tests() -> dict[str, Any]:
     """The kernels' GPU tests, in a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "8", "-p",
-               "no:cacheprovider", "-W", "default", "tests/kernels"]  # fmt: skip
+               "no:cacheprovider", "-W", "default", "tests/kernels", "tests/cuda"]  # fmt: skip
     start = time.perf_counter()
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = run.stdout.strip().splitlines()
@@ -97,6 +117,9 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine()}
     print(result["machine"])
     start = time.perf_counter()
+    if torch.cuda.is_available():
+        result["build"] = build()
+        print("CUDA C++ kernels:", result["build"])
     if not arguments.skip_tests and torch.cuda.is_available():
         result["tests"] = run_tests()
         print("tests:", result["tests"])
@@ -105,6 +128,9 @@ def main() -> None:
     read = result["ceilings"]["read_TB_s"]
     result["heads"] = head_cases.measure(read)
     table("heads: bf16, greedy; % is of the measured read bandwidth", result["heads"])
+    result["ring"] = ring_cases.measure(read)
+    if result["ring"]:
+        table("heads of few rows: ring of bulk copies against Triton", result["ring"])
     result["attention"] = attention_cases.measure(read)
     table("paged attention: decode, bf16, block 16", result["attention"])
     try:

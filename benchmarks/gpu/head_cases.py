@@ -57,32 +57,35 @@ def measure(read_tb_s: float) -> list[dict[str, Any]]:
     return lines
 
 
-def _line(pairs: list[tuple[Tensor, Tensor]], rows: int, read_tb_s: float) -> dict[str, Any]:
-    upper, lower = hidden_states(rows, pairs[0][0].shape[1])
+def fused_us(heads: Any, pairs: list[tuple[Tensor, Tensor]], states: tuple[Tensor, Tensor]) -> Any:
+    """Of a backend of both ops: microseconds of a greedy contrast, a sampled one, a greedy head."""
+    upper, lower = states
+    rows = upper.shape[0]
     alpha = torch.full((rows,), ALPHA, device=DEVICE)
-    drawing = (
-        torch.zeros(rows, device=DEVICE),
-        torch.arange(rows, device=DEVICE),
-        torch.arange(rows, device=DEVICE),
-    )
+    ids = torch.arange(rows, device=DEVICE)
+    cold, warm = ((torch.full((rows,), heat, device=DEVICE), ids, ids) for heat in (0.0, 0.8))
+    return tuple(
+        graph_us(calls)
+        for calls in (
+            [lambda w=w: heads.contrast_tokens(upper, w[0], lower, w[1], alpha, *cold)
+             for w in pairs],
+            [lambda w=w: heads.contrast_tokens(upper, w[0], lower, w[1], alpha, *warm)
+             for w in pairs],
+            [lambda w=w: heads.head_tokens(upper, w[0], None, *cold) for w in pairs],
+        )
+    )  # fmt: skip
+
+
+def _line(pairs: list[tuple[Tensor, Tensor]], rows: int, read_tb_s: float) -> dict[str, Any]:
+    states = upper, lower = hidden_states(rows, pairs[0][0].shape[1])
     logits = upper.float() @ pairs[0][0].float().T
     plausible = (logits >= logits.amax(-1, keepdim=True) + math.log(ALPHA)).any(0)
     candidates = int(plausible.sum())
     head_bytes = pairs[0][0].nbytes
     contrast_bytes = head_bytes + candidates * 2 * upper.shape[1]
-    warm = drawing[0] + 0.8
-    contrast, sampled, torch_both, head, torch_head = (
-        graph_us(calls)
-        for calls in (
-            [lambda w=w: heads.contrast_tokens(upper, w[0], lower, w[1], alpha, *drawing)
-             for w in pairs],
-            [lambda w=w: heads.contrast_tokens(
-                upper, w[0], lower, w[1], alpha, warm, *drawing[1:]) for w in pairs],
-            [lambda w=w: torch_contrast(upper, w[0], lower, w[1]) for w in pairs],
-            [lambda w=w: heads.head_tokens(upper, w[0], None, *drawing) for w in pairs],
-            [lambda w=w: (upper @ w[0].T).argmax(-1) for w in pairs],
-        )
-    )  # fmt: skip
+    contrast, sampled, head = fused_us(heads, pairs, states)
+    torch_both = graph_us([lambda w=w: torch_contrast(upper, w[0], lower, w[1]) for w in pairs])
+    torch_head = graph_us([lambda w=w: (upper @ w[0].T).argmax(-1) for w in pairs])
     return {
         "rows": rows,
         "plausible": candidates,
