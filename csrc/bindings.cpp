@@ -145,9 +145,9 @@ HeadPair pair_of(int dtype, Address upper_hidden, const Matrix& upper, Address l
   const DType kind = static_cast<DType>(dtype);
   return {as_float(at<void>(upper_hidden), kind, rows * upper.columns, Scratch::kInput),
           upper,
-          {nullptr, rows,
+          {0, rows,
            as_float(at<void>(lower_hidden), kind, rows * lower.columns, Scratch::kLowerInput),
-           lower, at(alpha), at<int64_t>(least)}};
+           {lower, nullptr}, at(alpha), at<int64_t>(least)}};
 }
 
 void contrast(int threads, int dtype, Address upper_hidden, const Matrix& upper,
@@ -167,7 +167,7 @@ void choose_contrast(int threads, int dtype, Address upper_hidden, const Matrix&
                   rows, choice);
 }
 
-void choose_shared(int threads, Address hidden, int64_t rows, const Matrix& head,
+void choose_shared(int threads, Address hidden, int64_t rows, const Linear& head,
                    const std::vector<LowerHead>& lowers, const Choice& choice) {
   Release nogil;
   shared_head_tokens(threads, at(hidden), rows, head, lowers, choice);
@@ -269,9 +269,9 @@ PYBIND11_MODULE(_C, m) {
       }));
 
   py::class_<LowerHead>(m, "LowerHead")
-      .def(py::init([](Address rows, int64_t count, Address hidden, const Matrix& head,
-                       Address alpha) {
-        return LowerHead{at<int64_t>(rows), count, at(hidden), head, at(alpha), nullptr};
+      .def(py::init([](int64_t first, int64_t count, Address hidden, const Linear& head,
+                       Address alpha, Address least) {
+        return LowerHead{first, count, at(hidden), head, at(alpha), at<int64_t>(least)};
       }));
 
   m.def("head_logits", &project);

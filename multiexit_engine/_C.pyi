@@ -76,7 +76,9 @@ class PackedSources:
     ) -> None: ...
 
 class LowerHead:
-    def __init__(self, rows: int, count: int, hidden: int, head: Matrix, alpha: int) -> None: ...
+    def __init__(
+        self, first: int, count: int, hidden: int, head: Linear, alpha: int, least: int
+    ) -> None: ...
 
 class Choice:
     def __init__(
@@ -150,7 +152,7 @@ def contrast_tokens(
     choice: Choice,
 ) -> None: ...
 def shared_head_tokens(
-    threads: int, hidden: int, rows: int, head: Matrix, lowers: list[LowerHead], choice: Choice
+    threads: int, hidden: int, rows: int, head: Linear, lowers: list[LowerHead], choice: Choice
 ) -> None: ...
 def sample_tokens(
     threads: int, scores: int, rows: int, vocab: int, seeds: int, positions: int, tokens: int

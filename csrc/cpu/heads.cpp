@@ -197,13 +197,14 @@ void contrast(int threads, const Streamed& upper, const LowerHead& lower, Finish
   const float* logits = nullptr;
   if (pairs > kSparseShare * vocab * std::min<int64_t>(lower.count, 4)) {
     float* all = Scratch::of_this_thread().room(Scratch::kLower, lower.count * vocab);
-    head_logits(threads, lower.hidden, lower.count, {lower.head, nullptr}, all);
+    head_logits(threads, lower.hidden, lower.count, lower.head, all);
     logits = all;
   }
   const Kernels& k = kernels();
+  const Matrix& weight = lower.head.weight;
   const auto* hidden = static_cast<const char*>(
-      input_of(threads, lower.hidden, lower.count, lower.head, Scratch::kLowerRounded));
-  const int64_t hidden_bytes = lower.head.columns * size_of(k.input_dtype(lower.head.dtype));
+      input_of(threads, lower.hidden, lower.count, weight, Scratch::kLowerRounded));
+  const int64_t hidden_bytes = weight.columns * size_of(k.input_dtype(weight.dtype));
   for (int64_t place = 0; place < lower.count; ++place) {
     const Row found = collect(place);
     if (candidates.count > 1)
@@ -212,8 +213,8 @@ void contrast(int threads, const Streamed& upper, const LowerHead& lower, Finish
           if (logits)
             candidates.shared[i] = logits[place * vocab + candidates.tokens[i]];
           else
-            k.product(hidden + place * hidden_bytes, 1, lower.head, candidates.tokens[i], 1,
-                      nullptr, candidates.shared + i, 1);
+            k.product(hidden + place * hidden_bytes, 1, weight, candidates.tokens[i], 1,
+                      lower.head.bias, candidates.shared + i, 1);
       });
     candidates.share(found);
     const int64_t row = lower.row(place);
@@ -274,19 +275,20 @@ void head_tokens(int threads, const float* hidden, int64_t rows, const Linear& h
 }
 
 void contrast_tokens(int threads, const HeadPair& heads, int64_t rows, const Choice& choice) {
-  shared_head_tokens(threads, heads.upper_hidden, rows, heads.upper, {heads.lower}, choice);
+  shared_head_tokens(threads, heads.upper_hidden, rows, {heads.upper, nullptr}, {heads.lower},
+                     choice);
 }
 
-void shared_head_tokens(int threads, const float* hidden, int64_t rows, const Matrix& head,
+void shared_head_tokens(int threads, const float* hidden, int64_t rows, const Linear& head,
                         const std::vector<LowerHead>& lowers, const Choice& choice) {
   Scratch& scratch = Scratch::of_this_thread();
-  float* logits = scratch.room(Scratch::kLogits, rows * head.rows);
+  float* logits = scratch.room(Scratch::kLogits, rows * head.weight.rows);
   auto* is_contrasted = scratch.room<char>(Scratch::kContrasted, rows);
   std::fill_n(is_contrasted, rows, 0);
   for (const LowerHead& lower : lowers)
     for (int64_t place = 0; place < lower.count; ++place) is_contrasted[lower.row(place)] = 1;
   const Streamed streamed =
-      stream_head(threads, hidden, rows, {head, nullptr},
+      stream_head(threads, hidden, rows, head,
                   [&](int64_t row) { return is_contrasted[row] != 0; }, logits);
   for (int64_t row = 0; row < rows; ++row)
     if (!is_contrasted[row]) choose(threads, streamed, row, choice);

@@ -18,16 +18,16 @@ struct Choice {
   int32_t* num_candidates;  // out, or null: plausible tokens of a contrast, 0 without one
 };
 
-// Rows of an upper head that are contrasted with one lower head.
+// Rows of an upper head, from `first` on, that are contrasted with one lower head.
 struct LowerHead {
-  const int64_t* rows;  // [count] rows of the upper head, or null for all of them
+  int64_t first;
   int64_t count;
   const float* hidden;  // [count, columns]
-  Matrix head;
+  Linear head;
   const float* alpha;    // [count]
   const int64_t* least;  // [count] sizes of the plausible sets, or null for 1
 
-  int64_t row(int64_t place) const { return rows ? rows[place] : place; }
+  int64_t row(int64_t place) const { return first + place; }
 };
 
 // Two heads for the same rows; hidden: [rows, columns] float32.
@@ -43,7 +43,7 @@ void head_tokens(int threads, const float* hidden, int64_t rows, const Linear& h
 void contrast_tokens(int threads, const HeadPair& heads, int64_t rows, const Choice& choice);
 
 // Tokens of rows that share an upper head, each in the contrast of one of `lowers` or in none.
-void shared_head_tokens(int threads, const float* hidden, int64_t rows, const Matrix& head,
+void shared_head_tokens(int threads, const float* hidden, int64_t rows, const Linear& head,
                         const std::vector<LowerHead>& lowers, const Choice& choice);
 
 // scores: [rows, vocab]; tokens: [rows], each the argmax of its scores and noise.

@@ -82,8 +82,46 @@ def _candidates(
     return token, logit, score
 
 
+@triton.jit
+def _in_order(x):
+    """float32 as int32 of the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _least_of_largest(
+    logit_ptr, row, wanted, num_tiles, vocab, BLOCK_V: tl.constexpr, LISTED: tl.constexpr
+):
+    """A number that ``wanted`` of the row's logits reach, more only where they are equal.
+
+    All tiles must be listed. Halves the span of all numbers; ends when the count is right.
+    """
+    low = _in_order(tl.full((), -3.4028234e38, tl.float32)).to(tl.int64)
+    high = _in_order(tl.full((), 3.4028234e38, tl.float32)).to(tl.int64) + 1
+    found = tl.zeros((), tl.int64)
+    while (high - low > 1) & (found != wanted):
+        middle = (low + high) // 2
+        found = tl.zeros((), tl.int64)
+        for start in range(0, num_tiles, LISTED):
+            place = start * BLOCK_V + tl.arange(0, LISTED * BLOCK_V)
+            logit = tl.load(
+                logit_ptr + row * num_tiles * BLOCK_V + place,
+                mask=place < vocab,
+                other=float("-inf"),
+            )  # [LISTED * BLOCK_V]
+            found += tl.sum((_in_order(logit) >= middle).to(tl.int64), 0)
+        low = tl.where(found >= wanted, middle, low)
+        high = tl.where(found >= wanted, high, middle)
+    bits = low.to(tl.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "vocab"])
 def contrast_finish_kernel(
+    group_ptr,
+    least_ptr,
     alpha_ptr,
     temperature_ptr,
     seed_ptr,
@@ -104,13 +142,16 @@ def contrast_finish_kernel(
     TILES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LISTED: tl.constexpr,
+    MIXED: tl.constexpr,
+    LEAST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """The best of the candidates, with the final threshold, and of the tokens below it.
 
     With the largest logit known, every candidate is either plausible or not; plausible ones share
     their mass in proportion to exp(score). How many those are goes to ``num_candidates_ptr``, if
-    it is not None.
+    it is not None. With LEAST the threshold lets so many tokens pass at
+    least; all tiles are listed of rows that ask for another number than 1.
     """
     row = tl.program_id(0).to(tl.int64)
     alpha = tl.load(alpha_ptr + row)
@@ -120,6 +161,18 @@ def contrast_finish_kernel(
     count = tl.load(count_ptr + row)
     threshold = tl.load(running_ptr + row) + tl.log(tl.minimum(tl.maximum(alpha, 0.0), 1.0))
     log_total, top = _log_sum(tile_stat_ptr, row, num_rows, num_tiles, TILES)
+    is_scored = temperature > 0
+    if MIXED:
+        is_scored = is_scored | (tl.load(group_ptr + row) < 0)
+    if LEAST:
+        least = tl.load(least_ptr + row)
+        if least != 1:
+            bound = float("-inf")
+            if (least > 1) & (least <= vocab):
+                bound = _least_of_largest(
+                    candidate_logit_ptr, row, least, num_tiles, vocab, BLOCK_V, LISTED
+                )
+            threshold = tl.minimum(threshold, bound)
 
     best = float("-inf")
     choice = _NO_TOKEN + 0
@@ -155,7 +208,7 @@ def contrast_finish_kernel(
     shift = top - best + tl.log(mass_units.to(tl.float32)) - tl.log(score_units.to(tl.float32))
     value = best + shift
 
-    if temperature > 0:
+    if is_scored:
         seed = tl.load(seed_ptr + row)
         position = tl.load(position_ptr + row)
         key, choice, value = _best_tile(

@@ -77,13 +77,44 @@ def _best_of(keys, values, entries):
     return key, entry, value
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab"])
+@triton.jit
+def _lower_logits(
+    lower_ptr, lower_table_ptr, num_lowers, group, live, keep, bias_ptr, rows, entries,
+    width, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_V, BLOCK_R] logits of each row's own lower head, right where ``keep`` says so.
+
+    A head is read only for tiles in which one of its own rows has a candidate.
+    """
+    lower = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
+    for which in range(num_lowers):
+        mine = live & (group == which)
+        if tl.max(mine.to(tl.int32), 0) > 0:
+            address = tl.load(lower_table_ptr + 2 * which)
+            weight_ptr = address.to(tl.pointer_type(lower_ptr.dtype.element_ty), bitcast=True)
+            wanted = tl.max((keep & mine[None, :]).to(tl.int32), 1) > 0
+            product = tile_logits(
+                lower_ptr, tl.multiple_of(weight_ptr, 16), rows, mine, entries, wanted,
+                width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+            )  # fmt: skip
+            if HAS_BIAS:
+                is_biased = tl.load(lower_table_ptr + 2 * which + 1)
+                bias = tl.load(bias_ptr + entries, mask=wanted & (is_biased > 0), other=0.0)
+                product += bias.to(tl.float32)[:, None]
+            lower = tl.where(mine[None, :], product, lower)
+    return lower
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_lowers", "vocab"])
 def head_kernel(
     upper_ptr,
     upper_weight_ptr,
     bias_ptr,
     lower_ptr,
     lower_weight_ptr,
+    lower_table_ptr,
+    group_ptr,
     alpha_ptr,
     temperature_ptr,
     seed_ptr,
@@ -96,11 +127,13 @@ def head_kernel(
     tile_stat_ptr,
     tile_token_ptr,
     num_rows,
+    num_lowers,
     vocab,
     width,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CONTRAST: tl.constexpr,
+    MIXED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -111,7 +144,8 @@ def head_kernel(
 
     Writes for each row and tile the statistics (max, sum of exp, best key, its logit) and the best
     token. With CONTRAST the best key is that of the tokens that cannot be plausible; the others,
-    the candidates, are listed with their logit and their contrast score.
+    the candidates, are listed with their logit and their contrast score. With MIXED each row has
+    a lower head of its own, by its place in the table of addresses, or none (-1).
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -125,6 +159,10 @@ def head_kernel(
     if CONTRAST:
         alpha = tl.load(alpha_ptr + rows, mask=row_mask, other=1.0)  # [BLOCK_R]
         log_alpha = tl.log(tl.minimum(tl.maximum(alpha, 0.0), 1.0))
+        is_contrasted = row_mask
+        if MIXED:
+            group = tl.load(group_ptr + rows, mask=row_mask, other=-1)  # [BLOCK_R]
+            is_contrasted = group >= 0
         # Read before the product hides its latency; an old value is a lower bound all the same.
         seen = tl.load(running_ptr + rows, mask=row_mask, other=0.0, volatile=True)  # [BLOCK_R]
 
@@ -147,18 +185,24 @@ def head_kernel(
     others = entry_mask[:, None] & row_mask[None, :]
     if CONTRAST:
         limit = tl.full((BLOCK_R,), float("inf"), tl.float32)
-        hot = row_mask & (top >= seen + log_alpha)
+        hot = is_contrasted & (top >= seen + log_alpha)
         if tl.max(hot.to(tl.int32), 0) > 0:
             before = tl.atomic_max(running_ptr + rows, top, mask=hot, sem="relaxed")
             limit = tl.where(hot, tl.maximum(before, top) + log_alpha, limit)
             keep = others & (logits >= limit[None, :])
             live = tl.max(keep.to(tl.int32), 0) > 0
             if tl.max(live.to(tl.int32), 0) > 0:
-                lower = tile_logits(
-                    lower_ptr, lower_weight_ptr, rows, row_mask,
-                    entries, tl.max(keep.to(tl.int32), 1) > 0,
-                    width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
-                )  # fmt: skip
+                if MIXED:
+                    lower = _lower_logits(
+                        lower_ptr, lower_table_ptr, num_lowers, group, live, keep, bias_ptr,
+                        rows, entries, width, EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+                    )  # fmt: skip
+                else:
+                    lower = tile_logits(
+                        lower_ptr, lower_weight_ptr, rows, row_mask,
+                        entries, tl.max(keep.to(tl.int32), 1) > 0,
+                        width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+                    )  # fmt: skip
                 slots = place[None, :] * BLOCK_V + tl.arange(0, BLOCK_V)[:, None]
                 kept = tl.where(keep, logits, float("-inf"))
                 tl.store(candidate_logit_ptr + slots, kept, mask=live[None, :])
@@ -166,7 +210,7 @@ def head_kernel(
                 index = tl.atomic_add(count_ptr + rows, 1, mask=live, sem="relaxed")
                 tl.store(listed_ptr + rows * num_tiles + index, tile, mask=live)
         others = others & (logits < limit[None, :])
-    if sampled or not CONTRAST:
+    if sampled or MIXED or not CONTRAST:
         keys = logits
         if sampled:
             seed = tl.load(seed_ptr + rows, mask=row_mask, other=0)  # [BLOCK_R]

@@ -11,8 +11,10 @@ Knows nothing of exits, requests or of how hidden states are made.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -61,6 +63,12 @@ def head_config(rows: int, dtype: torch.dtype) -> HeadConfig:
     return HeadConfig(32, 64, 64, 6, 8, 128)
 
 
+def mixed_config(rows: int, dtype: torch.dtype) -> HeadConfig:
+    """``head_config`` for rows with lower heads of their own, which take more registers."""
+    config = head_config(rows, dtype)
+    return config if dtype == torch.float32 else config._replace(max_registers=160)
+
+
 # Candidate tiles that the last kernel reads at once.
 LISTED_AT_ONCE = 128
 
@@ -74,7 +82,7 @@ def head_tokens(
     positions: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See ``multiexit_engine.ops.tokens``. Two launches for each 64 rows."""
-    return _choose(hidden, weight, bias, None, temperature, seeds, positions)
+    return _choose(_Upper(hidden, weight, bias), None, _Drawing(temperature, seeds, positions))
 
 
 def contrast_tokens(
@@ -92,81 +100,185 @@ def contrast_tokens(
 
     Scratch: 8 bytes for each row and vocabulary entry, touched where tokens may be plausible only.
     """
-    lower = _Lower(lower_hidden, lower_weight, alpha, num_candidates)
-    return _choose(upper_hidden, upper_weight, None, lower, temperature, seeds, positions)
+    upper = _Upper(upper_hidden, upper_weight, None)
+    lower = _Lower(lower_hidden, lower_weight, alpha, num_candidates=num_candidates)
+    return _choose(upper, lower, _Drawing(temperature, seeds, positions))
 
 
-class _Lower(NamedTuple):
-    hidden: Tensor
-    weight: Tensor
-    alpha: Tensor
-    num_candidates: Tensor | None
-
-    def rows(self, part: slice) -> _Lower:
-        counts = None if self.num_candidates is None else self.num_candidates[part]
-        return _Lower(self.hidden[part], self.weight, self.alpha[part], counts)
-
-
-def _choose(
+def shared_head_tokens(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lower: _Lower | None,
+    groups: Sequence[Any],
+    alpha: Tensor,
+    min_candidates: Tensor | None,
     temperature: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    num_candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    rows = hidden.shape[0]
-    tokens = torch.empty(rows, dtype=torch.int64, device=hidden.device)
-    logprobs = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    """See ``multiexit_engine.ops.tokens``. Two launches for each 64 rows, whatever the groups.
+
+    A lower head is read where a row of its own has a candidate. Rows with ``min_candidates`` other
+    than 1 read their lower head in full. Of the biases of lower heads it knows the shared head's
+    own. Scratch as for ``contrast_tokens``.
+    """
+    lower = _lower_of(groups, hidden, bias, alpha, min_candidates)
+    if lower is not None:
+        lower = lower._replace(num_candidates=num_candidates)
+    elif num_candidates is not None:
+        num_candidates.zero_()
+    drawing = _Drawing(temperature, seeds, positions)
+    return _choose(_Upper(hidden, weight, bias), lower, drawing)
+
+
+class _Upper(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class _Drawing(NamedTuple):
+    temperature: Tensor
+    seeds: Tensor
+    positions: Tensor
+
+
+class _Lower(NamedTuple):
+    """What rows are contrasted with.
+
+    Attributes:
+        hidden: [rows, width]; whatever it is in rows without lower head.
+        weight: [vocab, width] of one lower head.
+        alpha: [rows] float32.
+        least: [rows] int64, or None for 1 in every row.
+        table: [lower heads, 2] int64: address of each one's weight, and whether its logits have the
+            bias; None where all rows have the head ``weight``.
+        groups: [rows] int32: which of these heads a row has, -1 for none; None as the table.
+        num_candidates: [rows] int32 that takes the sizes of plausible sets, or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    alpha: Tensor
+    least: Tensor | None = None
+    table: Tensor | None = None
+    groups: Tensor | None = None
+    num_candidates: Tensor | None = None
+
+    def rows(self, part: slice) -> _Lower:
+        """Those of some rows."""
+        return _Lower(
+            self.hidden[part],
+            self.weight,
+            self.alpha[part],
+            None if self.least is None else self.least[part],
+            self.table,
+            None if self.groups is None else self.groups[part],
+            None if self.num_candidates is None else self.num_candidates[part],
+        )
+
+
+def _lower_of(
+    groups: Sequence[Any],
+    hidden: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor,
+    least: Tensor | None,
+) -> _Lower | None:
+    contrasted = [group for group in groups if group.lower_weight is not None]
+    if not contrasted:
+        return None
+    first = contrasted[0].lower_weight
+    if len(groups) == 1 and bias is None:
+        return _Lower(groups[0].lower_hidden, first, alpha, least)
+    heads = {
+        (group.lower_weight.data_ptr(), group.lower_bias is not None): None for group in contrasted
+    }
+    places = {head: place for place, head in enumerate(heads)}
+    parts, named, start = [], [], 0
+    for group in groups:
+        place, own = -1, hidden[start : start + group.num_rows]
+        if group.lower_weight is not None:
+            own = group.lower_hidden
+            place = places[group.lower_weight.data_ptr(), group.lower_bias is not None]
+        parts.append(own)
+        named.append((place, group.num_rows))
+        start += group.num_rows
+    table, rows = _table(tuple(heads), hidden.device), _named(tuple(named), hidden.device)
+    return _Lower(torch.cat(parts), first, alpha, least, table, rows)
+
+
+@functools.lru_cache(maxsize=256)
+def _table(heads: tuple[tuple[int, bool], ...], device: torch.device) -> Tensor:
+    """[heads, 2] int64. Kept, so that a step copies nothing to the device that it had before."""
+    return torch.tensor(heads, dtype=torch.int64, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def _named(groups: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """[rows] int32: each place as often as its group has rows."""
+    places = [place for place, count in groups for _ in range(count)]
+    return torch.tensor(places, dtype=torch.int32, device=device)
+
+
+def _choose(upper: _Upper, lower: _Lower | None, drawing: _Drawing) -> tuple[Tensor, Tensor]:
+    rows, device = upper.hidden.shape[0], upper.hidden.device
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=device)
     for start in range(0, rows, MAX_ROWS):
         part = slice(start, start + MAX_ROWS)
-        below = lower and lower.rows(part)
-        drawing = (temperature[part], seeds[part], positions[part])
-        _choose_part(hidden[part], weight, bias, below, drawing, tokens[part], logprobs[part])
+        _choose_part(
+            upper._replace(hidden=upper.hidden[part]),
+            None if lower is None else lower.rows(part),
+            _Drawing(*(column[part] for column in drawing)),
+            tokens[part],
+            logprobs[part],
+        )
     return tokens, logprobs
 
 
 def _choose_part(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lower: _Lower | None,
-    drawing: tuple[Tensor, Tensor, Tensor],
-    tokens: Tensor,
-    logprobs: Tensor,
+    upper: _Upper, lower: _Lower | None, drawing: _Drawing, tokens: Tensor, logprobs: Tensor
 ) -> None:
-    rows, width = hidden.shape
-    vocab, device = weight.shape[0], hidden.device
-    config = head_config(rows, hidden.dtype)
+    rows, width = upper.hidden.shape
+    vocab, device = upper.weight.shape[0], upper.hidden.device
+    is_mixed = lower is not None and lower.groups is not None
+    config = (mixed_config if is_mixed else head_config)(rows, upper.hidden.dtype)
     num_tiles = triton.cdiv(vocab, config.block_v)
     overlap = overlaps_launches(device)
     stats = torch.empty(4, rows, num_tiles, dtype=torch.float32, device=device)
     best = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
     if lower is None:
         candidates: tuple[Tensor, ...] = (stats, best, best, stats, stats)
+        below: tuple[Tensor | None, ...] = (
+            upper.hidden, upper.weight, None, None, drawing.temperature
+        )  # fmt: skip
     else:
         running, count = kept_scratch("heads", [-math.inf, 0.0], MAX_ROWS, device)
         listed = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
         pairs = torch.empty(2, rows, num_tiles * config.block_v, dtype=torch.float32, device=device)
         candidates = (running, count.view(torch.int32), listed, pairs[0], pairs[1])
+        # alpha 0 lists every token, as the least number of candidates is known at the end only
+        listing = (
+            lower.alpha if lower.least is None else lower.alpha.masked_fill(lower.least != 1, 0.0)
+        )
+        below = (lower.hidden, lower.weight, lower.table, lower.groups, listing)
     head_kernel[(triton.cdiv(rows, config.block_r), num_tiles)](
-        hidden,
-        weight,
-        bias,
-        lower.hidden if lower else hidden,
-        lower.weight if lower else weight,
-        lower.alpha if lower else drawing[0],
+        *upper,
+        *below,
         *drawing,
         *candidates,
         stats,
         best,
         rows,
+        0 if lower is None or lower.table is None else lower.table.shape[0],
         vocab,
         width,
         EVEN=width % config.block_k == 0,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=upper.bias is not None,
         CONTRAST=lower is not None,
+        MIXED=is_mixed,
         BLOCK_V=config.block_v,
         BLOCK_R=config.block_r,
         BLOCK_K=config.block_k,
@@ -183,6 +295,8 @@ def _choose_part(
         )
         return
     contrast_finish_kernel[(rows,)](
+        lower.groups,
+        lower.least,
         lower.alpha,
         *drawing,
         *candidates,
@@ -196,6 +310,8 @@ def _choose_part(
         vocab,
         BLOCK_V=config.block_v,
         LISTED=LISTED_AT_ONCE,
+        MIXED=is_mixed,
+        LEAST=lower.least is not None,
         **tail,
         **options(8, 128),
     )

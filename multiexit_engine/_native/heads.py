@@ -170,35 +170,43 @@ def contrast_tokens(
 def shared_head_tokens(
     hidden: Tensor,
     weight: Weight,
+    bias: Tensor | None,
     groups: Sequence[Any],
+    alpha: Tensor,
+    min_candidates: Tensor | None,
     temperature: Tensor,
     seeds: Tensor,
     positions: Tensor,
     num_candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``multiexit_engine.ops.shared_head_tokens``."""
-    hidden = hidden.float().contiguous()
+    hidden, alpha = hidden.float().contiguous(), alpha.float().contiguous()
+    least = None if min_candidates is None else min_candidates.contiguous()
+    shift = vector(bias)
     rows = _Rows(temperature, seeds, positions, num_candidates)
-    contrasted = [group for group in groups if group.lower_weight is not None]
-    kept = [
-        (group.rows.contiguous(), group.lower_hidden.float().contiguous(), group.alpha.float())
-        for group in contrasted
-    ]
-    lowers = [
-        _C.LowerHead(
-            own.data_ptr(),
-            own.shape[0],
-            lower.data_ptr(),
-            matrix(group.lower_weight),
-            alpha.data_ptr(),
-        )
-        for group, (own, lower, alpha) in zip(contrasted, kept, strict=True)
-    ]
+    kept: list[tuple[Tensor, Tensor | None]] = []
+    lowers = []
+    start = 0
+    for group in groups:
+        if group.lower_weight is not None:
+            kept.append((group.lower_hidden.float().contiguous(), vector(group.lower_bias)))
+            lower, lower_shift = kept[-1]
+            lowers.append(
+                _C.LowerHead(
+                    start,
+                    group.num_rows,
+                    lower.data_ptr(),
+                    _C.Linear(matrix(group.lower_weight), address(lower_shift)),
+                    alpha[start:].data_ptr(),
+                    0 if least is None else least[start:].data_ptr(),
+                )
+            )
+        start += group.num_rows
     _C.shared_head_tokens(
         torch.get_num_threads(),
         hidden.data_ptr(),
         hidden.shape[0],
-        matrix(weight),
+        _C.Linear(matrix(weight), address(shift)),
         lowers,
         rows.choice,
     )

@@ -5,8 +5,9 @@ Follows an exit plan; knows nothing of requests, of the sampler, or of how hidde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -83,13 +84,14 @@ def mode_scores(
     return scores, failures
 
 
-def gives_tokens(mode: DecodingMode, heads: ExitHeads) -> bool:
+def gives_tokens(mode: DecodingMode) -> bool:
     """Whether ``mode_tokens`` knows this mode."""
-    if isinstance(mode, DoLa):
-        return False
-    if not isinstance(mode, Contrast):
-        return True
-    return mode.function is None and mode.min_candidates == 1 and not heads.has_bias
+    return not isinstance(mode, DoLa) and not (isinstance(mode, Contrast) and mode.function)
+
+
+def takes_pair(mode: DecodingMode, heads: ExitHeads) -> bool:
+    """Whether ``pair_tokens`` chooses as this mode wants."""
+    return not isinstance(mode, Contrast) or (mode.min_candidates == 1 and not heads.has_bias)
 
 
 def mode_tokens(
@@ -100,6 +102,8 @@ def mode_tokens(
     num_candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A token of every logit row, from its mode's distribution; no scores are kept.
+
+    Rows whose heads have one matrix are chosen together, so that it is read once.
 
     Args:
         plan: the heads of each row; only modes of which ``gives_tokens`` is true.
@@ -113,28 +117,26 @@ def mode_tokens(
 
     Source: as ``mode_scores``, then the ops ``head_tokens`` and ``contrast_tokens``.
     """
-    if len(plan.groups) == 1:
-        return _group_tokens(plan.groups[0], plan, taps, heads, draws, num_candidates)
-    by_upper: dict[Head, list[HeadGroup]] = {}
-    for group in plan.groups:
-        by_upper.setdefault(group.upper, []).append(group)
-    parts: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
-    for groups in by_upper.values():
-        rows = tuple(sorted(row for group in groups for row in group.rows))
-        index = _index(rows, draws.seeds.device)
-        own = Draws(*(column[index] for column in draws))
-        counts = None if num_candidates is None else num_candidates[index]
-        if len(groups) == 1:
-            found = _group_tokens(groups[0], plan, taps, heads, own, counts)
-        else:
-            found = _shared_tokens(groups, rows, plan, taps, heads, own, counts)
-        if num_candidates is not None and counts is not None:
+    order: list[int] = []
+    parts: list[tuple[Tensor, Tensor]] = []
+    for shared in _by_weight(plan, taps, heads):
+        rows = [row for groups, _ in shared for group in groups for row in group.rows]
+        own, counts, index = draws, num_candidates, None
+        if rows != list(range(plan.num_rows)):
+            index = _index(rows, draws.seeds.device)
+            own = Draws(*(column[index] for column in draws))
+            counts = None if num_candidates is None else num_candidates[index]
+        parts.append(_chosen_together(shared, plan, taps, heads, own, counts))
+        if num_candidates is not None and counts is not None and index is not None:
             num_candidates[index] = counts
-        parts.append((index, found))
-    tokens, logprobs = (part.new_empty(plan.num_rows) for part in parts[0][1])
-    for index, found in parts:
-        tokens[index], logprobs[index] = found
-    return tokens, logprobs
+        order += rows
+    tokens, logprobs = (
+        torch.cat(column) if len(column) > 1 else column[0] for column in zip(*parts, strict=True)
+    )
+    if order == list(range(plan.num_rows)):
+        return tokens, logprobs
+    places = _index(_places(range(plan.num_rows), order), tokens.device)
+    return tokens[places], logprobs[places]
 
 
 def pair_tokens(
@@ -193,50 +195,70 @@ def draft_tokens(
     return head_tokens(*operands.first(num_tokens), *draws)[0]
 
 
-def _group_tokens(
-    group: HeadGroup,
+_Sharing: TypeAlias = list[tuple[list[HeadGroup], HeadOperands]]
+
+
+def _by_weight(
+    plan: ExitPlan, taps: Mapping[int, Tensor], heads: ExitHeads
+) -> Collection[_Sharing]:
+    """The groups of each upper head and its operands; heads with one matrix together."""
+    by_head: dict[Head, list[HeadGroup]] = {}
+    for group in plan.groups:
+        by_head.setdefault(group.upper, []).append(group)
+    sharing: dict[tuple[int, int], _Sharing] = {}
+    for head, groups in by_head.items():
+        rows = tuple(row for group in groups for row in group.rows)
+        upper = heads.operands(head, _hidden(rows, head.layer, plan, taps))
+        sharing.setdefault((id(upper.weight), id(upper.bias)), []).append((groups, upper))
+    return sharing.values()
+
+
+def _chosen_together(
+    shared: _Sharing,
     plan: ExitPlan,
     taps: Mapping[int, Tensor],
     heads: ExitHeads,
     draws: Draws,
     num_candidates: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    upper = heads.operands(group.upper, _hidden(group.rows, group.upper.layer, plan, taps))
-    if group.lower is None:
+    """Tokens of the rows of heads with one matrix, in the order in which these list them."""
+    groups = [group for own, _ in shared for group in own]
+    uppers = [upper for _, upper in shared]
+    hidden = torch.cat([u.hidden for u in uppers]) if len(uppers) > 1 else uppers[0].hidden
+    upper = uppers[0]._replace(hidden=hidden)
+    if all(group.lower is None for group in groups):
         return pair_tokens(upper, None, None, draws, None)
-    lower = heads.operands(group.lower, _hidden(group.rows, group.lower.layer, plan, taps))
-    return pair_tokens(upper, lower, _alphas(group, upper.hidden.device), draws, num_candidates)
-
-
-def _shared_tokens(
-    groups: list[HeadGroup],
-    rows: tuple[int, ...],
-    plan: ExitPlan,
-    taps: Mapping[int, Tensor],
-    heads: ExitHeads,
-    draws: Draws,
-    num_candidates: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Tokens of groups with one upper head, which ``rows`` lists together."""
-    head = groups[0].upper
-    upper = heads.operands(head, _hidden(rows, head.layer, plan, taps))
-    assert upper.bias is None, "with a bias contrasts are not chosen directly"
-    device = upper.hidden.device
-    parts = []
-    for group in groups:
-        own = _index(_places(group.rows, rows), device)
-        if group.lower is None:
-            parts.append(RowGroup(own))
-            continue
-        lower = heads.operands(group.lower, _hidden(group.rows, group.lower.layer, plan, taps))
-        parts.append(RowGroup(own, lower.hidden, lower.weight, _alphas(group, device)))
+    lowers = [_lower_operands(group, plan, taps, heads) for group in groups]
+    device = hidden.device
+    alphas = [group.alphas or (1.0,) * len(group.rows) for group in groups]
+    alpha = to_device(list(chain(*alphas)), device, torch.float32)
+    least = _least_candidates(groups, device)
+    lower = lowers[0]
+    if lower and len(groups) == 1 and least is None and upper.bias is None and lower.bias is None:
+        return pair_tokens(upper, lower, alpha, draws, num_candidates)
+    parts = [
+        RowGroup(len(group.rows), *(lower or ()))
+        for group, lower in zip(groups, lowers, strict=True)
+    ]
     return shared_head_tokens(
-        upper.hidden, upper.weight, parts, *draws, num_candidates=num_candidates
+        hidden, upper.weight, upper.bias, parts, alpha, least, *draws, num_candidates
     )
 
 
-def _alphas(group: HeadGroup, device: torch.device) -> Tensor:
-    return to_device(group.alphas, device, torch.float32)
+def _lower_operands(
+    group: HeadGroup, plan: ExitPlan, taps: Mapping[int, Tensor], heads: ExitHeads
+) -> HeadOperands | None:
+    if group.lower is None:
+        return None
+    return heads.operands(group.lower, _hidden(group.rows, group.lower.layer, plan, taps))
+
+
+def _least_candidates(groups: Sequence[HeadGroup], device: torch.device) -> Tensor | None:
+    """[rows] int64: least sizes of plausible sets, 1 without contrast; None where all are 1."""
+    counts = [n for group in groups for n in group.min_candidates or (1,) * len(group.rows)]
+    if all(count == 1 for count in counts):
+        return None
+    return to_device(counts, device)
 
 
 def _group_scores(
@@ -256,16 +278,14 @@ def _group_scores(
         ]
         own = [allowed[row] for row in group.rows] if allowed else []
         return dola_scores(upper, candidates, group.alphas, group.jsd, own)
-    if group.lower is None:
+    lower = _lower_operands(group, plan, taps, heads)
+    if lower is None:
         return head_logits(*upper)
-    lower = heads.operands(group.lower, _hidden(group.rows, group.lower.layer, plan, taps))
     if group.function is not None:
         return _custom_scores(group, head_logits(*upper), head_logits(*lower), failures)
     device = upper.hidden.device
-    alpha = _alphas(group, device)
-    least = None
-    if any(count != 1 for count in group.min_candidates):
-        least = to_device(group.min_candidates, device)
+    alpha = to_device(group.alphas, device, torch.float32)
+    least = _least_candidates([group], device)
     counts = None if num_candidates is None else num_candidates.new_empty(len(group.rows))
     if upper.bias is None and lower.bias is None:
         scores = contrast_heads(
@@ -287,13 +307,13 @@ def _hidden(
     return taps[layer][_index(_places(rows, kept), taps[layer].device)]
 
 
-def _places(rows: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
+def _places(rows: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
     """Where ``rows`` stand among ``kept``."""
     places = {row: place for place, row in enumerate(kept)}
     return tuple(places[row] for row in rows)
 
 
-def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+def _index(rows: Sequence[int], device: torch.device) -> Tensor:
     return to_device(rows, device)
 
 

@@ -33,10 +33,12 @@ def is_streamable(*matrices: Weight) -> bool:
 
 
 def is_dense(*matrices: Weight) -> bool:
-    """Whether matrices are laid out and typed as the fused GPU kernels read them."""
-    return all(
-        not isinstance(m, QuantizedWeight) and m.is_contiguous() and m.dtype in _DTYPES
-        for m in matrices
+    """Whether matrices are laid out and typed as the fused GPU kernels read them: all alike."""
+    tensors = [m for m in matrices if not isinstance(m, QuantizedWeight)]
+    return (
+        len(tensors) == len(matrices)
+        and len({m.dtype for m in tensors}) == 1
+        and all(m.is_contiguous() and m.dtype in _DTYPES for m in tensors)
     )
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multiexit_engine.ops.contrast import contrast_heads
+from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.heads import head_logits
 from multiexit_engine.ops.operands import fits_ring, is_dense, is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
@@ -94,26 +94,29 @@ def contrast_tokens(
 
 
 class RowGroup(NamedTuple):
-    """Rows of a shared head that are contrasted with one lower head, or with none.
+    """Consecutive rows of a shared head that are contrasted with one lower head, or with none.
 
     Attributes:
-        rows: [group] int64.
-        lower_hidden: [group, hidden_size] of the earlier exit, or None.
+        num_rows: how many rows.
+        lower_hidden: [num_rows, hidden_size] of the earlier exit, or None.
         lower_weight: [vocab, hidden_size] of its head, may be quantized, or None.
-        alpha: [group] float32, see ``contrast_logits``, or None.
+        lower_bias: [vocab] of its logits, or None.
     """
 
-    rows: Tensor
+    num_rows: int
     lower_hidden: Tensor | None = None
     lower_weight: Weight | None = None
-    alpha: Tensor | None = None
+    lower_bias: Tensor | None = None
 
 
 @register_op
 def shared_head_tokens(
     hidden: Tensor,
     weight: Weight,
+    bias: Tensor | None,
     groups: Sequence[RowGroup],
+    alpha: Tensor,
+    min_candidates: Tensor | None,
     temperature: Tensor,
     seeds: Tensor,
     positions: Tensor,
@@ -125,9 +128,12 @@ def shared_head_tokens(
     once for all of them.
 
     Args:
-        hidden: [rows, hidden_size] normalised hidden states of the shared head's exit.
+        hidden: [rows, hidden_size] normalised hidden states, each of its own exit.
         weight: [vocab, hidden_size] of the shared head, same dtype and device, or quantized.
-        groups: every row stands in exactly one of them.
+        bias: [vocab] added to every row's logits, or None.
+        groups: the rows in order, each in one of them.
+        alpha: [rows] float32, see ``contrast_logits``; not looked at in rows without lower head.
+        min_candidates: [rows] int64, see ``contrast_logits``; None: 1 in every row.
         temperature: [rows] float32; 0 is greedy.
         seeds: [rows] int64, see ``gumbel_noise``; not looked at in greedy rows.
         positions: [rows] int64, see ``gumbel_noise``.
@@ -143,21 +149,37 @@ def shared_head_tokens(
     tokens = torch.empty_like(seeds)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     log_probs = torch.empty(seeds.shape, dtype=dtype, device=hidden.device)
-    if num_candidates is not None:
-        num_candidates.zero_()
-    for rows, lower_hidden, lower_weight, alpha in groups:
-        draws = temperature[rows], seeds[rows], positions[rows]
+    start = 0
+    for group in groups:
+        rows = slice(start, start + group.num_rows)
+        least = None if min_candidates is None else min_candidates[rows]
         counts = None if num_candidates is None else num_candidates[rows]
-        if lower_hidden is None or lower_weight is None or alpha is None:
-            found = head_tokens(hidden[rows], weight, None, *draws)
-        else:
-            found = contrast_tokens(
-                hidden[rows], weight, lower_hidden, lower_weight, alpha, *draws, counts
-            )
-            if num_candidates is not None and counts is not None:
-                num_candidates[rows] = counts
+        own = _group_log_probs(hidden[rows], weight, bias, group, alpha[rows], least, counts)
+        found = _choose(own, temperature[rows], seeds[rows], positions[rows])
         tokens[rows], log_probs[rows] = found
+        start = rows.stop
     return tokens, log_probs
+
+
+def _group_log_probs(
+    hidden: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    group: RowGroup,
+    alpha: Tensor,
+    least: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    _, lower_hidden, lower_weight, lower_bias = group
+    if lower_hidden is None or lower_weight is None:
+        if counts is not None:
+            counts.zero_()
+        return head_logits(hidden, weight, bias).log_softmax(-1)
+    if bias is None and lower_bias is None:
+        return contrast_heads(hidden, weight, lower_hidden, lower_weight, alpha, least, counts)
+    upper = head_logits(hidden, weight, bias)
+    lower = head_logits(lower_hidden, lower_weight, lower_bias)
+    return contrast_logits(upper, lower, alpha, least, counts)
 
 
 def _choose(
@@ -215,6 +237,12 @@ contrast_tokens.backend(
     device="cuda",
     supports=_heads_fit_ring,
 )
+
+
+def _lower_operands(groups: Sequence[RowGroup]) -> list[Weight]:
+    return [part for group in groups for part in group[1:3] if part is not None]
+
+
 head_tokens.backend(
     "triton",
     "multiexit_engine.kernels.heads:head_tokens",
@@ -243,13 +271,21 @@ contrast_tokens.backend(
     ),
 )
 shared_head_tokens.backend(
+    "triton",
+    "multiexit_engine.kernels.heads:shared_head_tokens",
+    device="cuda",
+    supports=lambda hidden, weight, bias, groups, *_, **__: (
+        is_dense(hidden, weight, *_lower_operands(groups))
+        # of the lower logits' bias kernels know that of the upper ones only
+        and all(g.lower_bias is None or g.lower_bias is bias for g in groups)
+    ),
+)
+shared_head_tokens.backend(
     "cpu",
     "multiexit_engine._native:shared_head_tokens",
     device="cpu",
-    supports=lambda hidden, weight, groups, *_, **__: (
+    supports=lambda hidden, weight, bias, groups, *_, **__: (
         is_plain(hidden, weight)
-        and is_streamable(
-            weight, *(group.lower_weight for group in groups if group.lower_weight is not None)
-        )
+        and is_streamable(weight, *(g.lower_weight for g in groups if g.lower_weight is not None))
     ),
 )

@@ -198,7 +198,7 @@ class TokenChooser:
         return (
             not request.is_beam_search
             and _num_choices(row) == 1
-            and gives_tokens(row.mode, self._heads)
+            and gives_tokens(row.mode)
             and request.forced_token_id(row.num_output_tokens) is None
             and not needs_scores(request.sampling, row.num_output_tokens, request.bad_words)
         )

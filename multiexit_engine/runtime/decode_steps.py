@@ -22,7 +22,7 @@ from multiexit_engine.batch import (
 )
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
-from multiexit_engine.decoding.exits import Draws, pair_tokens
+from multiexit_engine.decoding.exits import Draws, pair_tokens, takes_pair
 from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner, HeadGroup, plan_segments
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import Contrast, Exit, Original
@@ -158,6 +158,7 @@ class DecodeSteps:
         request = row.sequence.request
         return (
             isinstance(row.mode, PLAIN)
+            and takes_pair(row.mode, self._model.heads)
             and request.score_from is None
             and not request.source_token_ids
             and request.sampling.prompt_logprobs is None

@@ -45,10 +45,15 @@ TYPES = {
     **dict.fromkeys(("seed_ptr", "position_ptr", "token_ptr", "slot_ptr"), "*i64"),
     **dict.fromkeys(("count_ptr", "listed_ptr", "tile_token_ptr"), "*i32"),
     **dict.fromkeys(("table_ptr", "start_ptr", "context_ptr"), "*i32"),
-    **dict.fromkeys(("query_start_ptr", "key_start_ptr"), "*i32"),
-    "ticket_ptr": "*i32",
+    **dict.fromkeys(("query_start_ptr", "key_start_ptr", "group_ptr", "ticket_ptr"), "*i32"),
+    **dict.fromkeys(("lower_table_ptr", "least_ptr"), "*i64"),
+    "num_candidates_ptr": "*i32",
     **dict.fromkeys(("scale", "eps"), "fp32"),
 }
+
+
+# What a head whose rows have no lower heads of their own does without.
+MIXED = ("lower_table_ptr", "group_ptr")
 
 
 class Shipped(NamedTuple):
@@ -68,26 +73,8 @@ def shipped(capability: int) -> Iterator[Shipped]:
     for dtype in DTYPES:
         yield from (Shipped(*item) for item in layers(dtype))
         for rows in (1, 16, 32, 64):
-            for contrast in (False, True):
-                config = heads.head_config(rows, dtype)
-                yield Shipped(
-                    f"head rows={rows} contrast={contrast}",
-                    head_tiles.head_kernel,
-                    dtype,
-                    {
-                        **({} if contrast else {"lower_ptr": None, "lower_weight_ptr": None}),
-                        "bias_ptr": None,
-                        "EVEN": 1024 % config.block_k == 0,
-                        "HAS_BIAS": False,
-                        "CONTRAST": contrast,
-                        "BLOCK_V": config.block_v,
-                        "BLOCK_R": config.block_r,
-                        "BLOCK_K": config.block_k,
-                        "STAGES": config.num_stages,
-                        "OVERLAP": overlap,
-                    },
-                    options(config.num_warps, config.max_registers),
-                )
+            for lowers in ("no", "one", "own"):
+                yield _head(rows, dtype, lowers, overlap)
             config = heads.head_config(rows, dtype)
             yield Shipped(
                 f"statistics rows={rows}",
@@ -129,6 +116,44 @@ def shipped(capability: int) -> Iterator[Shipped]:
             (8, 1, 256, 0),
         ):
             yield from _attention(dtype, num_heads, kv_heads, head_dim, window, overlap)
+    yield from _finishes(overlap)
+    yield Shipped(
+        "write kv", kv._write_kernel, DTYPES[0], {"WIDTH": 1024, "BLOCK": 1024}, options(4)
+    )
+
+
+def _head(rows: int, dtype: torch.dtype, lowers: str, overlap: bool) -> Shipped:
+    """The tiles of a head, its rows contrasted with no lower head, with one, or each with its own.
+
+    Where each row has its own the heads have a bias, which takes more registers than none.
+    """
+    config = (heads.mixed_config if lowers == "own" else heads.head_config)(rows, dtype)
+    unused: dict[str, Any] = {
+        "no": dict.fromkeys(("bias_ptr", "lower_ptr", "lower_weight_ptr", *MIXED)),
+        "one": dict.fromkeys(("bias_ptr", *MIXED)),
+        "own": {},
+    }[lowers]
+    return Shipped(
+        f"head rows={rows} lowers={lowers}",
+        head_tiles.head_kernel,
+        dtype,
+        {
+            **unused,
+            "EVEN": 1024 % config.block_k == 0,
+            "HAS_BIAS": lowers == "own",
+            "CONTRAST": lowers != "no",
+            "MIXED": lowers == "own",
+            "BLOCK_V": config.block_v,
+            "BLOCK_R": config.block_r,
+            "BLOCK_K": config.block_k,
+            "STAGES": config.num_stages,
+            "OVERLAP": overlap,
+        },
+        options(config.num_warps, config.max_registers),
+    )
+
+
+def _finishes(overlap: bool) -> Iterator[Shipped]:
     tail = {"TILES": 4096, "OVERLAP": overlap}
     yield Shipped("head finish", head_finish.head_finish_kernel, DTYPES[0], tail, options(4))
     yield Shipped(
@@ -138,16 +163,21 @@ def shipped(capability: int) -> Iterator[Shipped]:
         {"TILES": 4096},
         options(4),
     )
-    yield Shipped(
-        "contrast finish",
-        head_finish.contrast_finish_kernel,
-        DTYPES[0],
-        {**tail, "BLOCK_V": 32, "LISTED": heads.LISTED_AT_ONCE},
-        options(8, 128),
-    )
-    yield Shipped(
-        "write kv", kv._write_kernel, DTYPES[0], {"WIDTH": 1024, "BLOCK": 1024}, options(4)
-    )
+    for own in (False, True):
+        yield Shipped(
+            f"contrast finish own={own}",
+            head_finish.contrast_finish_kernel,
+            DTYPES[0],
+            {
+                **tail,
+                **({} if own else {"group_ptr": None, "least_ptr": None}),
+                "BLOCK_V": 32,
+                "LISTED": heads.LISTED_AT_ONCE,
+                "MIXED": own,
+                "LEAST": own,
+            },
+            options(8, 128),
+        )
 
 
 def _attention(

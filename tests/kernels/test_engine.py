@@ -24,7 +24,7 @@ MIXED = [Original(), Exit(2), Contrast(4, 2), Contrast("original", 2, alpha=0.01
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_gpt2(tmp_path_factory.mktemp("gpt2"), num_layers=4, num_heads=2, exits=(2, 4))
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"), num_layers=4, num_heads=2, exits=(1, 2, 4))
 
 
 def ids(engine, prompts, modes, **sampling):
@@ -74,15 +74,43 @@ def test_modes_with_exits_on_the_way_give_the_ids_of_the_reference(folder, mode,
     assert found == expected(folder, PROMPTS[:2], mode, max_new_tokens=3)
 
 
-def test_kernels_run_and_not_the_references(folder, device, monkeypatch):
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the launches of heads, in order."""
     kernels = pytest.importorskip("multiexit_engine.kernels.heads")
-    launched = []
-    for kernel in ("head_kernel", "contrast_finish_kernel"):
-        launch = getattr(kernels, kernel)
-        monkeypatch.setattr(kernels, kernel, Watched(launch, kernel, launched))
+    names = []
+    for name in ("head_kernel", "head_finish_kernel", "contrast_finish_kernel"):
+        monkeypatch.setattr(kernels, name, Watched(getattr(kernels, name), name, names))
+    return names
+
+
+@pytest.mark.parametrize("mode", [Contrast(4, 2), Contrast(4, 2, min_candidates=3)], ids=str)
+def test_a_contrast_is_two_launches(folder, mode, device, launched):
     with rehearsal(device):
-        ids(on_kernels(folder, device), PROMPTS[:1], Contrast(4, 2), max_new_tokens=1)
+        ids(on_kernels(folder, device), PROMPTS[:1], mode, max_new_tokens=1)
     assert launched == ["head_kernel", "contrast_finish_kernel"]
+
+
+def test_rows_of_one_head_are_two_launches_whatever_their_modes(folder, device, launched):
+    modes = [Exit(4), Contrast(4, 2), Contrast(4, 1), Contrast(4, 2, alpha=0.5)]
+    with rehearsal(device):
+        ids(on_kernels(folder, device), [[1], [2], [3], [4]], modes, max_new_tokens=1)
+    assert launched == ["head_kernel", "contrast_finish_kernel"]
+
+
+def test_exits_that_share_the_models_own_head_are_two_launches(tmp_path, device, launched):
+    folder = save_gpt2(tmp_path, num_layers=4, num_heads=2)
+    shared = {
+        "vocab_projection_mode": "shared_projection_direct",
+        "lm_head_layer_indices": (1, 2, 4),
+    }
+    modes = [Exit(1), Contrast(4, 2), Original(), Contrast("original", 1), Exit(2)]
+    prompts = [[1], [2], [3], [4], [5]]
+    with rehearsal(device):
+        found = ids(on_kernels(folder, device, **shared), prompts, modes, max_new_tokens=1)
+    assert launched == ["head_kernel", "contrast_finish_kernel"]
+    engine = Engine.from_pretrained(folder, device="cpu", backend="reference", **shared)
+    assert found == ids(engine, prompts, modes, max_new_tokens=1)
 
 
 class Watched:

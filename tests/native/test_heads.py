@@ -163,21 +163,21 @@ def test_a_sample_among_nan_is_nan(isa):
 @DTYPES
 def test_rows_that_share_a_head_choose_as_they_do_alone(isa, threads, dtype, temperature):
     hidden, weight, lower, lower_weight = operands(5, 1100, 40, dtype)
-    other, alphas = weight.flip(0), torch.tensor([0.1, 1e-3, 0.5])
+    other, alphas = weight.flip(0), torch.tensor([9.0, 9.0, 0.1, 1e-3, 0.5])
     groups = [
-        RowGroup(torch.tensor([4, 1])),
-        RowGroup(torch.tensor([0, 3]), lower[:2], lower_weight, alphas[:2]),
-        RowGroup(torch.tensor([2]), lower[2:3], other, alphas[2:]),
+        RowGroup(2),
+        RowGroup(2, lower[:2], lower_weight),
+        RowGroup(1, lower[2:3], other),
     ]
     how = choices(5, temperature)
-    tokens, log_probs = shared_head_tokens(hidden, weight, groups, *how)
-    for rows, *below in groups:
+    tokens, log_probs = shared_head_tokens(hidden, weight, None, groups, alphas, None, *how)
+    for rows, group in zip((slice(0, 2), slice(2, 4), slice(4, 5)), groups, strict=True):
         own = hidden[rows], weight
         draws = [x[rows] for x in how]
         alone = (
             head_tokens(*own, None, *draws)
-            if below[0] is None
-            else contrast_tokens(*own, *below, *draws)
+            if group.lower_hidden is None
+            else contrast_tokens(*own, *group[1:3], alphas[rows], *draws)
         )
         assert torch.equal(tokens[rows], alone[0])
         assert torch.equal(log_probs[rows], alone[1])
