@@ -40,20 +40,20 @@ def write_kv(
     if not tokens:
         return
     _write_kernel[(tokens,)](
-        _rows(key),
-        _rows(value),
+        token_rows(key),
+        token_rows(value),
         key_cache,
         value_cache,
         slot_mapping,
-        _rows(key).stride(0),
-        _rows(value).stride(0),
+        token_rows(key).stride(0),
+        token_rows(value).stride(0),
         WIDTH=heads * head_dim,
         BLOCK=triton.next_power_of_2(heads * head_dim),
         **options(4),
     )
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def token_rows(tensor: Tensor) -> Tensor:
     """The same tensor if every token's heads lie side by side, else a copy."""
     side_by_side = tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2]
     return tensor if side_by_side else tensor.contiguous()

@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from multiexit_engine.kernels.launch import options
+from multiexit_engine.kernels.launch import INTERPRETED, options
 
 # The tile in which every kernel sums a row, so that all of them find the same bits.
 NORM_ROWS = tl.constexpr(16)
 NORM_COLUMNS = tl.constexpr(128)
 _NUM_WARPS = 4
-_PROGRAMS = 512
+# The interpreter runs programs one after the other; the tile, and so every bit, is the same.
+_PROGRAMS = 1 if INTERPRETED else 512
 
 
 @triton.jit

@@ -56,7 +56,9 @@ def multiplied(
             weight_ptrs + k, mask=weight_mask, other=0.0, eviction_policy="evict_first"
         )
         x = tl.load(x_ptrs + k, mask=x_mask, other=0.0)  # [BLOCK_R, BLOCK_K]
-        if NORM != "none":
+        if NORM == "none":
+            x = x.to(weight.dtype)
+        else:
             gain = tl.load(gain_ptr + k + columns, mask=inside, other=0.0)  # [BLOCK_K]
             shift = gain
             if NORM == "layer":
@@ -67,6 +69,35 @@ def multiplied(
         else:
             total = tl.dot(weight, x.T, total)
     return total
+
+
+@triton.jit
+def joined(
+    total,
+    partial_ptr,
+    ticket_ptr,
+    part,
+    splits,
+    turn,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The sum of all parts of a tile, in their order, and whether this program has it.
+
+    Only the one that arrives last has; it leaves the ticket ``turn`` as it was found.
+    """
+    cells = tl.arange(0, BLOCK_V)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    first = partial_ptr + turn.to(tl.int64) * splits * BLOCK_V * BLOCK_R
+    tl.store(first + part * BLOCK_V * BLOCK_R + cells, total)
+    tl.debug_barrier()
+    is_last = tl.atomic_add(ticket_ptr + turn, 1, sem="acq_rel") == splits - 1
+    if is_last:
+        tl.store(ticket_ptr + turn, 0)
+        total = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
+        for other in range(splits):
+            place = first + other * BLOCK_V * BLOCK_R + cells
+            total += tl.load(place, cache_modifier=".cg")  # [BLOCK_V, BLOCK_R]
+    return total, is_last
 
 
 @triton.jit(do_not_specialize=["num_rows", "out_features", "splits"])
@@ -101,8 +132,7 @@ def product_kernel(
 ):
     """One tile of outputs for one block of rows, over one part of the columns.
 
-    The part that arrives last adds all of them, in their order whoever that was, and leaves the
-    ticket as it was found. GATED: the first half of a tile are gates, the other the numbers that
+    GATED: the first half of a tile are gates, the other the numbers that
     they let through; ``out_features`` counts what comes out.
     """
     part = tl.program_id(0)
@@ -127,18 +157,11 @@ def product_kernel(
     )  # fmt: skip
     if SPLIT:
         turn = block * tl.num_programs(1) + tile
-        cells = lanes[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-        cells = cells.to(tl.int64) + turn.to(tl.int64) * splits * BLOCK_V * BLOCK_R
-        tl.store(partial_ptr + cells + part * BLOCK_V * BLOCK_R, total)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(ticket_ptr + turn, 1, sem="acq_rel")
-        if arrived < splits - 1:
+        total, is_last = joined(
+            total, partial_ptr, ticket_ptr, part, splits, turn, BLOCK_V, BLOCK_R
+        )
+        if not is_last:
             return
-        tl.store(ticket_ptr + turn, 0)
-        total = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
-        for other in range(splits):
-            place = partial_ptr + cells + other * BLOCK_V * BLOCK_R
-            total += tl.load(place, cache_modifier=".cg")  # [BLOCK_V, BLOCK_R]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + entries, mask=entry_mask, other=0.0)  # [BLOCK_V]
         total += bias.to(tl.float32)[:, None]

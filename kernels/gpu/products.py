@@ -10,7 +10,7 @@ same order on the same instruction, and which program adds the parts of a sum de
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from multiexit_engine.kernels.activations import FORMS
 from multiexit_engine.kernels.launch import kept_scratch, options
-from multiexit_engine.kernels.norms import NORM_ROWS, norm
+from multiexit_engine.kernels.norms import norm
 from multiexit_engine.kernels.product_tiles import product_kernel
 
 # More rows are PyTorch's.
@@ -107,15 +107,12 @@ def product(
     """
     dtype = dtype or weight.dtype
     rows = x.shape[0]
-    is_fused = 0 < rows <= MAX_NORMED_ROWS and weight.dtype != torch.float32
-    if norm_before is not None and not is_fused:
-        x, norm_before = norm(x, *norm_before, dtype=weight.dtype), None
+    x, norm_before = ready(x, weight, norm_before)
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     if rows > MAX_ROWS:
         return _wide(x, weight, bias, activation, gated, residual, dtype)
     output = torch.empty(rows, outputs, dtype=dtype, device=x.device)
     if rows:
-        x = x if x.stride(1) == 1 else x.contiguous()
         _launch(x, weight, bias, norm_before, activation, gated, residual, output)
     return output
 
@@ -130,6 +127,65 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str)
     return product(x, weight, bias, activation=kind)
 
 
+class Cut(NamedTuple):
+    """The programs of a product, and where they leave their parts of its sums.
+
+    Attributes:
+        grid: parts, tiles, blocks of rows.
+        step: columns of a part.
+        partial: float32 scratch, None where sums are not cut.
+        ticket: int32 counters that stand at 0.
+        constants: of the kernel.
+        options: of the launch.
+    """
+
+    grid: tuple[int, int, int]
+    step: int
+    partial: Tensor | None
+    ticket: Tensor | None
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+def cut(rows: int, weight: Tensor, is_paired: bool) -> Cut:
+    """How a product is launched; ``is_paired`` where both halves of a tile make one output."""
+    out_features, width = weight.shape
+    tile = tile_for(rows, weight.dtype)
+    splits = splits_for(out_features, width)
+    pairs = 2 if is_paired else 1
+    tiles = triton.cdiv(out_features // pairs, tile.block_v // pairs)
+    blocks = triton.cdiv(rows, tile.block_r)
+    partial = ticket = None
+    if splits > 1:
+        cells = blocks * tiles * splits * tile.block_v * tile.block_r
+        partial = torch.empty(cells, dtype=torch.float32, device=weight.device)
+        # at most 4 blocks of rows, and of matrices with more tiles sums are not cut
+        ticket = kept_scratch("products", [0.0], 4 * 2 * _PROGRAMS, weight.device)
+        ticket = ticket.view(torch.int32)
+    constants = {
+        "SPLIT": splits > 1, "EVEN": width % tile.block_k == 0, "BLOCK_V": tile.block_v,
+        "BLOCK_R": tile.block_r, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages,
+    }  # fmt: skip
+    step = triton.cdiv(width, splits * tile.block_k) * tile.block_k
+    launch = options(tile.num_warps, tile.max_registers)
+    return Cut((splits, tiles, blocks), step, partial, ticket, constants, launch)
+
+
+def norm_kind(norm_before: Norm | None) -> str:
+    """What kernels call it."""
+    if norm_before is None:
+        return "none"
+    return "rms" if norm_before.shift is None else "layer"
+
+
+def ready(x: Tensor, weight: Tensor, norm_before: Norm | None) -> tuple[Tensor, Norm | None]:
+    """X as a product reads it, and the norm that is left to take inside it."""
+    is_fused = 0 < x.shape[0] <= MAX_NORMED_ROWS and weight.dtype != torch.float32
+    if norm_before is not None and not is_fused:
+        x, norm_before = norm(x, *norm_before, dtype=weight.dtype), None
+    return (x if x.stride(1) == 1 else x.contiguous()), norm_before
+
+
 def _launch(
     x: Tensor,
     weight: Tensor,
@@ -141,31 +197,14 @@ def _launch(
     output: Tensor,
 ) -> None:
     rows, width = x.shape
-    outputs, device = output.shape[1], x.device
-    tile = tile_for(rows, weight.dtype)
-    assert norm_before is None or tile.block_r == NORM_ROWS.value
-    splits = splits_for(weight.shape[0], width)
-    tiles = triton.cdiv(outputs, tile.block_v // 2 if gated else tile.block_v)
-    blocks = triton.cdiv(rows, tile.block_r)
-    partial = ticket = None
-    if splits > 1:
-        cells = blocks * tiles * splits * tile.block_v * tile.block_r
-        partial = torch.empty(cells, dtype=torch.float32, device=device)
-        # at most MAX_ROWS // 16 blocks of rows, and sums of more tiles than this are not cut
-        ticket = kept_scratch("products", [0.0], 4 * 2 * _PROGRAMS, device).view(torch.int32)
-    step = triton.cdiv(width, splits * tile.block_k) * tile.block_k
+    how = cut(rows, weight, gated)
     gain, shift, eps = norm_before or (None, None, 0.0)
-    kind = "none"
-    if norm_before is not None:
-        kind = "rms" if shift is None else "layer"
-    product_kernel[(splits, tiles, blocks)](
-        x, weight, bias, gain, shift, residual, output, partial, ticket,
-        rows, outputs, width, step, splits, x.stride(0), eps,
-        NORM=kind, FORM=FORMS[activation] if activation else "none", GATED=gated,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, SPLIT=splits > 1,
-        EVEN=width % tile.block_k == 0, BLOCK_V=tile.block_v, BLOCK_R=tile.block_r,
-        BLOCK_K=tile.block_k, STAGES=tile.num_stages,
-        **options(tile.num_warps, tile.max_registers),
+    product_kernel[how.grid](
+        x, weight, bias, gain, shift, residual, output, how.partial, how.ticket,
+        rows, output.shape[1], width, how.step, how.grid[0], x.stride(0), eps,
+        NORM=norm_kind(norm_before), FORM=FORMS[activation] if activation else "none", GATED=gated,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        **how.constants, **how.options,
     )  # fmt: skip
 
 

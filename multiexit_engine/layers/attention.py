@@ -13,7 +13,7 @@ from multiexit_engine.layers.norm import RMSNorm
 from multiexit_engine.layers.rotary import Rotary
 from multiexit_engine.ops.attention import paged_attention
 from multiexit_engine.ops.biased_attention import biased_paged_attention
-from multiexit_engine.ops.kv import write_kv
+from multiexit_engine.ops.kv import rotate_and_write_kv, write_kv
 from multiexit_engine.ops.linear import linear
 from multiexit_engine.quantization import row_span
 
@@ -78,9 +78,7 @@ class SelfAttention(nn.Module):
         )
         if self.key_norm is not None:
             key = self.key_norm(key)
-        if self.rotary is not None:
-            _, key = self.rotary(key[:, :0], key, positions)
-        write_kv(key, value, kv_cache.key(self.layer), kv_cache.value(self.layer), slot_mapping)
+        self._place(key[:, :0], key, value, kv_cache, positions, slot_mapping)
 
     def forward(self, hidden: Tensor, kv_cache: PagedKVCache, batch: ForwardBatch) -> Tensor:
         """[tokens, hidden] to the same shape; writes this layer's keys and values."""
@@ -90,10 +88,8 @@ class SelfAttention(nn.Module):
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        if self.rotary is not None:
-            query, key = self.rotary(query, key, batch.positions)
+        query = self._place(query, key, value, kv_cache, batch.positions, batch.slot_mapping)
         key_cache, value_cache = kv_cache.key(self.layer), kv_cache.value(self.layer)
-        write_kv(key, value, key_cache, value_cache, batch.slot_mapping)
         if self.bias is None:
             attended = paged_attention(
                 query, key_cache, value_cache, batch.layout, self.scale, self.window
@@ -103,3 +99,20 @@ class SelfAttention(nn.Module):
                 query, key_cache, value_cache, batch.layout, self.scale, self.bias
             )
         return self.output(attended.flatten(1))  # type: ignore[no-any-return]
+
+    def _place(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: PagedKVCache,
+        positions: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """The queries as attention reads them; keys and values are written."""
+        caches = kv_cache.key(self.layer), kv_cache.value(self.layer)
+        if self.rotary is None:
+            write_kv(key, value, *caches, slot_mapping)
+            return query
+        cos, sin = self.rotary.cos, self.rotary.sin
+        return rotate_and_write_kv(query, key, value, cos, sin, positions, *caches, slot_mapping)

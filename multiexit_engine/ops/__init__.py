@@ -18,7 +18,7 @@ from multiexit_engine.ops.coded_heads import (
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.dola import js_divergences, relative_top_logits
 from multiexit_engine.ops.heads import HeadStatistics, head_logits, head_statistics
-from multiexit_engine.ops.kv import write_kv
+from multiexit_engine.ops.kv import rotate_and_write_kv, write_kv
 from multiexit_engine.ops.linear import linear, linear_activation
 from multiexit_engine.ops.norm import layer_norm, rms_norm
 from multiexit_engine.ops.packed_attention import packed_attention
@@ -71,6 +71,7 @@ __all__ = [
     "relative_top_logits",
     "rms_norm",
     "rotary",
+    "rotate_and_write_kv",
     "sample_tokens",
     "shared_head_tokens",
     "use_backend",

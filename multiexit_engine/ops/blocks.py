@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from multiexit_engine.batch import ForwardBatch
-from multiexit_engine.ops.operands import is_plain
+from multiexit_engine.ops.operands import is_dense, is_plain
 from multiexit_engine.ops.registry import register_op
 
 
@@ -56,6 +56,25 @@ def _has_no_bias(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
     return is_plain(hidden) and blocks[0].attention.bias is None
 
 
+def _begins_with_norms(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
+    """Whether blocks are the decoder-only families', their matrices as the GPU's kernels read them.
+
+    All blocks of a model, or none.
+    """
+    return (
+        _has_no_bias(hidden, blocks)
+        and not blocks[0].is_post_norm
+        and not hasattr(blocks[0], "cross_attention")
+        and is_dense(blocks[0].attention.qkv.weight)
+    )
+
+
+decoder_blocks.backend(
+    "triton",
+    "multiexit_engine.kernels.blocks:decoder_blocks",
+    device="cuda",
+    supports=_begins_with_norms,
+)
 decoder_blocks.backend(
     "cpu", "multiexit_engine._native:decoder_blocks", device="cpu", supports=_has_no_bias
 )

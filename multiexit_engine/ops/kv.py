@@ -1,10 +1,12 @@
-"""Storing keys and values in the paged cache."""
+"""Storing keys and values in the paged cache, turned by their positions or as they are."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from multiexit_engine.ops.operands import is_plain
 from multiexit_engine.ops.registry import register_op
+from multiexit_engine.ops.rotary import rotary
 
 
 @register_op
@@ -30,3 +32,46 @@ def write_kv(
 
 
 write_kv.backend("triton", "multiexit_engine.kernels.kv:write_kv", device="cuda")
+
+
+@register_op
+def rotate_and_write_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """``rotary``, then ``write_kv`` of the turned keys.
+
+    Args:
+        query: [tokens, heads, head_dim]; no heads where keys alone are wanted.
+        key: [tokens, kv_heads, head_dim].
+        value: of the same shape.
+        cos: [positions, head_dim / 2], of every position.
+        sin: of the same shape.
+        positions: [tokens] int64.
+        key_cache: [blocks, block_size, kv_heads, head_dim], contiguous, written in place.
+        value_cache: of the same shape, written in place.
+        slot_mapping: [tokens] int64, all different.
+
+    Returns:
+        The turned queries, a new tensor of the shape and dtype of ``query``.
+
+    Source: ``rotary`` and ``write_kv``.
+    """
+    query, key = rotary(query, key, cos, sin, positions)
+    write_kv(key, value, key_cache, value_cache, slot_mapping)
+    return query
+
+
+rotate_and_write_kv.backend(
+    "triton",
+    "multiexit_engine.kernels.rotary:rotate_and_write_kv",
+    device="cuda",
+    supports=lambda query, key, value, *_: is_plain(query, key, value),
+)

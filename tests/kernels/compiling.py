@@ -37,7 +37,16 @@ PRODUCTS = re.compile(r"mma\.sync\.aligned\.\w+|wgmma\.mma_async|tcgen05\.mma")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = (torch.bfloat16, torch.float32)
 # Arguments that are multiples of 16 for every model we know.
-DIVISIBLE = {"width", "split_width", "x_stride", "query_stride", "key_stride", "value_stride"}
+DIVISIBLE = {
+    "query_width",
+    "kv_width",
+    "width",
+    "split_width",
+    "x_stride",
+    "query_stride",
+    "key_stride",
+    "value_stride",
+}
 TYPES = {
     **dict.fromkeys(("alpha_ptr", "temperature_ptr", "running_ptr", "tile_stat_ptr"), "*fp32"),
     **dict.fromkeys(("candidate_logit_ptr", "candidate_score_ptr", "logprob_ptr"), "*fp32"),

@@ -7,7 +7,9 @@ Where the interpreter (3.6 and 3.7) differs from the hardware, or fails:
 2. With numpy >= 2.4 a run-time bound of ``range`` is a TypeError.
 3. Every call of a helper patches ``triton.language`` anew, which is slow and never undone. Here
    it happens once a launch.
-4. Programs run in one order only. ``program_order`` shuffles them.
+4. Products are BLAS's, whose rounding depends on where in its tile a row lies. Here their sums are
+   rounded once.
+5. Programs run in one order only. ``program_order`` shuffles them.
 """
 
 from __future__ import annotations
@@ -70,8 +72,9 @@ def _binary_op(self, left, right, operation):
 
 
 def _create_dot(self, left, right, start, input_precision, max_num_imprecise_acc):
-    if left.dtype.scalar in (tl.bfloat16, tl.float16):
-        product = _widened(left).astype(np.float32) @ _widened(right).astype(np.float32)
+    if left.dtype.scalar in (tl.bfloat16, tl.float16, tl.float32):
+        product = _widened(left).astype(np.float64) @ _widened(right).astype(np.float64)
+        product = product.astype(np.float32)
         return TensorHandle(product + start.data, start.dtype.scalar)
     return _dot(self, left, right, start, input_precision, max_num_imprecise_acc)
 

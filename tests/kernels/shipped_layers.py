@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from multiexit_engine.kernels import norms, product_tiles, products
+from multiexit_engine.kernels import norms, product_tiles, products, qkv_tiles, rotary
 from multiexit_engine.kernels.launch import options
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-WIDE = {"output_ptr": "*fp32"}
 # product, what it has
 PRODUCTS = {
     "plain": {},
@@ -29,26 +28,73 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-def layers(dtype: torch.dtype) -> Iterator[tuple[str, Any, Any, Any, Any, dict[str, str]]]:
+# what stands before attention, per family: width of a head, the rest
+QKV = {
+    "gpt2": (64, {"NORM": "layer", "ROTARY": False, "HAS_BIAS": True, "SPLIT": True}),
+    "llama": (128, {"NORM": "rms", "ROTARY": True, "HAS_BIAS": False, "SPLIT": True}),
+    "wide llama": (96, {"NORM": "rms", "ROTARY": True, "HAS_BIAS": True, "SPLIT": False}),
+}
+_Item = tuple[str, Any, torch.dtype, dict[str, Any], dict[str, int], dict[str, str]]
+
+
+def layers(dtype: torch.dtype) -> Iterator[_Item]:
     """Name, kernel, dtype, constants, options, types of arguments that are not of ``dtype``."""
     for is_layer in (True, False):
         constants = {"IS_LAYER": is_layer, **({} if is_layer else {"shift_ptr": None})}
         name = f"norm layer={is_layer}"
         yield name, norms.norm_kernel, dtype, constants, options(4), {"x_ptr": "*fp32"}
     for rows in (1, 16, 32, 64):
+        is_normed = rows == 1 and dtype != torch.float32
         for name, has in PRODUCTS.items():
-            if "NORM" not in has or (rows == 1 and dtype != torch.float32):
-                yield from _product(f"product rows={rows} {name}", rows, dtype, has)
+            if "NORM" not in has or is_normed:
+                yield _product(f"product rows={rows} {name}", rows, dtype, has)
+        for name, (head_dim, has) in QKV.items():
+            norm = has["NORM"] if is_normed else "none"
+            yield _qkv(
+                f"product rows={rows} qkv {name}", rows, dtype, head_dim, {**has, "NORM": norm}
+            )
+    for heads, kv_heads, head_dim in ((32, 8, 128), (32, 32, 96), (0, 8, 128)):
+        constants = {
+            "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
+            "BLOCK_Q": max(1, heads), "BLOCK_KV": kv_heads, "BLOCK_D": 64,
+        }  # fmt: skip
+        name = f"rotary heads={heads}/{kv_heads}x{head_dim}"
+        yield name, rotary.rotate_and_write_kernel, dtype, constants, options(4), {}
 
 
-def _product(
-    name: str, rows: int, dtype: torch.dtype, has: dict[str, Any]
-) -> Iterator[tuple[str, Any, Any, Any, Any, dict[str, str]]]:
+def _tile(rows: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, int]]:
     tile = products.tile_for(rows, dtype)
     constants = {
+        "EVEN": 1024 % tile.block_k == 0, "BLOCK_V": tile.block_v, "BLOCK_R": tile.block_r,
+        "BLOCK_K": tile.block_k, "STAGES": tile.num_stages,
+    }  # fmt: skip
+    return constants, options(tile.num_warps, tile.max_registers)
+
+
+def _without(needed: dict[str, bool]) -> dict[str, None]:
+    return {pointer: None for pointer, is_needed in needed.items() if not is_needed}
+
+
+def _qkv(name: str, rows: int, dtype: torch.dtype, head_dim: int, has: dict[str, Any]) -> _Item:
+    tile, launch = _tile(rows, dtype)
+    needed = {
+        "bias_ptr": has["HAS_BIAS"], "gain_ptr": has["NORM"] != "none",
+        "shift_ptr": has["NORM"] == "layer", "position_ptr": has["ROTARY"],
+        "cos_ptr": has["ROTARY"], "sin_ptr": has["ROTARY"],
+        "partial_ptr": has["SPLIT"], "ticket_ptr": has["SPLIT"],
+    }  # fmt: skip
+    types = {"weight_ptr": POINTERS[dtype]}
+    if has["NORM"] != "none":
+        types["x_ptr"] = "*fp32"
+    constants = {"HEAD_DIM": head_dim, **has, **tile, **_without(needed)}
+    return name, qkv_tiles.qkv_kernel, dtype, constants, launch, types
+
+
+def _product(name: str, rows: int, dtype: torch.dtype, has: dict[str, Any]) -> _Item:
+    tile, launch = _tile(rows, dtype)
+    constants = {
         "NORM": "none", "FORM": "none", "GATED": False, "HAS_BIAS": False, "HAS_RESIDUAL": False,
-        "SPLIT": False, "EVEN": 1024 % tile.block_k == 0, "BLOCK_V": tile.block_v,
-        "BLOCK_R": tile.block_r, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, **has,
+        "SPLIT": False, **tile, **has,
     }  # fmt: skip
     needed = {
         "bias_ptr": constants["HAS_BIAS"],
@@ -58,17 +104,10 @@ def _product(
         "partial_ptr": constants["SPLIT"],
         "ticket_ptr": constants["SPLIT"],
     }
-    constants |= {pointer: None for pointer, is_needed in needed.items() if not is_needed}
     types = {"weight_ptr": POINTERS[dtype], "residual_ptr": "*fp32"}
     if constants["HAS_RESIDUAL"]:
-        types |= WIDE
+        types["output_ptr"] = "*fp32"
     if constants["NORM"] != "none":
         types["x_ptr"] = "*fp32"
-    yield (
-        name,
-        product_tiles.product_kernel,
-        dtype,
-        constants,
-        options(tile.num_warps, tile.max_registers),
-        types,
-    )
+    constants |= _without(needed)
+    return name, product_tiles.product_kernel, dtype, constants, launch, types

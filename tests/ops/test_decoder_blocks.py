@@ -42,7 +42,7 @@ def hidden_after(model, function, texts=TEXTS, steps=STEPS, blocks=slice(None)):
     return outputs, cache.kv_cache
 
 
-@all_backends(decoder_blocks)
+@all_backends(decoder_blocks, is_long=True)
 @FAMILIES
 def test_backend_equals_the_modules_in_float32(checkpoints, backend, name):
     function = implementation_or_skip(decoder_blocks, backend)
@@ -59,7 +59,7 @@ def test_backend_equals_the_modules_in_float32(checkpoints, backend, name):
             torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4, equal_nan=True)
 
 
-@all_backends(decoder_blocks)
+@all_backends(decoder_blocks, is_long=True)
 @FAMILIES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_backend_is_as_near_to_float32_as_the_modules(checkpoints, backend, name, dtype):
@@ -80,7 +80,7 @@ def test_backend_is_as_near_to_float32_as_the_modules(checkpoints, backend, name
         assert own_error <= 1.2 * (other.float() - true).abs().mean() + 1e-6
 
 
-@all_backends(decoder_blocks)
+@all_backends(decoder_blocks, is_long=True)
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_a_row_is_the_same_in_any_batch(checkpoints, backend, name):
     function = implementation_or_skip(decoder_blocks, backend)

@@ -1,0 +1,49 @@
+"""Spans of blocks on the GPU's kernels, against the modules; ``tests/ops`` has every family."""
+
+import pytest
+import torch
+
+from multiexit_engine.checkpoint import open_checkpoint
+from multiexit_engine.models import build_model
+from multiexit_engine.ops import decoder_blocks, use_backend
+from tests.models.harness import CASES, save, transformers_model
+from tests.ops.test_decoder_blocks import hidden_after
+
+blocks = pytest.importorskip("multiexit_engine.kernels.blocks")
+kernels = pytest.importorskip("multiexit_engine.kernels.launch")
+
+TEXTS = [[5, 17, 99], [9, 8]]
+STEPS = [[(0, 2), (0, 1)], [(2, 3), (1, 2)]]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/ops runs them on the GPU")
+@pytest.mark.parametrize("name", ["gpt2", "llama 3", "qwen3 with biases"])
+def test_two_blocks_equal_the_modules(name, tmp_path):
+    checkpoint = open_checkpoint(save(transformers_model(*CASES[name]), tmp_path))
+    model = build_model(checkpoint, torch.device("cpu"), torch.float32)
+    with use_backend("reference"):
+        expected, _ = hidden_after(
+            model, decoder_blocks.reference, TEXTS, STEPS, blocks=slice(0, 2)
+        )
+    found, _ = hidden_after(model, blocks.decoder_blocks, TEXTS, STEPS, blocks=slice(0, 2))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5 * float(other.abs().max()), rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted where they are few")
+def test_a_block_of_few_rows_takes_six_launches(monkeypatch, tmp_path):
+    checkpoint = open_checkpoint(save(transformers_model(*CASES["gpt2"]), tmp_path))
+    model = build_model(checkpoint, torch.device("cpu"), torch.bfloat16)
+    launches = []
+    launch = kernels.triton.runtime.interpreter.InterpretedFunction.run
+
+    def counted(self, *args, **kwargs):
+        launches.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(kernels.triton.runtime.interpreter.InterpretedFunction, "run", counted)
+    hidden_after(model, blocks.decoder_blocks, [[5]], [[(0, 1)]], blocks=slice(0, 1))
+    assert launches == [
+        "qkv_kernel", "short_kernel", "merge_kernel", "product_kernel", "product_kernel",
+        "product_kernel",
+    ]  # fmt: skip
