@@ -1,4 +1,4 @@
-"""Spans of pre-norm decoder blocks in few launches: six a block up to 4 rows.
+"""Spans of decoder blocks in few launches: six a pre-norm block up to 4 rows.
 
 Reads the parts of blocks by their names, as the CPU's front does; imports none of their classes.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.kernels.attention import paged_attention
+from multiexit_engine.kernels.norms import norm as norm_rows
 from multiexit_engine.kernels.norms import rms_norm
 from multiexit_engine.kernels.products import Norm, product
 from multiexit_engine.kernels.qkv import Slots, Turn, place, store_qkv
@@ -21,23 +22,55 @@ def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: 
     """See ``multiexit_engine.ops.blocks``. The residual stream is float32 between layers."""
     hidden = hidden.float()
     for block in blocks:
-        attention, mlp = block.attention, block.mlp
-        attended = _attended(hidden, _norm(block.attention_norm), attention, kv_cache, batch)
-        hidden = _added(hidden, attended, attention.output)
-        norm = _norm(block.mlp_norm)
-        hidden = _added(hidden, _inner(hidden, norm, mlp), mlp.down)
+        attention, cross, mlp = block.attention, block.cross_attention, block.mlp
+        norm = _Norms(block.attention_norm, block.is_post_norm)
+        attended = _attended(hidden, norm.before, attention, kv_cache, batch)
+        hidden = norm.after(_added(hidden, attended, attention.output))
+        if cross is not None:
+            norm = _Norms(block.cross_norm, block.is_post_norm)
+            mixed = _of_sources(hidden, norm.before, cross, kv_cache, batch)
+            hidden = norm.after(_added(hidden, mixed, cross.output))
+        norm = _Norms(block.mlp_norm, block.is_post_norm)
+        hidden = norm.after(_added(hidden, _inner(hidden, norm.before, mlp), mlp.down))
     return hidden
 
 
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight, getattr(module, "bias", None), module.eps)
+class _Norms:
+    """The norm of one part of a block, where it stands."""
+
+    def __init__(self, module: Any, is_post_norm: bool) -> None:
+        own = Norm(module.weight, getattr(module, "bias", None), module.eps)
+        self.before = None if is_post_norm else own
+        self._behind = own if is_post_norm else None
+
+    def after(self, hidden: Tensor) -> Tensor:
+        """The stream once the part was added to it."""
+        if self._behind is None:
+            return hidden
+        return norm_rows(hidden, *self._behind, dtype=torch.float32)
 
 
 def _added(hidden: Tensor, x: Tensor, matrix: Any) -> Tensor:
     return product(x, matrix.weight, matrix.bias, residual=hidden, dtype=torch.float32)
 
 
-def _attended(hidden: Tensor, norm: Norm, attention: Any, kv_cache: Any, batch: Any) -> Tensor:
+def _of_sources(hidden: Tensor, norm: Norm | None, cross: Any, kv_cache: Any, batch: Any) -> Tensor:
+    """[tokens, width of all heads]; reads what was stored of each token's source."""
+    query = product(hidden, cross.query.weight, cross.query.bias, norm_before=norm)
+    mixed = paged_attention(
+        query.view(len(hidden), -1, cross.head_dim),
+        kv_cache.key(cross.layer),
+        kv_cache.value(cross.layer),
+        batch.sources,
+        cross.scale,
+        None,
+    )
+    return mixed.flatten(1)
+
+
+def _attended(
+    hidden: Tensor, norm: Norm | None, attention: Any, kv_cache: Any, batch: Any
+) -> Tensor:
     """[tokens, width of all heads]; writes this layer's keys and values."""
     slots = Slots(
         kv_cache.key(attention.layer), kv_cache.value(attention.layer), batch.slot_mapping
@@ -64,7 +97,7 @@ def _attended(hidden: Tensor, norm: Norm, attention: Any, kv_cache: Any, batch: 
     return mixed.flatten(1)
 
 
-def _inner(hidden: Tensor, norm: Norm, mlp: Any) -> Tensor:
+def _inner(hidden: Tensor, norm: Norm | None, mlp: Any) -> Tensor:
     """[tokens, inner width]: all of a feed-forward layer but its last matrix."""
     gate_up = getattr(mlp, "gate_up", None)
     if gate_up is None:

@@ -93,7 +93,7 @@ def product(
     """``residual + activation(norm(x) @ weight.T + bias)``, in one launch up to 64 rows.
 
     Args:
-        x: [rows, in_features], in the dtype of the weights, or float32 if it is normalised.
+        x: [rows, in_features], in the dtype of the weights or in float32, then rounded to it.
         weight: [out_features, in_features], contiguous.
         bias: [out_features].
         norm_before: of x; its result is rounded to the dtype of the weights.
@@ -183,6 +183,8 @@ def ready(x: Tensor, weight: Tensor, norm_before: Norm | None) -> tuple[Tensor, 
     is_fused = 0 < x.shape[0] <= MAX_NORMED_ROWS and weight.dtype != torch.float32
     if norm_before is not None and not is_fused:
         x, norm_before = norm(x, *norm_before, dtype=weight.dtype), None
+    if x.shape[0] > MAX_ROWS:
+        x = x.to(weight.dtype)
     return (x if x.stride(1) == 1 else x.contiguous()), norm_before
 
 

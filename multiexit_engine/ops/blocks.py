@@ -56,24 +56,16 @@ def _has_no_bias(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
     return is_plain(hidden) and blocks[0].attention.bias is None
 
 
-def _begins_with_norms(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
-    """Whether blocks are the decoder-only families', their matrices as the GPU's kernels read them.
-
-    All blocks of a model, or none.
-    """
-    return (
-        _has_no_bias(hidden, blocks)
-        and not blocks[0].is_post_norm
-        and not hasattr(blocks[0], "cross_attention")
-        and is_dense(blocks[0].attention.qkv.weight)
-    )
+def _is_dense(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
+    """Whether, besides, matrices are as the GPU's kernels read them: all of a model's, or none."""
+    return _has_no_bias(hidden, blocks) and is_dense(blocks[0].attention.qkv.weight)
 
 
 decoder_blocks.backend(
     "triton",
     "multiexit_engine.kernels.blocks:decoder_blocks",
     device="cuda",
-    supports=_begins_with_norms,
+    supports=_is_dense,
 )
 decoder_blocks.backend(
     "cpu", "multiexit_engine._native:decoder_blocks", device="cpu", supports=_has_no_bias

@@ -5,8 +5,10 @@ import torch
 
 from multiexit_engine.checkpoint import open_checkpoint
 from multiexit_engine.models import build_model
-from multiexit_engine.ops import decoder_blocks, use_backend
-from tests.models.harness import CASES, save, transformers_model
+from multiexit_engine.ops import assume_device, decoder_blocks, use_backend
+from tests.models.harness import CASES, ENCODER_DECODERS, save, transformers_model
+from tests.models.test_encoder_decoders import run_in_chunks
+from tests.models.test_encoder_decoders import transformers_model as transformers_seq2seq
 from tests.ops.test_decoder_blocks import hidden_after
 
 blocks = pytest.importorskip("multiexit_engine.kernels.blocks")
@@ -26,6 +28,18 @@ def test_two_blocks_equal_the_modules(name, tmp_path):
             model, decoder_blocks.reference, TEXTS, STEPS, blocks=slice(0, 2)
         )
     found, _ = hidden_after(model, blocks.decoder_blocks, TEXTS, STEPS, blocks=slice(0, 2))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5 * float(other.abs().max()), rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tensors are the CPU's")
+def test_blocks_with_sources_and_norms_behind_equal_the_modules(tmp_path):
+    folder = save(transformers_seq2seq(*ENCODER_DECODERS["bart"]), tmp_path)
+    model = build_model(open_checkpoint(folder), torch.device("cpu"), torch.float32)
+    with use_backend("reference"):
+        expected = run_in_chunks(model, 5, [0, 1])
+    with assume_device("cuda"):
+        found = run_in_chunks(model, 5, [0, 1])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5 * float(other.abs().max()), rtol=0)
 
