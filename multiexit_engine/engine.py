@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.checkpoint import Checkpoint, open_checkpoint
-from multiexit_engine.config import (
-    BackendName,
-    EngineConfig,
-    ModelConfig,
-    VocabularyProjectionMode,
-)
+from multiexit_engine.config import BackendName, EngineConfig, ModelConfig, VocabularyProjectionMode
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.models.registry import build_model
@@ -43,13 +38,7 @@ from multiexit_engine.runtime.parallel_core import ParallelCore
 from multiexit_engine.runtime.parallel_intake import ParallelIntake
 from multiexit_engine.runtime.progress import run_all
 from multiexit_engine.runtime.report import followed_text, request_output
-from multiexit_engine.runtime.scoring import (
-    ScoreItem,
-    as_items,
-    score_output,
-    scored_text,
-    windows,
-)
+from multiexit_engine.runtime.scoring import ScoreItem, as_items, score_output, scored_text, windows
 from multiexit_engine.runtime.settings import make_engine_config
 from multiexit_engine.runtime.streaming import Feeds, stream_request
 
@@ -105,6 +94,8 @@ class Engine:
         block_size: int = 16,
         prefix_caching: bool = True,
         quantization: str | None = None,
+        cuda_graphs: bool | Sequence[int] | str = False,
+        async_scheduling: bool = False,
         revision: str | None = None,
         seed: int = 0,
     ) -> Engine:
@@ -133,6 +124,11 @@ class Engine:
             quantization: "int8" or "int4" stores weight matrices as small integers with a scale for
                 each 32 columns ("int8-g64", "int4-g64": 64), for the CPU; sums stay in float32.
                 docs/quantization.md says what it costs. None keeps them in dtype.
+            cuda_graphs: capture plain decode steps, for some numbers of rows up to max_batch_size
+                (True) or for those given (a list, or "1,2,4"); the tokens stay the same. CUDA only,
+                not for encoder-decoders; docs/gpu.md says which steps are plain.
+            async_scheduling: launch a plain decode step before the tokens of the last one are
+                known. As cuda_graphs.
             revision: of a hub id.
             seed: of requests that bring none.
 
@@ -160,6 +156,8 @@ class Engine:
             prefix_caching=prefix_caching,
             seed=seed,
             quantization=quantization,
+            cuda_graphs=cuda_graphs,
+            async_scheduling=async_scheduling,
         )
         return cls(opened, config, decoding)
 

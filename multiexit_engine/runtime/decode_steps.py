@@ -163,6 +163,7 @@ class DecodeSteps:
             and not request.source_token_ids
             and request.sampling.prompt_logprobs is None
             and row.sequence.grammar is None
+            and not request.continuation
             and self._chooser.is_direct(row)
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -12,6 +13,7 @@ from multiexit_engine.config import BackendName, EngineConfig, ModelConfig
 from multiexit_engine.errors import BackendUnavailable
 from multiexit_engine.ops import Op
 from multiexit_engine.quantization import Quantization
+from multiexit_engine.runtime.graphs import graph_sizes
 from multiexit_engine.runtime.memory import num_kv_blocks
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ def make_engine_config(
     prefix_caching: bool,
     seed: int,
     quantization: str | None,
+    cuda_graphs: bool | Sequence[int] | str = False,
+    async_scheduling: bool = False,
 ) -> EngineConfig:
     """The checked limits of an engine on a checkpoint; see ``Engine.from_pretrained``."""
     check_counts(
@@ -64,6 +68,8 @@ def make_engine_config(
         prefix_caching=prefix_caching,
         seed=seed,
         quantization=pick_quantization(quantization, place),
+        cuda_graphs=pick_graph_sizes(cuda_graphs, place, checkpoint.config, max_batch_size),
+        async_scheduling=pick_async_scheduling(async_scheduling, place, checkpoint.config),
     )
 
 
@@ -134,6 +140,45 @@ def pick_quantization(quantization: str | None, device: torch.device) -> Quantiz
             f"{str(device)!r}; give device='cpu' or quantization=None"
         )
     return Quantization.parse(quantization)
+
+
+def pick_graph_sizes(
+    wanted: bool | Sequence[int] | str,
+    device: torch.device,
+    model: ModelConfig,
+    max_batch_size: int,
+) -> tuple[int, ...]:
+    """Numbers of rows to capture decode steps for; raises ValueError where there are no graphs."""
+    if wanted is False:
+        return ()
+    _check_launches_steps(f"cuda_graphs={wanted!r}", device, model)
+    if wanted is True:
+        return graph_sizes(max_batch_size)
+    if isinstance(wanted, str):
+        sizes = [int(part) if part.isdecimal() else 0 for part in wanted.split(",")]
+    else:
+        sizes = [] if isinstance(wanted, int) else list(wanted)
+    if not sizes or not all(type(size) is int and 1 <= size <= max_batch_size for size in sizes):
+        raise ValueError(
+            f"cuda_graphs={wanted!r}: give True, False, or numbers of rows from 1 to "
+            f"max_batch_size={max_batch_size}"
+        )
+    return tuple(sorted(set(sizes)))
+
+
+def pick_async_scheduling(wanted: bool, device: torch.device, model: ModelConfig) -> bool:
+    """Whether steps are launched ahead; raises ValueError where they cannot be."""
+    if wanted:
+        _check_launches_steps(f"async_scheduling={wanted!r}", device, model)
+    return wanted
+
+
+def _check_launches_steps(given: str, device: torch.device, model: ModelConfig) -> None:
+    if device.type != "cuda":
+        name = str(device)
+        raise ValueError(f"{given}: {name!r} runs steps at once; give device='cuda' or False")
+    if model.encoder is not None:
+        raise ValueError(f"{given}: not for encoder-decoders such as {model.model_type!r}")
 
 
 @functools.cache

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from multiexit_engine import Contrast, Exit, Original, SamplingParams
 from multiexit_engine.runtime.graphs import Graphs, graph_sizes
+from multiexit_engine.runtime.settings import pick_graph_sizes
 from tests.runtime.on_simulated_device import on_cpu, on_device, token_ids
 from tests.tiny import save_gpt2
 
@@ -52,6 +56,38 @@ def test_a_replayed_step_launches_graphs_and_nothing_else(folder):
     # two spans of layers and the heads
     assert device.counts.pop("replays") == 3
     assert device.counts == {"pinned copies": 1, "copies to the host": 1, "synchronisations": 1}
+
+
+def test_pieces_are_captured_for_their_own_heads_and_rows(folder):
+    batches = [
+        ([[7]], Contrast("original", 2)),
+        ([[7]], Original()),
+        ([[7]], Contrast("original", 4)),
+        (PROMPTS[:3], Contrast("original", 4)),
+    ]
+    alone = on_cpu(folder)
+    with on_device(folder, cuda_graphs=(1, 2, 4)) as (engine, _):
+        for prompts, mode in batches:
+            found = engine.generate(prompts, GREEDY, mode)
+            assert token_ids(found) == token_ids(alone.generate(prompts, GREEDY, mode))
+
+
+@pytest.mark.parametrize("option", [{"cuda_graphs": True}, {"async_scheduling": True}])
+def test_a_cpu_refuses_what_it_has_no_use_for(folder, option):
+    with pytest.raises(ValueError, match="'cpu' runs steps at once; give device='cuda'"):
+        on_cpu(folder, **option)
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [9], [True], 3, "all", "1,x"])
+def test_sizes_beyond_the_batch_are_refused(sizes):
+    config = SimpleNamespace(encoder=None)
+    with pytest.raises(ValueError, match="numbers of rows from 1 to max_batch_size=8"):
+        pick_graph_sizes(sizes, torch.device("cuda"), config, 8)
+
+
+def test_sizes_may_be_written_out():
+    config = SimpleNamespace(encoder=None)
+    assert pick_graph_sizes("4,1,2", torch.device("cuda"), config, 8) == (1, 2, 4)
 
 
 def test_steps_beyond_the_largest_size_run_without_graphs(folder):

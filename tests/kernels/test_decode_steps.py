@@ -1,0 +1,52 @@
+"""Decode steps in memory that stays where it is, on the GPU's kernels: padding, bounds, groups."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from multiexit_engine import Contrast, Engine, Exit, Original, SamplingParams
+from multiexit_engine.ops import assume_device
+from multiexit_engine.runtime.decode_steps import DecodeSteps
+from multiexit_engine.runtime.graphs import Graphs
+from tests.tiny import save_gpt2
+
+pytest.importorskip("multiexit_engine.kernels.heads")
+
+PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12], [9] * 20]
+MODES = [Original(), Exit(2), Contrast(4, 2)]
+SAMPLING = SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=1.0, top_k=0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"), num_layers=4, num_heads=2, exits=(2, 4))
+
+
+def ids(engine):
+    return [o.outputs[0].token_ids for o in engine.generate(PROMPTS, SAMPLING, MODES)]
+
+
+def test_padded_pieces_give_the_ids_of_the_reference(folder, device):
+    """Pieces are called again instead of captured, with what their first call was given."""
+    kept = {"device": device, "dtype": "float32", "max_model_len": 64}
+    engine = Engine.from_pretrained(folder, backend="native", **kept)
+    runner = engine._core.runner
+    pieces = Graphs((2, 4), 64, capture=lambda call: call)
+    parts = engine._model, runner.kv_cache, runner._chooser, engine.config, pieces
+    runner._decode = DecodeSteps(*parts)
+    with nullcontext() if device == "cuda" else assume_device("cuda"):
+        found = ids(engine)
+    assert pieces.num_captured
+    assert found == ids(Engine.from_pretrained(folder, backend="reference", **kept))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("ahead", [False, True], ids=["one at a time", "ahead"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_cuda_graphs_give_the_ids_of_the_reference(folder, backend, ahead):
+    kept = {"device": "cuda", "dtype": "float32", "max_model_len": 64}
+    options = {"backend": backend, "cuda_graphs": True, "async_scheduling": ahead}
+    found = ids(Engine.from_pretrained(folder, **kept, **options))
+    assert found == ids(Engine.from_pretrained(folder, backend="reference", **kept))
