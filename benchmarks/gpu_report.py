@@ -38,6 +38,7 @@ from benchmarks.gpu import (  # noqa: E402
     ceilings,
     engine_check,
     head_cases,
+    product_cases,
     ring_cases,
     timing,
 )
@@ -131,6 +132,8 @@ def main() -> None:
     result["ring"] = ring_cases.measure(read)
     if result["ring"]:
         table("heads of few rows: ring of bulk copies against Triton", result["ring"])
+    result["products"] = product_cases.measure(read)
+    table("products: bf16, norm and epilogue fused; % is of the read bandwidth", result["products"])
     result["attention"] = attention_cases.measure(read)
     table("paged attention: decode, bf16, block 16", result["attention"])
     try:
