@@ -40,6 +40,7 @@ from benchmarks.gpu import (  # noqa: E402
     head_cases,
     product_cases,
     ring_cases,
+    step_cases,
     timing,
 )
 
@@ -141,6 +142,12 @@ def main() -> None:
     except Exception as error:  # the engine's failure must not cost the kernels' figures
         result["engine"] = f"{type(error).__name__}: {error}"
     print(f"\nengine on {timing.DEVICE}, greedy float32 ids against the CPU's:", result["engine"])
+    try:
+        result["steps"] = step_cases.measure()
+        table("decode steps: GPT-2-medium's shape, bf16, wall time of a step", result["steps"])
+    except Exception as error:
+        result["steps"] = f"{type(error).__name__}: {error}"
+        print("\ndecode steps:", result["steps"])
     result["seconds"] = time.perf_counter() - start
     Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{result['seconds']:.0f} s; wrote {arguments.output}")

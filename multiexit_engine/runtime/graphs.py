@@ -90,7 +90,11 @@ def capture_on(device: torch.device) -> Capture:
 
     def capture(call: Call) -> Call:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+        with (
+            torch.cuda.device(device),
+            # other threads may use the device meanwhile
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             call()
         return graph.replay
 
