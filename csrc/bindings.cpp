@@ -4,6 +4,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/block.h"
+#include "cpu/coded_tokens.h"
 #include "cpu/dense.h"
 #include "cpu/head_statistics.h"
 #include "cpu/heads.h"
@@ -138,6 +139,24 @@ void measure_coded_head(int threads, Address hidden, Address hidden_scales, int6
       threads, {at<uint8_t>(hidden), at(hidden_scales)}, rows,
       {at<int8_t>(codes), at<int32_t>(starts), at(scales), vocab, columns}, at(bias),
       {at<int64_t>(tokens), at(log_probs), at(second_log_probs), at(log_sum_exp), at(entropy)});
+}
+
+void code_states(int threads, Address x, int64_t rows, int64_t columns, Address codes,
+                 Address scales, Address norms, Address errors) {
+  Release nogil;
+  code_rows(threads, at(x), rows, columns,
+            {at<uint8_t>(codes), at(scales), at<double>(norms), at<double>(errors)});
+}
+
+void choose_by_codes(int threads, Address hidden, Address hidden_codes, Address hidden_scales,
+                     Address errors, int64_t rows, Address codes, Address starts, Address scales,
+                     int64_t columns, const Matrix& weight, Address bias, Address tokens) {
+  Release nogil;
+  coded_head_tokens(
+      threads,
+      {at(hidden), {at<uint8_t>(hidden_codes), at(hidden_scales)}, at<double>(errors), rows},
+      {at<int8_t>(codes), at<int32_t>(starts), at(scales), weight.rows, columns},
+      {weight, at(bias)}, at<int64_t>(tokens));
 }
 
 HeadPair pair_of(int dtype, Address upper_hidden, const Matrix& upper, Address lower_hidden,
@@ -277,6 +296,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("head_logits", &project);
   m.def("head_statistics", &measure_head);
   m.def("coded_head_statistics", &measure_coded_head);
+  m.def("code_rows", &code_states);
+  m.def("coded_head_tokens", &choose_by_codes);
   m.def("head_tokens", &choose);
   m.def("contrast_heads", &contrast);
   m.def("contrast_tokens", &choose_contrast);

@@ -124,6 +124,31 @@ def coded_head_statistics(
     log_sum_exp: int,
     entropy: int,
 ) -> None: ...
+def code_rows(
+    threads: int,
+    x: int,
+    rows: int,
+    columns: int,
+    codes: int,
+    scales: int,
+    norms: int,
+    errors: int,
+) -> None: ...
+def coded_head_tokens(
+    threads: int,
+    hidden: int,
+    hidden_codes: int,
+    hidden_scales: int,
+    errors: int,
+    rows: int,
+    codes: int,
+    starts: int,
+    scales: int,
+    columns: int,
+    weight: Matrix,
+    bias: int,
+    tokens: int,
+) -> None: ...
 def head_tokens(
     threads: int, hidden: int, dtype: int, rows: int, weight: Matrix, bias: int, choice: Choice
 ) -> None: ...

@@ -62,6 +62,19 @@ static void coded_tiles(int64_t tokens, const uint8_t* x, int64_t columns, const
   }
 }
 
+// The first `count` of a block's sums to logits.
+static inline void scale_sums(const int32_t* sums, const float* scales, float scale,
+                              const float* bias, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const int64_t some = count - i < kWidth ? count - i : kWidth;
+    VecInt own;
+    __builtin_memcpy(&own, sums + i, sizeof own);
+    Vec v = __builtin_convertvector(own, Vec) * load(scales + i) * scale;
+    if (bias) v += load_some(bias + i, some);
+    store_some(out + i, v, some);
+  }
+}
+
 static void coded_product(const CodedRows& x, int64_t tokens, const CodedMatrix& weight,
                           int64_t first, int64_t count, const float* bias, float* out,
                           int64_t out_stride) {
@@ -79,17 +92,56 @@ static void coded_product(const CodedRows& x, int64_t tokens, const CodedMatrix&
       for (int b = 0; b < blocks; ++b) {
         const int64_t place = start + b * kLanes;
         const int64_t left = count - place < kLanes ? count - place : kLanes;
-        for (int64_t t = 0; t < some; ++t) {
-          const int32_t* own = sums + (b * some + t) * kLanes;
-          float* target = out + (from + t) * out_stride + place;
-          for (int64_t i = 0; i < left; ++i)
-            target[i] = own[i] * weight.scales[first + place + i] * x.scales[from + t] +
-                        (bias ? bias[first + place + i] : 0.0f);
-        }
+        for (int64_t t = 0; t < some; ++t)
+          scale_sums(sums + (b * some + t) * kLanes, weight.scales + first + place,
+                     x.scales[from + t], bias ? bias + first + place : nullptr, left,
+                     out + (from + t) * out_stride + place);
       }
     }
     start += blocks * kLanes;
   }
+}
+
+// Columns behind `size` up to `padded` get the code of 0.
+static CodedRow code_row(const float* x, int64_t size, int64_t padded, uint8_t* codes) {
+  Vec greatest = fill(0.0f), nothing = fill(0.0f);
+  each_vector(size, [&](int64_t i, int64_t n) {
+    const Vec v = load_some(x + i, n), magnitude = v < 0.0f ? -v : v;
+    greatest = magnitude > greatest ? magnitude : greatest;
+    nothing += v - v;
+  });
+  // NaN where a number is none, or not finite.
+  const float scale = max_of(greatest) / 127.0f + sum_of(nothing);
+  const Vec divisor = fill(scale == 0.0f ? 1.0f : scale), magic = fill(12582912.0f);
+  double norm = 0.0, error = 0.0;
+  for (int64_t i = 0; i < padded; i += kWidth) {
+    const int64_t some = size - i < kWidth ? (size > i ? size - i : 0) : kWidth;
+    const Vec v = some > 0 ? load_some(x + i, some) : fill(0.0f);
+    // The sum with the magic number is rounded to the nearest, ties to even.
+    Vec code = (v / divisor + magic) - magic;
+    code = code == code ? code : fill(0.0f);
+    const int64_t room = padded - i < kWidth ? padded - i : kWidth;
+    for (int64_t j = 0; j < room; ++j) codes[i + j] = static_cast<uint8_t>(code[j] + 128.0f);
+    for (int64_t j = 0; j < some; ++j) {
+      const double lacking = double(v[j]) - double(code[j]) * scale;
+      norm += double(v[j]) * v[j];
+      error += lacking * lacking;
+    }
+  }
+  return {scale, __builtin_sqrt(norm), __builtin_sqrt(error)};
+}
+
+static float greatest(const float* x, int64_t count) {
+  Vec top = fill(-__builtin_inff());
+  each_vector(count, [&](int64_t i, int64_t n) {
+    if (n == kWidth) {
+      const Vec v = load(x + i);
+      top = v > top ? v : top;
+    } else {
+      for (int64_t j = 0; j < n; ++j) top[j] = x[i + j] > top[j] ? x[i + j] : top[j];
+    }
+  });
+  return max_of(top);
 }
 
 }  // namespace multiexit::cpu::ISA_NAMESPACE

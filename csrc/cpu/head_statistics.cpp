@@ -34,7 +34,10 @@ void unite(const Distribution* pieces, int64_t count, int64_t row, const HeadSta
   out.entropy[row] = static_cast<float>(std::max(entropy, 0.0) + blank);
 }
 
-// product(first, count, logits, stride) gives the logits of some tokens.
+// Rows whose logits of a piece wait in the cache together.
+constexpr int64_t kRows = 32;
+
+// product(row, rows, first, count, logits, stride) gives some rows' logits of some tokens.
 template <class Product>
 void statistics_of(int threads, int64_t rows, int64_t vocab, const HeadStatistics& out,
                    Product&& product) {
@@ -42,15 +45,18 @@ void statistics_of(int threads, int64_t rows, int64_t vocab, const HeadStatistic
   const int64_t pieces = (vocab + kPiece - 1) / kPiece;
   Scratch& scratch = Scratch::of_this_thread();
   const int64_t ranks = std::clamp(threads, 1, kMaxThreads);
-  float* rooms = scratch.room(Scratch::kPieces, ranks * rows * kPiece);
+  float* rooms = scratch.room(Scratch::kPieces, ranks * kRows * kPiece);
   auto* found = scratch.room<Distribution>(Scratch::kDistributions, rows * pieces);
   in_chunks(threads, vocab, kPiece, [&](int64_t first, int64_t count, int rank) {
-    float* logits = rooms + rank * rows * kPiece;
-    product(first, count, logits, kPiece);
-    for (int64_t row = 0; row < rows; ++row) {
-      Distribution& piece = found[row * pieces + first / kPiece];
-      piece = k.distribution(logits + row * kPiece, count);
-      piece.argmax += first;
+    float* logits = rooms + rank * kRows * kPiece;
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t some = std::min(kRows, rows - row);
+      product(row, some, first, count, logits, kPiece);
+      for (int64_t i = 0; i < some; ++i) {
+        Distribution& piece = found[(row + i) * pieces + first / kPiece];
+        piece = k.distribution(logits + i * kPiece, count);
+        piece.argmax += first;
+      }
     }
   });
   for (int64_t row = 0; row < rows; ++row) unite(found + row * pieces, pieces, row, out);
@@ -60,11 +66,13 @@ void statistics_of(int threads, int64_t rows, int64_t vocab, const HeadStatistic
 
 void head_statistics(int threads, const float* hidden, int64_t rows, const Linear& head,
                      const HeadStatistics& out) {
-  const void* input = input_of(threads, hidden, rows, head.weight);
+  const auto* input = static_cast<const char*>(input_of(threads, hidden, rows, head.weight));
+  const int64_t row_bytes = head.weight.columns * size_of(kernels().input_dtype(head.weight.dtype));
   statistics_of(threads, rows, head.weight.rows, out,
-                [&](int64_t first, int64_t count, float* logits, int64_t stride) {
-                  kernels().product(input, rows, head.weight, first, count, head.bias, logits,
-                                    stride);
+                [&](int64_t row, int64_t some, int64_t first, int64_t count, float* logits,
+                    int64_t stride) {
+                  kernels().product(input + row * row_bytes, some, head.weight, first, count,
+                                    head.bias, logits, stride);
                 });
 }
 
@@ -72,8 +80,10 @@ void coded_head_statistics(int threads, const CodedRows& hidden, int64_t rows,
                            const CodedMatrix& weight, const float* bias,
                            const HeadStatistics& out) {
   statistics_of(threads, rows, weight.rows, out,
-                [&](int64_t first, int64_t count, float* logits, int64_t stride) {
-                  kernels().coded_product(hidden, rows, weight, first, count, bias, logits, stride);
+                [&](int64_t row, int64_t some, int64_t first, int64_t count, float* logits,
+                    int64_t stride) {
+                  kernels().coded_product(hidden.from(row, weight.columns), some, weight, first,
+                                          count, bias, logits, stride);
                 });
 }
 

@@ -53,6 +53,13 @@ struct Distribution {
   int64_t argmax;
 };
 
+// What a row's codes stand for, and their distance from the row, l2. NaN where a number is none, or
+// not finite.
+struct CodedRow {
+  float scale;
+  double norm, error;
+};
+
 struct NoisyBest {
   float value;
   int64_t token;
@@ -74,6 +81,12 @@ struct Kernels {
   void (*coded_product)(const CodedRows& x, int64_t tokens, const CodedMatrix& weight,
                         int64_t first, int64_t count, const float* bias, float* out,
                         int64_t out_stride);
+
+  // The nearest codes of a row, plus 128; columns behind `size` get the code of 0.
+  CodedRow (*code_row)(const float* x, int64_t size, int64_t padded, uint8_t* codes);
+
+  // Of count > 0 numbers; NaN counts for nothing.
+  float (*greatest)(const float* x, int64_t count);
 
   void (*to_float)(const void* x, DType dtype, float* out, int64_t count);
   void (*from_float)(const float* x, void* out, DType dtype, int64_t count);

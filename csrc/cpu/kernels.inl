@@ -4,8 +4,8 @@
 
 #include "product.inl"
 #include "quantized.inl"
-#include "coded.inl"
 #include "rows.inl"
+#include "coded.inl"
 #include "transpose.inl"
 #include "attention.inl"
 #include "distribution.inl"
@@ -22,6 +22,8 @@ static const Kernels table = {
     input_dtype,
     product,
     coded_product,
+    code_row,
+    greatest,
     to_float,
     from_float,
     add,

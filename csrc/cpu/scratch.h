@@ -14,6 +14,7 @@ class Scratch {
     kScores, kParts, kTasks,  // attention
     kLogits, kLower, kLowerInput, kLowerRounded, kSummaries, kCandidates, kUpper, kShared, kNoisy, kContrasted,  // heads
     kPieces, kDistributions,  // statistics of heads
+    kNearBest,  // tokens by codes
     kDequantized,  // weights
     kPacked,       // attention among packed rows
     kSlots

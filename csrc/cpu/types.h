@@ -43,6 +43,10 @@ struct Matrix {
 struct CodedRows {
   const uint8_t* codes;  // [rows, columns]
   const float* scales;
+
+  CodedRows from(int64_t row, int64_t columns) const {
+    return {codes + row * columns, scales + row};
+  }
 };
 
 // A matrix of 8-bit codes with a scale for each row, in blocks of 16 rows: of each block first the

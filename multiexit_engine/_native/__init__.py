@@ -6,9 +6,13 @@ Importing this raises ImportError where the extension was not built.
 
 from multiexit_engine._native.attention import paged_attention
 from multiexit_engine._native.blocks import decoder_blocks, packed_blocks
+from multiexit_engine._native.coded_heads import (
+    code_hidden,
+    coded_head_statistics,
+    coded_head_tokens,
+)
 from multiexit_engine._native.dense import layer_norm, linear, linear_activation, rms_norm
 from multiexit_engine._native.heads import (
-    coded_head_statistics,
     contrast_heads,
     contrast_tokens,
     head_logits,
@@ -20,7 +24,9 @@ from multiexit_engine._native.heads import (
 from multiexit_engine._native.packed_attention import packed_attention
 
 __all__ = [
+    "code_hidden",
     "coded_head_statistics",
+    "coded_head_tokens",
     "contrast_heads",
     "contrast_tokens",
     "decoder_blocks",

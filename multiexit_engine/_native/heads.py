@@ -54,37 +54,6 @@ def head_statistics(
     return out
 
 
-def coded_head_statistics(
-    hidden: Tensor,
-    hidden_scales: Tensor,
-    codes: Tensor,
-    starts: Tensor,
-    scales: Tensor,
-    vocab: int,
-    bias: Tensor | None = None,
-) -> HeadStatistics:
-    """See ``multiexit_engine.ops.coded_head_statistics``."""
-    hidden, shift = hidden.contiguous(), vector(bias)
-    rows = hidden.shape[0]
-    out = HeadStatistics(
-        torch.empty(rows, dtype=torch.int64), *(torch.empty(rows) for _ in range(4))
-    )
-    _C.coded_head_statistics(
-        torch.get_num_threads(),
-        hidden.data_ptr(),
-        hidden_scales.data_ptr(),
-        rows,
-        codes.data_ptr(),
-        starts.data_ptr(),
-        scales.data_ptr(),
-        vocab,
-        hidden.shape[1],
-        address(shift),
-        *(values.data_ptr() for values in out),
-    )
-    return out
-
-
 def contrast_heads(
     upper_hidden: Tensor,
     upper_weight: Weight,

@@ -113,7 +113,8 @@ def mode_tokens(
         num_candidates: as in ``mode_scores``.
 
     Returns:
-        [rows] int64 tokens and [rows] float32 their log-probabilities.
+        [rows] int64 tokens, and [rows] float32: NaN where a row's numbers are no numbers, else its
+        token's log-probability or, where that was not computed, 0.
 
     Source: as ``mode_scores``, then the ops ``head_tokens`` and ``contrast_tokens``.
     """
@@ -227,6 +228,10 @@ def _chosen_together(
     hidden = torch.cat([u.hidden for u in uppers]) if len(uppers) > 1 else uppers[0].hidden
     upper = uppers[0]._replace(hidden=hidden)
     if all(group.lower is None for group in groups):
+        # known without waiting for a GPU only where there is none
+        is_greedy = hidden.device.type == "cpu" and not bool(draws.temperature.any())
+        if is_greedy:
+            return heads.rough.best_tokens(*upper)
         return pair_tokens(upper, None, None, draws, None)
     lowers = [_lower_operands(group, plan, taps, heads) for group in groups]
     device = hidden.device

@@ -14,6 +14,7 @@ from multiexit_engine.checkpoint import TensorLoader, exit_weight_name
 from multiexit_engine.config import ModelConfig, VocabularyProjectionMode
 from multiexit_engine.layers.exit_probes import ExitProbes
 from multiexit_engine.layers.norm import LayerNorm, RMSNorm
+from multiexit_engine.layers.rough_heads import RoughHeads
 from multiexit_engine.ops.linear import linear
 from multiexit_engine.quantization import Weight, first_rows
 
@@ -65,6 +66,7 @@ class ExitHeads:
 
     Attributes:
         probes: tell where an exit's token is that of the original head, if there are any.
+        rough: finds best tokens by codes of these heads.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class ExitHeads:
         bias: Tensor | None = None,
     ) -> None:
         self.probes = ExitProbes(config, loader)
+        self.rough = RoughHeads()
         self._config = config
         self._loader = loader
         self._final_norm = final_norm

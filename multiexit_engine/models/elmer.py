@@ -25,11 +25,8 @@ from multiexit_engine.layers.exit_heads import HeadOperands
 from multiexit_engine.models.bart import build_bart
 from multiexit_engine.models.encoder_decoder import EncoderDecoderModel
 from multiexit_engine.ops import (
-    CodedHead,
     PackedSources,
     PackedTexts,
-    are_codes_fast,
-    code_head,
     linear,
     packed_blocks,
 )
@@ -150,14 +147,6 @@ class ElmerModel(EncoderDecoderModel):
     def predict(self, hidden: Tensor) -> HeadOperands:
         """The model's own head on states after any layer; its logits have the bias."""
         return self.heads.operands(self.heads.original, hidden)
-
-    @cached_property
-    def coded_head(self) -> CodedHead | None:
-        """The head in 8-bit codes, made when first asked for; None where exact is faster."""
-        weight = self.predict(self._tokens[:1]).weight
-        if not isinstance(weight, Tensor) or weight.device.type != "cpu" or not are_codes_fast():
-            return None
-        return code_head(weight) if weight.dtype is torch.float32 else None
 
     @property
     def _tokens(self) -> Tensor:

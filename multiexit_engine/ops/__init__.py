@@ -13,6 +13,7 @@ from multiexit_engine.ops.coded_heads import (
     code_head,
     code_hidden,
     coded_head_statistics,
+    coded_head_tokens,
     logit_errors,
 )
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
@@ -50,6 +51,7 @@ __all__ = [
     "code_head",
     "code_hidden",
     "coded_head_statistics",
+    "coded_head_tokens",
     "contrast_heads",
     "contrast_logits",
     "contrast_tokens",

@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multiexit_engine.ops.heads import HeadStatistics, statistics_of_logits
-from multiexit_engine.ops.registry import register_op
+from multiexit_engine.ops.heads import HeadStatistics, head_logits, statistics_of_logits
+from multiexit_engine.ops.operands import is_plain, is_streamable
+from multiexit_engine.ops.registry import is_reference_forced, register_op
 
 # Rows whose codes lie together, and columns of each of them that do.
 LANES, GROUP = 16, 4
 _LARGEST = 127
 _ROWS_AT_ONCE = 4096
+# Tokens near the best one of a row that a backend keeps at least.
+MOST_NEAR = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,9 @@ class CodedHidden:
 
 
 def are_codes_fast() -> bool:
-    """Whether this CPU multiplies codes faster than float32: it has VNNI, and kernels are built."""
+    """Whether codes are multiplied faster than float32: by the C++ kernels, on a CPU with VNNI."""
+    if is_reference_forced():
+        return False
     try:
         kernels = import_module("multiexit_engine._C")
     except ImportError:
@@ -71,20 +76,36 @@ def are_codes_fast() -> bool:
 
 def code_head(weight: Tensor) -> CodedHead:
     """The nearest codes of a [vocab, hidden_size] float32 matrix, row by row."""
-    parts = [_code(part) for part in torch.split(weight, _ROWS_AT_ONCE)]
-    codes = _padded(torch.cat([part[0] for part in parts]), LANES)
-    scales = F.pad(torch.cat([part[1] for part in parts]), (0, codes.shape[0] - weight.shape[0]))
-    norm = max(float(part[2].max()) for part in parts)
-    error = torch.cat([part[3] for part in parts]).max()
+    parts = [code_hidden(part) for part in torch.split(weight, _ROWS_AT_ONCE)]
+    signed = [(part.codes.to(torch.int16) - 128).to(torch.int8) for part in parts]
+    codes = _padded(torch.cat(signed), LANES)
+    scales = torch.cat([part.scales for part in parts])
+    scales = F.pad(scales, (0, codes.shape[0] - weight.shape[0]))
+    norm = float(torch.cat([part.norms for part in parts]).max())
+    error = torch.cat([part.errors for part in parts]).max()
     starts = -128 * codes.sum(1, dtype=torch.int32)
     blocks = codes.view(-1, LANES, codes.shape[1] // GROUP, GROUP).transpose(1, 2).contiguous()
     return CodedHead(blocks, starts, scales, weight.shape[0], norm, float(error))
 
 
+@register_op
 def code_hidden(hidden: Tensor) -> CodedHidden:
-    """The nearest codes of [rows, hidden_size] float32 states, row by row."""
-    codes, scales, norms, errors = _code(hidden)
-    return CodedHidden((codes.to(torch.int16) + 128).to(torch.uint8), scales, norms, errors)
+    """The nearest codes of states, row by row: those of 127 equal steps up to its greatest number.
+
+    Args:
+        hidden: [rows, hidden_size] float32.
+
+    Returns:
+        CodedHidden; the codes of a row with a number that is not finite mean nothing.
+
+    Source: round-to-nearest absmax, Dettmers et al. 2022, arXiv:2208.07339, section 2.1, by row.
+    """
+    scales = hidden.abs().amax(1) / _LARGEST
+    divisors = scales.masked_fill(scales == 0, 1.0)[:, None]
+    rounded = (hidden / divisors).round_().nan_to_num_(0.0).clamp_(-_LARGEST, _LARGEST)
+    lacking = hidden.double() - rounded.double() * scales.double()[:, None]
+    codes = F.pad(rounded + 128, (0, -hidden.shape[1] % GROUP), value=128.0).to(torch.uint8)
+    return CodedHidden(codes, scales, hidden.double().norm(dim=1), lacking.norm(dim=1))
 
 
 def logit_errors(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:
@@ -130,23 +151,64 @@ def coded_head_statistics(
     Source: products of 8-bit codes on both sides, Dettmers et al. 2022, arXiv:2208.07339, section
         2.1, by row.
     """
-    rows = codes.transpose(1, 2).flatten(2).flatten(0, 1)[:vocab].double()
-    sums = (hidden.double() - 128) @ rows.T
-    logits = sums.float() * scales[:vocab] * hidden_scales[:, None]
+    logits = _rough_logits(hidden, hidden_scales, codes, scales, vocab)
     return statistics_of_logits(logits if bias is None else logits + bias)
 
 
+@register_op
+def coded_head_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    states: CodedHidden,
+    head: CodedHead,
+    errors: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The most likely token of each row: rough logits name all that can be, exact ones decide.
+
+    With every rough logit within e of the exact one, no token whose rough logit is more than 2 e
+    below the greatest one is the best. Gives the tokens of ``head_tokens`` of greedy rows.
+
+    Args:
+        hidden: [rows, hidden_size] float32.
+        weight: [vocab, hidden_size] float32.
+        states: codes of ``hidden``.
+        head: codes of ``weight``.
+        errors: [rows] float64, of ``logit_errors``.
+        bias: [vocab] float32 added to the logits, or None.
+
+    Returns:
+        [rows] int64; of equals the lowest. -1 where an error is not finite, and perhaps where more
+        than ``MOST_NEAR`` tokens are near the best one.
+
+    Source: codes as in ``coded_head_statistics``; a superset by bounds, then exact scores, as
+        branch-and-bound search of greatest inner products, Ram and Gray 2012, arXiv:1202.6101.
+    """
+    exact = head_logits(hidden, weight, bias)
+    rough = _rough_logits(states.codes, states.scales, head.codes, head.scales, head.vocab)
+    rough = (rough if bias is None else rough + bias).double()
+    is_far = rough < rough.amax(1, keepdim=True) - 2 * errors[:, None]
+    tokens = exact.masked_fill(is_far, -torch.inf).argmax(1)
+    return tokens.masked_fill(~errors.isfinite(), -1)
+
+
+code_hidden.backend("cpu", "multiexit_engine._native:code_hidden", device="cpu")
+coded_head_tokens.backend(
+    "cpu",
+    "multiexit_engine._native:coded_head_tokens",
+    device="cpu",
+    supports=lambda hidden, weight, *_: is_plain(hidden, weight) and is_streamable(weight),
+)
 coded_head_statistics.backend("cpu", "multiexit_engine._native:coded_head_statistics", device="cpu")
 
 
-def _code(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes [rows, padded columns] int8, scales, and norms of the rows and of what codes lack."""
-    scales = matrix.abs().amax(1) / _LARGEST
-    divisors = scales.masked_fill(scales == 0, 1.0)[:, None]
-    rounded = (matrix / divisors).round_().nan_to_num_(0.0).clamp_(-_LARGEST, _LARGEST)
-    lacking = matrix.double() - rounded.double() * scales.double()[:, None]
-    codes = F.pad(rounded.to(torch.int8), (0, -matrix.shape[1] % GROUP))
-    return codes, scales, matrix.double().norm(dim=1), lacking.norm(dim=1)
+def _rough_logits(
+    hidden: Tensor, hidden_scales: Tensor, codes: Tensor, scales: Tensor, vocab: int
+) -> Tensor:
+    """[rows, vocab] float32 that the codes stand for, without a bias."""
+    rows = codes.transpose(1, 2).flatten(2).flatten(0, 1)[:vocab].double()
+    sums = (hidden.double() - 128) @ rows.T
+    return sums.float() * scales[:vocab] * hidden_scales[:, None]
 
 
 def _padded(matrix: Tensor, rows: int) -> Tensor:

@@ -167,7 +167,10 @@ class ParallelCore:
     def _computed(self, requests: list[Request]) -> tuple[list[list[Answer]], ParallelBatch]:
         """For each request its answers, the best first."""
         answers = [
-            [Answer(place, _mode(request), length) for length in _target_lens(request)]
+            [
+                Answer(place, _mode(request), length, _needs_log_probs(request))
+                for length in _target_lens(request)
+            ]
             for place, request in enumerate(requests)
         ]
         with torch.inference_mode(), self._backend():
@@ -216,6 +219,12 @@ class ParallelCore:
 def _mode(request: Request) -> Parallel:
     assert isinstance(request.decoding, Parallel), "the intake allows nothing else"
     return request.decoding
+
+
+def _needs_log_probs(request: Request) -> bool:
+    """Whether the request asks for them, or they choose among its answers or positions."""
+    mode = _mode(request)
+    return request.sampling.logprobs is not None or mode.refine > 0 or len(mode.lengths) > 1
 
 
 def _target_lens(request: Request) -> tuple[int, ...]:

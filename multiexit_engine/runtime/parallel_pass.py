@@ -21,6 +21,7 @@ from multiexit_engine.decoding.parallel import (
     sure_rows,
     tested_layers,
 )
+from multiexit_engine.layers.rough_heads import exact_best_tokens
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.ops import (
     PackedSources,
@@ -29,7 +30,6 @@ from multiexit_engine.ops import (
     coded_head_statistics,
     head_logits,
     head_statistics,
-    head_tokens,
     logit_errors,
 )
 from multiexit_engine.parallel_mode import Parallel
@@ -44,14 +44,17 @@ class Answer:
         source: which source of the batch; answers stand in the order of their sources.
         mode: where its positions leave.
         length: its positions.
+        has_log_probs: whether somebody asks for those of its tokens.
         token_ids: found so far, one for each position.
-        log_probs: of the tokens, natural, in the prediction that gave them.
+        log_probs: of the tokens, natural, in the prediction that gave them; where nobody asks NaN
+            for those of what is no number, else anything.
         exit_layers: 1-based, where each position left.
     """
 
     source: int
     mode: Parallel
     length: int
+    has_log_probs: bool
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     exit_layers: list[int] = field(default_factory=list)
@@ -181,7 +184,7 @@ class ParallelBatch:
         index = self._index(soft)
         hidden = self._hidden if is_all else self._hidden[index]
         operands = self._model.predict(hidden)
-        token_ids, _ = _best_tokens(operands.hidden, operands.weight, None)
+        token_ids, _ = self._model.heads.rough.best_tokens(operands.hidden, operands.weight, None)
         mixed = self._model.feed_back(operands.hidden, token_ids).to(hidden.dtype)
         if is_all:
             self._hidden = mixed
@@ -245,15 +248,14 @@ class ParallelBatch:
     def _certain(self, rows: list[int], *, has_bias: bool) -> tuple[list[int], list[int]]:
         """Rows that leave whatever rough logits lack, and those that need exact ones to tell.
 
-        The tokens of the former are read with those that leave last, in one exact product.
+        The tokens of the former are read with those that leave last.
         """
-        head = self._model.coded_head
-        # A row that leaves pays for both: with one test in all the exact one is the cheaper way.
-        once = [row for row in rows if len(tested_layers(self._mode(row), self._num_layers)) == 1]
-        rows = sorted({*rows} - {*once})
-        if head is None or not rows:
-            return [], once + rows
+        if not rows:
+            return [], []
         operands = self._model.predict(self._hidden[self._index(rows)])
+        head = self._model.heads.rough.codes(operands.weight)
+        if head is None:
+            return [], rows
         hidden, bias = code_hidden(operands.hidden), operands.bias if has_bias else None
         found = coded_head_statistics(
             hidden.codes, hidden.scales, head.codes, head.starts, head.scales, head.vocab, bias
@@ -263,7 +265,7 @@ class ParallelBatch:
         verdicts = list(zip(rows, is_sure.tolist(), is_unsure.tolist(), strict=True))
         sure = [row for row, yes, _ in verdicts if yes]
         self._untested += sure
-        return sure, once + [row for row, yes, no in verdicts if not yes and not no]
+        return sure, [row for row, yes, no in verdicts if not yes and not no]
 
     def _sure(self, rows: list[int]) -> list[int]:
         """Those of the rows whose own prediction is sure enough, which gives their tokens."""
@@ -289,13 +291,20 @@ class ParallelBatch:
         return sure
 
     def _read_untested(self) -> None:
-        """The tokens of all rows that left without a test, in one product."""
+        """The tokens of all rows that left without an exact test.
+
+        One product for those that need log-probabilities, too, and one for the others.
+        """
         rows, self._untested = sorted(self._untested), []
-        if not rows:
-            return
-        index = self._index(rows)
-        found = _best_tokens(*self._model.predict(self._hidden[index]))
-        self._token_ids[index], self._log_probs[index] = found
+        for find, has_log_probs in (
+            (exact_best_tokens, True),
+            (self._model.heads.rough.best_tokens, False),
+        ):
+            own = [r for r in rows if self._answers[self._owner[r]].has_log_probs == has_log_probs]
+            if own:
+                index = self._index(own)
+                found = find(*self._model.predict(self._hidden[index]))
+                self._token_ids[index], self._log_probs[index] = found
 
     def _hand_out(self) -> None:
         token_ids, log_probs = self._token_ids.tolist(), self._log_probs.tolist()
@@ -347,9 +356,3 @@ class _Cross:
     start: int
     stop: int
     sources: list[int]
-
-
-def _best_tokens(hidden: Tensor, weight: object, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[rows] int64 and [rows]: the most likely token of each row, and its log-probability."""
-    nothing = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    return head_tokens(hidden, weight, bias, nothing.float(), nothing, nothing)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from multiexit_engine import Engine, Original, Parallel, SamplingParams
-from multiexit_engine.ops import PackedSources, PackedTexts, code_head, head_statistics
+from multiexit_engine.ops import PackedSources, PackedTexts, head_statistics
 from tests.golden.acd_checkpoints import byte_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "elmer" / "t1"
@@ -55,9 +55,15 @@ def rows_of(engine, sources, modes):
     return [[b - a for a, b in zip(*pair, strict=True)] for pair in pairs]
 
 
-def coded_head(engine):
-    """The head in codes, also on a CPU where exact logits are faster."""
-    return code_head(engine._model.predict(engine._model.start(1).embedded).weight)
+@pytest.fixture
+def rough_heads(monkeypatch):
+    """Switches codes on for heads of any size, on any CPU and backend, or off."""
+
+    def switch(is_on):
+        monkeypatch.setattr("multiexit_engine.layers.rough_heads.are_codes_fast", lambda: is_on)
+        monkeypatch.setattr("multiexit_engine.layers.rough_heads.LEAST_NUMBERS", 0)
+
+    return switch
 
 
 def dense_logits(engine, source, layers):
@@ -119,22 +125,35 @@ def test_sure_rows_are_not_computed_further(elmer):
 
 @pytest.mark.parametrize("measure", ["entropy", "max_prob"])
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_rough_gates_change_neither_tokens_nor_layers(backend, measure):
-    rough, exact = (
-        Engine.from_pretrained(GOLDEN, dtype="float32", backend=backend) for _ in range(2)
-    )
-    rough._model.coded_head, exact._model.coded_head = coded_head(rough), None
+def test_rough_gates_change_neither_tokens_nor_layers(backend, measure, rough_heads):
+    own = Engine.from_pretrained(GOLDEN, dtype="float32", backend=backend)
     top = 1.0 if measure == "max_prob" else 6.0
     layers = set()
     for step in range(13):
-        mode = Parallel("confidence", measure, top * step / 12, length=11, gate_bias=step % 2 > 0)
-        found = results(rough, SOURCES, mode)
-        assert found == results(exact, SOURCES, mode)
+        threshold, biased = top * step / 12, step % 2 > 0
+        tested = (1 + step % 3,) if step % 4 == 0 else None
+        mode = Parallel("confidence", measure, threshold, tested, length=11, gate_bias=biased)
+        rough_heads(True)
+        found = results(own, SOURCES, mode)
+        rough_heads(False)
+        assert found == results(own, SOURCES, mode)
         layers.update(layer for _, exits in found for layer in exits)
     assert layers == {1, 2, 3, 4}
 
 
-def test_exact_tests_read_only_rows_that_rough_ones_leave_open(elmer, monkeypatch):
+@pytest.mark.parametrize("mode", [Parallel(length=9), *MODES], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_tokens_by_codes_are_those_of_exact_logits(backend, mode, rough_heads):
+    own = Engine.from_pretrained(GOLDEN, dtype="float32", backend=backend)
+    rough_heads(True)
+    found = results(own, SOURCES, mode)
+    rough_heads(False)
+    assert found == results(own, SOURCES, mode)
+
+
+def test_exact_tests_read_only_rows_that_rough_ones_leave_open(monkeypatch, rough_heads):
+    rough_heads(True)
+    elmer = Engine.from_pretrained(GOLDEN, dtype="float32")
     path, exact_rows = "multiexit_engine.runtime.parallel_pass.head_statistics", []
 
     def counted(hidden, *rest):
@@ -142,7 +161,6 @@ def test_exact_tests_read_only_rows_that_rough_ones_leave_open(elmer, monkeypatc
         return head_statistics(hidden, *rest)
 
     monkeypatch.setattr(path, counted)
-    monkeypatch.setattr(elmer._model, "coded_head", coded_head(elmer), raising=False)
     computed, _ = rows_of(elmer, SOURCES, Parallel("confidence", "max_prob", 0.9, length=11))
     assert 0 < sum(exact_rows) < sum(computed[:3])
     exact_rows.clear()

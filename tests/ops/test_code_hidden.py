@@ -1,0 +1,29 @@
+"""Codes of hidden states, held against the reference."""
+
+import pytest
+import torch
+
+from multiexit_engine.ops import code_hidden
+from tests.ops.backends import all_backends, implementation_or_skip
+
+
+@all_backends(code_hidden)
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 5), (2, 16), (17, 33), (40, 768)])
+def test_backend_equals_the_reference(backend, rows, size):
+    function = implementation_or_skip(code_hidden, backend)
+    hidden = torch.randn(rows, size, generator=torch.Generator().manual_seed(size))
+    hidden[0] = 0.0
+    found, wanted = function(hidden), code_hidden.reference(hidden)
+    assert torch.equal(found.codes, wanted.codes) and torch.equal(found.scales, wanted.scales)
+    torch.testing.assert_close(found.norms, wanted.norms, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.errors, wanted.errors, rtol=1e-9, atol=1e-12)
+
+
+@all_backends(code_hidden)
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_with_what_is_no_number_has_no_bound(backend, broken):
+    function = implementation_or_skip(code_hidden, backend)
+    hidden = torch.randn(3, 20)
+    hidden[1, 18] = broken
+    for op in (function, code_hidden.reference):
+        assert op(hidden).errors.isfinite().tolist() == [True, False, True]
