@@ -35,6 +35,10 @@ class OnFibers:
         self.library.constant("multiexit_host_shared_bytes").value = shared_kib * 1024
         return replace(self, heads=Heads(self.library))
 
+    def copied_bytes(self) -> int:
+        """That the last kernel brought to shared memory."""
+        return self.library.constant("multiexit_host_copied_bytes").value
+
 
 def on_fibers(capability: int, folder: Path) -> OnFibers:
     target = folder / f"libfibers{capability}.so"

@@ -170,6 +170,13 @@ def test_a_row_does_not_know_its_batch_mates(ring, temperature):
         assert torch.equal(some[1], together[1][rows])
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_upper_head_is_read_exactly_once(ring, rows):
+    case = exits(rows, 131, 1032, spread=0.1)
+    contrast(ring, case)
+    assert ring.copied_bytes() == case.upper_weight.nbytes
+
+
 def test_more_blocks_than_the_vocabulary_has_groups(ring):
     case = exits(2, 63, 16)
     many = ring.shaped(multiprocessors=40, seed=1)

@@ -53,6 +53,7 @@ inline void check_alignment(const void* target, const void* source, int bytes) {
 inline void copy_bulk(void* target, const void* source, int bytes, Transfers* transfers) {
   auto& machine = host::Machine::get();
   check_alignment(target, source, bytes);
+  machine.copied_bytes += bytes;
   const char* from = static_cast<const char*>(source);
   machine.current->block->transfers.push_back({static_cast<char*>(target),
                                                {from, from + bytes},
@@ -65,6 +66,7 @@ inline void wait_for_previous_kernel() {}
 
 inline void copy_16_bytes(void* target, const void* source) {
   check_alignment(target, source, 16);
+  host::Machine::get().copied_bytes += 16;
   memset(target, 0xff, 16);
   host::Machine::get().current->groups.back().push_back(
       {static_cast<char*>(target), static_cast<const char*>(source)});

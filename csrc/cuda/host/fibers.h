@@ -79,6 +79,7 @@ struct Fiber {
 class Machine {
  public:
   std::string failure;
+  int64_t copied_bytes = 0;  // to shared memory, by the last kernel
   unsigned num_blocks = 0, block_threads = 0;
   std::mt19937 random;
   Fiber* current = nullptr;
@@ -126,6 +127,7 @@ class Machine {
   bool run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned seed,
            std::function<void()> kernel) {
     failure.clear();
+    copied_bytes = 0;
     num_blocks = blocks;
     block_threads = threads;
     random.seed(seed);

@@ -8,6 +8,8 @@ extern "C" {
 __attribute__((visibility("default"))) inline unsigned multiexit_host_seed = 0;
 __attribute__((visibility("default"))) inline int multiexit_host_multiprocessors = 3;
 __attribute__((visibility("default"))) inline int multiexit_host_shared_bytes = 227 * 1024;
+// What the last kernel did.
+__attribute__((visibility("default"))) inline int multiexit_host_copied_bytes = 0;
 }
 
 namespace multiexit::cuda {
@@ -28,6 +30,7 @@ int launch(void (*kernel)(Task), const Device&, int64_t blocks, int threads, int
            uint64_t, const Task& task) {
   const bool ended = host::Machine::get().run(static_cast<unsigned>(blocks), threads, shared_bytes,
                                               multiexit_host_seed, [&] { kernel(task); });
+  multiexit_host_copied_bytes = static_cast<int>(host::Machine::get().copied_bytes);
   return ended ? 0 : kLaunchFailed;
 }
 
