@@ -1,4 +1,4 @@
-"""An engine whose heads are the ring's: the tokens of the CPU's kernels, in every mode it serves."""
+"""An engine whose heads are the ring's: the tokens of the CPU's kernels, in all modes it serves."""
 
 from contextlib import contextmanager
 from dataclasses import replace

@@ -18,7 +18,9 @@ from tests.kernels.hidden_states import (
 # rows, vocabulary, width: one group, none for some warps, a lane without numbers, several pieces
 SHAPES = [(1, 1, 8), (1, 1031, 104), (2, 130, 768), (3, 63, 8), (4, 100, 1032), (1, 70, 2056)]
 CASES = pytest.mark.parametrize("shape", SHAPES, ids=str)
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 TEMPERATURES = pytest.mark.parametrize("temperature", [0.0, 0.8])
 
 
@@ -81,7 +83,7 @@ def test_the_plausible_tokens_are_counted(ring):
     assert counts.tolist() == [expected[0], -1, expected[1], -1, expected[2], -1]
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_bias_counts(ring, dtype):
     case, bias = exits(2, 100, 16, dtype), torch.linspace(-9, 9, 100).to(dtype)
     bias[:40] = -torch.inf
