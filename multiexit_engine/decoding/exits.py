@@ -309,7 +309,8 @@ def _hidden(
     kept = plan.rows_at[layer]
     if kept == rows:
         return taps[layer]
-    return taps[layer][_index(_places(rows, kept), taps[layer].device)]
+    # see Flight._rows
+    return taps[layer].index_select(0, _index(_places(rows, kept), taps[layer].device))
 
 
 def _places(rows: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:

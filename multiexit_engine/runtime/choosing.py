@@ -110,7 +110,7 @@ def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
         return parts[0][1]
     states = torch.cat([part for _, part in parts])
     places = torch.tensor([place for places, _ in parts for place in places])
-    return states[to_device(places.argsort(), states.device)]
+    return states.index_select(0, to_device(places.argsort(), states.device))
 
 
 # what a row gave: its token (``n`` of them after a prompt), or why it has none

@@ -86,7 +86,7 @@ class Flight:
         """[rows, hidden]: the states of some rows after the last layer that ran."""
         if len(rows) == self.num_rows and rows == list(range(len(rows))):
             return self.hidden
-        return self.hidden[self._index(rows)]
+        return self._rows(rows)
 
     def narrow(self, num_items: int) -> None:
         """Go on with the rows of the first ``num_items`` items of the step."""
@@ -109,12 +109,12 @@ class Flight:
         self._aboard = [self._aboard[place] for place in staying]
         if self._aboard:
             self._forward = self._build()
-            self.hidden = self.hidden[self._index(rows)]
+            self.hidden = self._rows(rows)
 
     def keep(self, items: Collection[int]) -> None:
         """Keep the states of the rows of these items, each in its KV slot."""
         rows = self._rows_of_items(items)
-        self._states.keep(self._forward.slot_mapping[rows], self.hidden[rows])
+        self._states.keep(self._forward.slot_mapping[rows], self.hidden.index_select(0, rows))
 
     def copy(self, items: Collection[int], start: int, stop: int) -> None:
         """Write what the blocks ``start`` to ``stop - 1`` make of the states that rows have here.
@@ -126,7 +126,7 @@ class Flight:
         """
         rows = self._rows_of_items(items)
         self._model.write_kv(
-            self.hidden[rows],
+            self.hidden.index_select(0, rows),
             start,
             stop,
             self._kv_cache,
@@ -160,9 +160,14 @@ class Flight:
         assert len(stayed) == old_starts[-1], "rows that were here stay here"
         hidden = self.hidden.new_empty(self._forward.num_tokens, self.hidden.shape[1])
         places = self._index(joined)
-        hidden[places] = self._states.take(self._forward.slot_mapping[places])
-        hidden[self._index(stayed)] = self.hidden
+        hidden.index_copy_(0, places, self._states.take(self._forward.slot_mapping[places]))
+        hidden.index_copy_(0, self._index(stayed), self.hidden)
         self.hidden = hidden
+
+    def _rows(self, rows: list[int]) -> Tensor:
+        # not `hidden[rows]`: PyTorch shares that out to OpenMP threads from four rows on, and they
+        # spin for 4 ms afterwards on the cores that the kernels' own threads need
+        return self.hidden.index_select(0, self._index(rows))
 
     def _rows_of_items(self, items: Collection[int]) -> Tensor:
         starts = self._forward.layout.query_starts
