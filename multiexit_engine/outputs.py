@@ -49,6 +49,8 @@ class CompletionOutput:
             the target's own either way.
         confidences: under ``EarlyExit`` for each token what was measured where it left; of one
             that left at no exit what the last exit measured. Empty otherwise.
+        premature_layers: under ``DoLa`` for each token the layer that it was contrasted with, 0
+            for the embeddings. Empty otherwise, and under beam search.
     """
 
     index: int
@@ -61,6 +63,7 @@ class CompletionOutput:
     exit_layers: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
+    premature_layers: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

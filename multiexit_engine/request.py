@@ -15,7 +15,8 @@ from multiexit_engine.params import DecodingMode, EarlyExit, SamplingParams
 class ChosenToken(NamedTuple):
     """A new token; ``alternatives`` are (id, log-probability), best first, when asked for.
 
-    ``exit_layer`` and ``confidence`` are those of a token that chose its exit itself.
+    ``exit_layer`` and ``confidence`` are those of a token that chose its exit itself,
+    ``premature_layer`` is what DoLa contrasted it with.
     """
 
     token_id: int
@@ -24,6 +25,11 @@ class ChosenToken(NamedTuple):
     alternatives: tuple[tuple[int, float], ...] = ()
     exit_layer: int | None = None
     confidence: float | None = None
+    premature_layer: int | None = None
+
+    def after(self, premature_layer: int) -> ChosenToken:
+        """The token with what it was contrasted with; -1 stands for nothing."""
+        return self._replace(premature_layer=premature_layer) if premature_layer >= 0 else self
 
 
 class ScoredToken(NamedTuple):
@@ -282,3 +288,8 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return bool(self.sequences) and all(s.is_finished for s in self.sequences)
+
+
+def sequence_seed(seed: int, index: int) -> int:
+    """The seed of one of a request's ``n`` continuations; the first one has the request's own."""
+    return (seed + index * 0x9E3779B97F4A7C15) % 2**63

@@ -25,6 +25,7 @@ def dola_scores(
     relative_tops: Sequence[float],
     jsd: str,
     allowed: Sequence[Tensor | None] = (),
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """Scores of every row against its own premature layer.
 
@@ -37,6 +38,8 @@ def dola_scores(
         jsd: "exact" or "reference", see ``js_divergences``.
         allowed: for each row [vocab] bool, or None, the tokens that may be chosen, or nothing at
             all: plausible are then those near the best of these.
+        chosen: [rows] int64 that takes each row's place among the candidates. None: nobody wants
+            to know.
 
     Returns:
         [rows, vocab] float32, see ``relative_top_logits``.
@@ -50,7 +53,10 @@ def dola_scores(
     for start in range(0, len(relative_tops), at_once):
         rows = slice(start, start + at_once)
         logits = _logits([_rows(head, rows) for head in (mature, *candidates)])
-        base = _most_different(logits[0], logits[1:], jsd)
+        places = _most_different(logits[0], logits[1:], jsd)
+        base = logits[1:][places, torch.arange(len(places), device=places.device)]
+        if chosen is not None:
+            chosen[rows] = places
         mature_logits = _only(logits[0], allowed[rows])
         parts.append(relative_top_logits(mature_logits, base, tops[rows]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -82,8 +88,7 @@ def _only(logits: Tensor, allowed: Sequence[Tensor | None]) -> Tensor:
 
 
 def _most_different(mature: Tensor, candidates: Tensor, jsd: str) -> Tensor:
-    """[rows, vocab] logits of each row's premature layer, of [candidates, rows, vocab]."""
+    """[rows] int64 places of each row's premature layer among [candidates, rows, vocab] logits."""
     if candidates.shape[0] == 1:
-        return candidates[0]
-    chosen = js_divergences(mature, candidates, jsd).argmax(0)
-    return candidates[chosen, torch.arange(mature.shape[0], device=mature.device)]
+        return torch.zeros(mature.shape[0], dtype=torch.int64, device=mature.device)
+    return js_divergences(mature, candidates, jsd).argmax(0)

@@ -48,6 +48,7 @@ def mode_scores(
     heads: ExitHeads,
     allowed: Sequence[Tensor | None] = (),
     num_candidates: Tensor | None = None,
+    premature_layers: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, str]]:
     """The distribution of every logit row in its own mode.
 
@@ -62,6 +63,7 @@ def mode_scores(
             all. Only DoLa looks at it: what it rules out depends on the best token.
         num_candidates: [rows] int32 that takes the sizes of the plausible sets of contrasts; other
             rows are left as they are. None: nobody wants to know.
+        premature_layers: [rows] int64 that takes the layers which DoLa contrasts with, likewise.
 
     Returns:
         [rows, vocab] float32: logits of a single head, normalised log-probabilities of a contrast,
@@ -73,7 +75,7 @@ def mode_scores(
     """
     failures: dict[int, str] = {}
     parts = [
-        _group_scores(group, plan, taps, heads, allowed, failures, num_candidates)
+        _group_scores(group, plan, taps, heads, allowed, failures, num_candidates, premature_layers)
         for group in plan.groups
     ]
     if len(parts) == 1:
@@ -176,6 +178,13 @@ def no_candidates(plan: ExitPlan, device: torch.device) -> Tensor | None:
     return torch.zeros(plan.num_rows, dtype=torch.int32, device=device)
 
 
+def no_premature_layers(plan: ExitPlan, device: torch.device) -> Tensor | None:
+    """[rows] int64 of -1 to take the layers that DoLa contrasts with; None where no row does."""
+    if not any(group.candidates for group in plan.groups):
+        return None
+    return torch.full((plan.num_rows,), -1, device=device)
+
+
 def draft_tokens(
     plan: ExitPlan, taps: Mapping[int, Tensor], heads: ExitHeads, draws: Draws, num_tokens: int
 ) -> Tensor:
@@ -274,6 +283,7 @@ def _group_scores(
     allowed: Sequence[Tensor | None],
     failures: dict[int, str],
     num_candidates: Tensor | None,
+    premature_layers: Tensor | None,
 ) -> Tensor:
     upper = heads.operands(group.upper, _hidden(group.rows, group.upper.layer, plan, taps))
     if group.candidates:
@@ -282,7 +292,13 @@ def _group_scores(
             for head in group.candidates
         ]
         own = [allowed[row] for row in group.rows] if allowed else []
-        return dola_scores(upper, candidates, group.alphas, group.jsd, own)
+        index = _index(group.rows, upper.hidden.device)
+        places = torch.empty_like(index)
+        scores = dola_scores(upper, candidates, group.alphas, group.jsd, own, places)
+        if premature_layers is not None:
+            layers = _index([head.layer for head in group.candidates], places.device)
+            premature_layers[index] = layers[places]
+        return scores
     lower = _lower_operands(group, plan, taps, heads)
     if lower is None:
         return head_logits(*upper)

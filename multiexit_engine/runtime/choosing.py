@@ -23,6 +23,7 @@ from multiexit_engine.decoding.exits import (
     mode_scores,
     mode_tokens,
     no_candidates,
+    no_premature_layers,
 )
 from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner
 from multiexit_engine.decoding.processors import allowed_tokens, process_scores
@@ -35,10 +36,10 @@ from multiexit_engine.decoding.sampler import (
 )
 from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.params import DecodingMode
-from multiexit_engine.request import ChosenToken, Request, ScoredToken
+from multiexit_engine.request import ChosenToken, Request, ScoredToken, sequence_seed
 from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.runtime.flight import Flight
-from multiexit_engine.transfer import to_device, wait_for
+from multiexit_engine.transfer import to_device, to_host
 
 NOT_A_NUMBER = "its mode gave NaN as the score of a token"
 NO_TOKEN_LEFT = "its mode and its parameters together leave no token to choose"
@@ -144,9 +145,11 @@ class TokenChooser:
         part: LogitSlice,
         allowed: Sequence[Tensor | None] = (),
         num_candidates: Tensor | None = None,
+        premature_layers: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, str]]:
         """See ``mode_scores``."""
-        return mode_scores(part.plan, part.taps, self._heads, allowed, num_candidates)
+        found = num_candidates, premature_layers
+        return mode_scores(part.plan, part.taps, self._heads, allowed, *found)
 
     def choose(self, part: LogitSlice, output: StepOutput) -> list[tuple[LogitRow, Choice]]:
         """What each row gave; the candidates of beams and of contrasts go to the output."""
@@ -154,7 +157,8 @@ class TokenChooser:
         if part.is_direct:
             return self._choose_directly(part, counts, output)
         allowed = self._allowed(part.rows)
-        scores, failures = self.scores(part, allowed, counts)
+        layers = no_premature_layers(part.plan, self._device)
+        scores, failures = self.scores(part, allowed, counts, layers)
         beams: dict[str, list[int]] = {}
         plain: list[int] = []
         chosen: list[tuple[LogitRow, Choice]] = []
@@ -176,8 +180,8 @@ class TokenChooser:
                 indices.sort(key=lambda i: part.rows[i].sequence.index)
                 self._choose_beams(part, indices, scores, output)
         if counts is not None:
-            output.note_candidates(*_to_host([counts]))
-        return chosen
+            output.note_candidates(*to_host([counts]))
+        return chosen if layers is None else _with_layers(chosen, part.rows, layers)
 
     def drafts(self, part: LogitSlice, num_tokens: int) -> Tensor:
         """[rows] int64 tokens on the device, for rows of one exit that are never reported.
@@ -219,7 +223,7 @@ class TokenChooser:
         wanted = to_device(targets, scores.device)
         found = token_logprobs(scores, wanted, num_top)
         best = scores.argmax(-1)
-        greedy, tokens, *logprobs = _to_host([best, wanted, *found])
+        greedy, tokens, *logprobs = to_host([best, wanted, *found])
         results: list[tuple[LogitRow, ScoredToken]] = []
         for i, request in enumerate(requests):
             chosen = _chosen(tokens, logprobs, i, asked[i] or 0)
@@ -245,7 +249,7 @@ class TokenChooser:
         draws = self._draws(part.rows)
         chosen = mode_tokens(part.plan, part.taps, self._heads, draws, counts)
         wanted = [*chosen, *([] if counts is None else [counts])]
-        tokens, logprobs, *host_counts = _to_host(wanted)
+        tokens, logprobs, *host_counts = to_host(wanted)
         output.note_candidates(*host_counts)
         return [
             (row, NOT_A_NUMBER if math.isnan(logprob) else [ChosenToken(token)])
@@ -272,7 +276,7 @@ class TokenChooser:
         tokens = pick_tokens(processed, wanted)
         chosen_scores = processed.gather(1, tokens[:, None])[:, 0]
         logprobs = _alternatives(scores, tokens, wanted)
-        host_tokens, host_scores, *host_logprobs = _to_host([tokens, chosen_scores, *logprobs])
+        host_tokens, host_scores, *host_logprobs = to_host([tokens, chosen_scores, *logprobs])
 
         start = 0
         choices: list[Choice] = []
@@ -298,7 +302,7 @@ class TokenChooser:
         running = [beam.sequence.cumulative_logprob for beam in beams]
         own = scores[to_device(indices, scores.device)]
         values, ids = beam_candidates(own, rows, running, min(count, own.shape[1]))
-        host_values, host_ids = _to_host([values, ids])
+        host_values, host_ids = to_host([values, ids])
         if any(math.isnan(value) for beam in host_values for value in beam):
             output.failures[request.request_id] = NOT_A_NUMBER
             return
@@ -345,14 +349,20 @@ def token_row(row: LogitRow, copy: int = 0) -> TokenRow:
     )
 
 
-def sequence_seed(seed: int, index: int) -> int:
-    """The seed of one of a request's ``n`` continuations; the first one has the request's own."""
-    return (seed + index * 0x9E3779B97F4A7C15) % 2**63
-
-
 def beam_candidate_count(request: Request, row: TokenRow) -> int:
     """Candidates per beam that always leave ``num_beams`` which do not end."""
     return max(2, 1 + len(row.eos_token_ids)) * request.sampling.num_beams
+
+
+def _with_layers(
+    chosen: list[tuple[LogitRow, Choice]], rows: list[LogitRow], layers: Tensor
+) -> list[tuple[LogitRow, Choice]]:
+    """What the rows gave, with the layers that DoLa contrasted them with, -1 for none."""
+    layer_of = dict(zip(map(id, rows), *to_host([layers]), strict=True))
+    return [
+        (row, choice if isinstance(choice, str) else [t.after(layer_of[id(row)]) for t in choice])
+        for row, choice in chosen
+    ]
 
 
 def _why_no_token(row: LogitRow) -> str:
@@ -387,10 +397,3 @@ def _num_alternatives(asked: list[int | None], vocab_size: int) -> int | None:
     """The most alternatives that any row asks for; None when no row asks."""
     counts = [vocab_size if k == -1 else min(k, vocab_size) for k in asked if k is not None]
     return max(counts, default=None)
-
-
-def _to_host(tensors: list[Tensor]) -> list[list[Any]]:
-    """The step's one wait for the device: all results in one go, as lists."""
-    on_host = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-    wait_for(tensors[0].device)
-    return [tensor.tolist() for tensor in on_host]

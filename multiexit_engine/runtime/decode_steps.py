@@ -26,12 +26,11 @@ from multiexit_engine.decoding.exits import Draws, pair_tokens, takes_pair
 from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner, HeadGroup, plan_segments
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import Contrast, Exit, Original
-from multiexit_engine.request import ChosenToken
+from multiexit_engine.request import ChosenToken, sequence_seed
 from multiexit_engine.runtime.choosing import (
     NOT_A_NUMBER,
     LogitRow,
     TokenChooser,
-    sequence_seed,
 )
 from multiexit_engine.runtime.decode_memory import (
     MAX_GROUPS,

@@ -89,6 +89,11 @@ def _completion(core: Core, sequence: Sequence, start: int, text: str) -> Comple
         exit_layers=sequence.exit_layers[start:],
         drafted=sequence.drafted[start:],
         confidences=sequence.confidences[start:],
+        premature_layers=[
+            token.premature_layer
+            for token in sequence.chosen[start:]
+            if token.premature_layer is not None
+        ],
     )
 
 

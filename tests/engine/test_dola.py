@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from multiexit_engine import DoLa, Engine, FinishReason, SamplingParams
+from multiexit_engine import DoLa, Engine, FinishReason, Original, SamplingParams, SelfSpeculative
 from tests.tiny import save_gpt2
 
 PROMPT = [5, 100, 7, 42]
@@ -77,3 +77,37 @@ def test_a_ban_of_all_plausible_tokens_ends_its_own_request_alone(engine, temper
     assert failed.outputs[0].finish_reason is FinishReason.ERROR
     assert "leave no token to choose" in failed.error and failed.outputs[0].token_ids == []
     assert other.outputs[0].token_ids[0] == only and other.error is None
+
+
+@pytest.mark.parametrize("jsd", ["exact", "reference"])
+def test_the_output_tells_which_layer_each_token_was_contrasted_with(engine, jsd):
+    options = {"relative_top": 0.0, "jsd": jsd, "heads": "exits"}
+    mode = DoLa((2, 4), **options)
+    params = SamplingParams(max_new_tokens=30, temperature=1.0, seed=1)
+    (completion,) = engine.generate(PROMPT, params, mode)[0].outputs
+    assert len(completion.premature_layers) == 30
+    assert set(completion.premature_layers) == {2, 4}
+    ids = PROMPT + completion.token_ids[:-1]
+    alone = {layer: engine.logits(ids, DoLa((layer,), **options)) for layer in (2, 4)}
+    scores = engine.logits(ids, mode)
+    for place, layer in enumerate(completion.premature_layers, len(PROMPT) - 1):
+        torch.testing.assert_close(scores[place], alone[layer][place], atol=1e-4, rtol=1e-4)
+
+
+def test_premature_layers_do_not_depend_on_batch_mates(engine):
+    modes = [DoLa((0, 2, 4)), DoLa("high"), Original(), DoLa((3,), heads="raw")] * 4
+    prompts = [[7 * i + 1, 5, 100 + i] for i in range(16)]
+    params = SamplingParams(max_new_tokens=10)
+    together = engine.generate(prompts, params, modes)
+    for prompt, mode, output in zip(prompts, modes, together, strict=True):
+        (alone,) = engine.generate(prompt, params, mode)
+        layers = output.outputs[0].premature_layers
+        assert layers == alone.outputs[0].premature_layers
+        assert len(layers) == (10 if isinstance(mode, DoLa) else 0)
+
+
+def test_drafted_tokens_tell_the_layer_of_their_check(engine):
+    params, target = SamplingParams(max_new_tokens=20), DoLa((0, 2, 4))
+    drafted, plain = engine.generate([PROMPT] * 2, params, [SelfSpeculative(2, 3, target), target])
+    assert drafted.outputs[0].premature_layers == plain.outputs[0].premature_layers
+    assert len(plain.outputs[0].premature_layers) == 20
