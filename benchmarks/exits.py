@@ -2,10 +2,13 @@
 
 python benchmarks/exits.py --json results/exits.json
 python benchmarks/exits.py --shape gpt2-medium --draft-exit 6 --oracle 0.8 --batch 1 --batch 8
+python benchmarks/exits.py --target original --target contrast:original,12 ...
 
 On a checkpoint with random weights exits never agree: ``--oracle`` then puts, with a seeded coin,
 the target's own next token or another one in the place of each draft, after the draft was computed.
 What it prints is a speed at a simulated acceptance, not a property of the model.
+
+Beside each gain stands what the bytes that are read and the arithmetic allow at most.
 """
 
 from __future__ import annotations
@@ -13,17 +16,20 @@ from __future__ import annotations
 import random
 import shlex
 import sys
+import time
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from checkpoints import KEPT_CHECKPOINTS, SHAPES, make_checkpoint
-from report import alternate, median, show, timed, write_json
+from report import alternate, median, show, write_json
+from speculation_bound import SpeculationBound, rate_of
 from torch import Tensor
 
-from multiexit_engine import Engine, SamplingParams, SelfSpeculative
+from multiexit_engine import Engine, RequestOutput, SamplingParams, SelfSpeculative
 from multiexit_engine.params import DecodingMode, parse_decoding
 from multiexit_engine.runtime.choosing import LogitSlice
 
@@ -86,38 +92,107 @@ def measure(
     if oracle is not None:
         oracle.answers = {tuple(p): ids for p, ids in zip(prompts, expected, strict=True)}
     shares: dict[str, float] = {}
-    for name, mode in modes.items():
-        before = engine.stats()
-        found = [o.outputs[0].token_ids for o in engine.generate(prompts, sampling, mode)]
-        after = engine.stats()
-        assert found == expected, f"{name}: not the tokens of plain decoding"
-        drafted = after.num_drafted_tokens - before.num_drafted_tokens
-        accepted = after.num_accepted_tokens - before.num_accepted_tokens
-        shares[name] = accepted / drafted if drafted else float("nan")
-    runs = {
-        name: timed(partial(engine.generate, prompts, sampling, mode))
-        for name, mode in modes.items()
-    }
+
+    def seconds_per_token(name: str) -> float:
+        decoded = decode(engine, prompts, sampling, modes[name])
+        assert decoded.tokens == expected, f"{name}: not the tokens of plain decoding"
+        shares[name] = decoded.accepted / decoded.drafted if decoded.drafted else float("nan")
+        return decoded.seconds_per_token
+
+    runs = {name: partial(seconds_per_token, name) for name in modes}
     seconds = alternate(runs, rounds)
     plain = median(seconds["plain"])
     return [
         {
             "batch": batch,
             "mode": name,
-            "tokens_per_s": batch * new_tokens / median(values),
+            "tokens_per_s": 1 / median(values),
             "of_plain": plain / median(values),
             "accepted": shares[name],
-            "seconds": values,
+            "seconds_per_token": values,
         }
         for name, values in seconds.items()
     ]
 
 
+class Decoded(NamedTuple):
+    """What a batch gave, and how fast while all of it ran."""
+
+    tokens: list[list[int]]
+    seconds_per_token: float
+    drafted: int
+    accepted: int
+
+
+def decode(
+    engine: Engine, prompts: list[list[int]], sampling: SamplingParams, mode: DecodingMode
+) -> Decoded:
+    """Continue all prompts; timed from when all have their first token until the first ends.
+
+    Luck with drafts ends requests at different times; a server has others to take their place, so
+    steps with fewer requests than the batch has are none of its speed.
+    """
+    before = engine.stats()
+    names = [engine.add_request(prompt, sampling, mode) for prompt in prompts]
+    outputs: dict[str, RequestOutput] = {}
+    started: float | None = None
+    seconds, first, timed_tokens = 0.0, 0, 0
+    while engine.has_unfinished():
+        outputs |= {output.request_id: output for output in engine.step()}
+        if started is None:
+            if len(outputs) == len(names) and all(map(_num_tokens, outputs.values())):
+                started = time.perf_counter()
+                first = engine.stats().num_generated_tokens
+        elif not timed_tokens and any(output.finished for output in outputs.values()):
+            seconds = time.perf_counter() - started
+            timed_tokens = engine.stats().num_generated_tokens - first
+    after = engine.stats()
+    return Decoded(
+        [outputs[name].outputs[0].token_ids for name in names],
+        seconds / timed_tokens,
+        after.num_drafted_tokens - before.num_drafted_tokens,
+        after.num_accepted_tokens - before.num_accepted_tokens,
+    )
+
+
+def _num_tokens(output: RequestOutput) -> int:
+    return len(output.outputs[0].token_ids)
+
+
+def simulations(oracle: list[float] | None) -> list[float | None]:
+    """The acceptances to simulate; the model's own where none is named."""
+    return [*oracle] if oracle else [None]
+
+
+def with_bounds(
+    rows: list[dict[str, Any]], bound: SpeculationBound, rate: float | None
+) -> list[dict[str, Any]]:
+    """The rows with what each could gain at most, by the acceptance that the run had."""
+    lengths = {row["mode"]: _length(row["mode"]) for row in rows}
+    own = [
+        rate_of(row["accepted"], length)
+        for row in rows
+        if (length := lengths[row["mode"]]) is not None and row["accepted"] == row["accepted"]
+    ]
+    rate = rate if rate is not None else sum(own) / len(own)
+    for row in rows:
+        is_plain = row["mode"] == "plain"
+        length = lengths[row["mode"]]
+        row["acceptance"] = rate
+        row["bound"] = 1.0 if is_plain else bound.gain(rate, row["batch"], length)
+    return rows
+
+
+def _length(name: str) -> int | None:
+    last = name.split()[-1]
+    return int(last) if last.isdigit() else None
+
+
 def main(
     shape: Annotated[str, typer.Option(help="demo, " + ", ".join(SHAPES))] = "demo",
     draft_exit: int = 2,
-    target: Annotated[str, typer.Option(help="a mode's command-line form")] = "original",
-    oracle: Annotated[float | None, typer.Option(help="simulated acceptance")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="modes' command-line forms")] = None,
+    oracle: Annotated[list[float] | None, typer.Option(help="simulated acceptances")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="requests at once")] = None,
     draft_len: Annotated[list[int] | None, typer.Option(help="fixed lengths beside auto")] = None,
     dtype: str = "float32",
@@ -130,28 +205,36 @@ def main(
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
     model = "demo" if shape == "demo" else make_checkpoint(SHAPES[shape], KEPT_CHECKPOINTS, kind)
-    engine = Engine.from_pretrained(model, dtype=kind, prefix_caching=False)
-    wanted = parse_decoding(target)
-    modes: dict[str, DecodingMode] = {"plain": wanted}
-    for length in ["auto", *(draft_len or [2, 4])]:
-        modes[f"draft {length}"] = SelfSpeculative(draft_exit, length, wanted)  # type: ignore[arg-type]
-    told = None if oracle is None else Oracle(engine, oracle)
-    rows = []
-    for size in batch or [1, 4, 16]:
-        rows += measure(engine, modes, size, new_tokens, rounds, told)
-    simulated = f", simulated acceptance {oracle}" if oracle is not None else ""
-    title = f"{shape}, {dtype}, target {target}, exit {draft_exit}, {threads} threads{simulated}"
+    rows: list[dict[str, Any]] = []
+    for name, rate in product(target or ["original"], simulations(oracle)):
+        # a new engine each time: it remembers what drafts were worth
+        engine = Engine.from_pretrained(model, dtype=kind, prefix_caching=False)
+        wanted = parse_decoding(name)
+        modes: dict[str, DecodingMode] = {"plain": wanted}
+        for length in ["auto", *(draft_len or [2, 4])]:
+            modes[f"draft {length}"] = SelfSpeculative(draft_exit, length, wanted)  # type: ignore[arg-type]
+        bound = SpeculationBound.of(engine, draft_exit, kind)
+        told = None if rate is None else Oracle(engine, rate)
+        for size in batch or [1, 4, 16]:
+            found = measure(engine, modes, size, new_tokens, rounds, told)
+            rows += [{"target": name} | row for row in with_bounds(found, bound, rate)]
+    simulated = ", simulated acceptance" if oracle else ""
+    title = f"{shape}, {dtype}, exit {draft_exit}, {threads} threads{simulated}"
     cells = [
         [
+            row["target"],
+            f"{row['acceptance']:.2f}",
             str(row["batch"]),
             row["mode"],
             f"{row['tokens_per_s']:.1f}",
             f"{row['of_plain']:.2f}",
+            f"{row['bound']:.2f}",
             f"{row['accepted']:.2f}",
         ]
         for row in rows
     ]
-    show(title, ["batch", "mode", "tokens/s", "of plain", "drafts accepted"], cells)
+    columns = ["target", "acceptance", "batch", "mode", "tokens/s", "of plain", "at most"]
+    show(title, [*columns, "drafts accepted"], cells)
     write_json(json, shlex.join(["python", *sys.argv]), rows)
 
 
