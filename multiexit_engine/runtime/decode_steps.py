@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +24,11 @@ from multiexit_engine.batch import (
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.exits import Draws, pair_tokens, takes_pair
-from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner, HeadGroup, plan_segments
+from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner, plan_segments
+from multiexit_engine.layers.exit_heads import Head, HeadOperands
 from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.ops import shared_head_tokens
+from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.params import Contrast, Exit, Original
 from multiexit_engine.request import ChosenToken, sequence_seed
 from multiexit_engine.runtime.choosing import (
@@ -42,6 +46,22 @@ from multiexit_engine.runtime.graphs import Pieces
 from multiexit_engine.runtime.step_clock import StepClock
 
 PLAIN = (Original, Exit, Contrast)
+
+
+class _Part(NamedTuple):
+    """Rows with the same heads.
+
+    Attributes:
+        place: of the list of these rows in memory; None for the first rows of the step.
+        upper: their head.
+        lower: what it is contrasted with, if anything.
+        size: how many, padding included.
+    """
+
+    place: int | None
+    upper: Head
+    lower: Head | None
+    size: int
 
 
 class LaunchedStep:
@@ -122,6 +142,7 @@ class DecodeSteps:
         )
         # the states after each layer where a span of layers ends
         self._states: dict[int, Tensor] = {}
+        self._matrices: dict[Head, tuple[int, int]] = {}
         self._turn = 0
 
     def fits(self, batch: ScheduledBatch) -> bool:
@@ -144,11 +165,8 @@ class DecodeSteps:
         self._turn = (self._turn + 1) % TURNS
         self._memory.send(self._turn, _decode_rows(batch, plan, before), size, groups)
         self._run_layers(batch, plan, bound)
-        if groups:
-            for place, group in enumerate(plan.groups):
-                self._run_heads(place, group, self._pieces.size(len(group.rows)))
-        else:
-            self._run_heads(None, plan.groups[0], size)
+        for parts in self._by_matrix(plan, size):
+            self._pieces.run(("heads", parts), size, partial(self._choose, parts))
         self._memory.fetch(self._turn)
         clock.mark()
         return LaunchedStep(batch, self._memory, self._turn, clock, self._device)
@@ -204,26 +222,52 @@ class DecodeSteps:
         chosen = self._memory.results["tokens"][sources.clamp(min=0)]
         return torch.where(sources < 0, known, chosen)
 
-    def _run_heads(self, place: int | None, group: HeadGroup, size: int) -> None:
-        call = partial(self._choose, place, group, size)
-        key = ("heads", place, group.upper, group.lower, size)
-        self._pieces.run(key, size, call)
+    def _by_matrix(self, plan: ExitPlan, size: int) -> list[tuple[_Part, ...]]:
+        """The groups of rows, those together whose upper heads have one matrix."""
+        if len(plan.groups) == 1:
+            (group,) = plan.groups
+            return [(_Part(None, group.upper, group.lower, size),)]
+        found: dict[tuple[int, int], list[_Part]] = {}
+        for place, group in enumerate(plan.groups):
+            part = _Part(place, group.upper, group.lower, self._pieces.size(len(group.rows)))
+            found.setdefault(self._matrix(group.upper), []).append(part)
+        return [tuple(parts) for parts in found.values()]
 
-    def _choose(self, place: int | None, group: HeadGroup, size: int) -> None:
-        """Choose tokens of the rows of one group, or of the first ``size`` rows."""
-        inputs, results, heads = self._memory.inputs, self._memory.results, self._model.heads
-        rows: Tensor | slice = slice(size) if place is None else inputs["groups"][place][:size]
-        draws = Draws(inputs["temperatures"][rows], inputs["seeds"][rows], inputs["counts"][rows])
-        upper = heads.operands(group.upper, self._states[group.upper.layer][rows])
+    def _matrix(self, head: Head) -> tuple[int, int]:
+        """What is the same for heads with the same matrix and bias."""
+        if head not in self._matrices:
+            operands = self._model.heads.operands(head, self._states[head.layer][:1])
+            self._matrices[head] = id(operands.weight), id(operands.bias)
+        return self._matrices[head]
+
+    def _choose(self, parts: tuple[_Part, ...]) -> None:
+        """Choose tokens of the rows of groups whose heads have one matrix, which is read once."""
+        inputs, results = self._memory.inputs, self._memory.results
+        rows = [self._rows_of(part) for part in parts]
+        own = rows[0] if len(parts) == 1 else torch.cat([r for r in rows if isinstance(r, Tensor)])
+        draws = Draws(inputs["temperatures"][own], inputs["seeds"][own], inputs["counts"][own])
+        alpha = inputs["alphas"][own]
         counts = torch.zeros_like(draws.seeds, dtype=torch.int32)
-        lower = alpha = None
-        if group.lower is not None:
-            lower = heads.operands(group.lower, self._states[group.lower.layer][rows])
-            alpha = inputs["alphas"][rows]
-        tokens, logprobs = pair_tokens(upper, lower, alpha, draws, counts)
-        results["tokens"][rows] = tokens
-        results["logprobs"][rows] = logprobs.float()
-        results["candidates"][rows] = counts
+        pairs = list(zip(parts, rows, strict=True))
+        uppers = [self._operands(part.upper, place) for part, place in pairs]
+        lowers = [part.lower and self._operands(part.lower, place) for part, place in pairs]
+        if len(parts) == 1:
+            found = pair_tokens(uppers[0], lowers[0], alpha, draws, counts)
+        else:
+            hidden = torch.cat([upper.hidden for upper in uppers])
+            groups = [RowGroup(p.size, *(low or ())) for p, low in zip(parts, lowers, strict=True)]
+            _, weight, bias = uppers[0]
+            found = shared_head_tokens(hidden, weight, bias, groups, alpha, None, *draws, counts)
+        results["tokens"][own], results["logprobs"][own] = found[0], found[1].float()
+        results["candidates"][own] = counts
+
+    def _rows_of(self, part: _Part) -> Tensor | slice:
+        if part.place is None:
+            return slice(part.size)
+        return self._memory.inputs["groups"][part.place][: part.size]
+
+    def _operands(self, head: Head, rows: Tensor | slice) -> HeadOperands:
+        return self._model.heads.operands(head, self._states[head.layer][rows])
 
 
 def _rows(batch: ScheduledBatch) -> list[LogitRow]:

@@ -53,7 +53,7 @@ def test_a_replayed_step_launches_graphs_and_nothing_else(folder):
             engine.step()
         device.counts.clear()
         engine.step()
-    # two spans of layers and the heads
+    # two spans of layers, and the heads
     assert device.counts.pop("replays") == 3
     assert device.counts == {"pinned copies": 1, "copies to the host": 1, "synchronisations": 1}
 
@@ -88,6 +88,19 @@ def test_sizes_beyond_the_batch_are_refused(sizes):
 def test_sizes_may_be_written_out():
     config = SimpleNamespace(encoder=None)
     assert pick_graph_sizes("4,1,2", torch.device("cuda"), config, 8) == (1, 2, 4)
+
+
+def test_groups_whose_heads_have_one_matrix_are_chosen_in_one_piece(folder):
+    modes = [Contrast("original", 2), Original(), Contrast("original", 4), Exit(4)]
+    with on_device(folder, cuda_graphs=(1, 4)) as (engine, device):
+        for mode in modes:
+            engine.add_request([1, 2, 3], GREEDY, mode)
+        for _ in range(3):
+            engine.step()
+        device.counts.clear()
+        engine.step()
+    # spans of layers to 2 and to 4, the original head, and the head of exit 4
+    assert device.counts["replays"] == 4
 
 
 def test_steps_beyond_the_largest_size_run_without_graphs(folder):
