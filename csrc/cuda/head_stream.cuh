@@ -39,9 +39,16 @@ struct Reader {
     const float seen = from_ordered(*static_cast<volatile uint32_t*>(&shared.top[row]));
     if (!(logit >= seen + log_alpha) || logit == -infinity()) return false;
     atomicMax(&shared.top[row], ordered(logit));
-    const int place = share.first_token() + atomicAdd(&shared.listed[row], 1);
-    task.candidates[static_cast<int64_t>(row) * task.weight.count + place] = {logit, token};
+    candidate(task, shared, share, row, atomicAdd(&shared.listed[row], 1)) = {logit, token};
     return true;
+  }
+
+  // The blocks tell each other their largest logits while weights are on their way, so that in the
+  // end nobody waits to hear them: `done` of `all` groups of this warp have been read.
+  __device__ __forceinline__ void trade_tops(int done, int all) {
+    if (done == all / 2) atomicMax(&task.kept->top[row], shared.top[row]);
+    if (done == all - 2)
+      atomicMax(&shared.top[row], *static_cast<volatile uint32_t*>(&task.kept->top[row]));
   }
 };
 
@@ -75,6 +82,9 @@ __device__ __forceinline__ void stream_head(const HeadTask& task, Shared& shared
       const float logit = totals(sums);
       const int token = here.group * kGroup + member;
       if (reads && token < matrix.count) reader.read(logit, token);
+      if (CONTRAST && reads && member == 0 && warp == 0)
+        reader.trade_tops((here.group - share.first) / kWarps,
+                          (share.stop - share.first) / kWarps);
 #pragma unroll
       for (float& sum : sums) sum = 0.0f;
     }
@@ -85,10 +95,7 @@ __device__ __forceinline__ void stream_head(const HeadTask& task, Shared& shared
     reader.softmax = reader.softmax.merged(from_lane_xor(reader.softmax, mask));
     reader.best = reader.best.merged(from_lane_xor(reader.best, mask));
   }
-  if (reads && member == 0) {
-    shared.softmax[warp][row] = reader.softmax;
-    shared.best[warp][row] = reader.best;
-  }
+  if (reads && member == 0) shared.partials[warp][row] = {reader.softmax, reader.best};
 }
 
 }  // namespace multiexit::cuda

@@ -5,6 +5,7 @@
 namespace multiexit::cuda {
 
 constexpr int kMostRows = 4;  // of hidden states in a launch
+constexpr int kNear = 32;     // candidates of a block and row that stay in shared memory
 
 // A token that may be plausible: found while the upper head is read.
 struct Candidate {
@@ -21,11 +22,15 @@ struct Scored {
 struct Partial {
   Softmax softmax;
   Best best;
+
+  __device__ __forceinline__ Partial merged(const Partial& other) const {
+    return {softmax.merged(other.softmax), best.merged(other.best)};
+  }
 };
 
 // All zero between launches, so that a replayed graph needs no node to fill it.
 struct Kept {
-  uint32_t top[kMostRows];  // the largest logit so far, see `ordered`
+  uint32_t top[kMostRows];  // the largest logit that some blocks have seen, see `ordered`
   uint32_t scored[kMostRows];
   uint32_t blocks_done;
 };
@@ -45,7 +50,7 @@ struct HeadTask {
   int* num_candidates;       // [rows] or null
   Kept* kept;
   Partial* partials;      // [rows, blocks]
-  Candidate* candidates;  // [rows, vocab], each block's from its first token on
+  Candidate* candidates;  // [rows, vocab], each block's from its first token on, see Shared::near
   Scored* scored;         // [rows, vocab], of all blocks
   int rows;
   int piece;  // bytes of a row that a slot of a ring holds
@@ -76,14 +81,22 @@ struct Share {
 // A block's shared memory, in front of the hidden states and the rings.
 struct Shared {
   Transfers transfers[kWarps][Ring::kTransfers];
-  Softmax softmax[kWarps][kMostRows];
-  Best best[kWarps][kMostRows];
+  Partial partials[kWarps][kMostRows];
+  Best bests[kWarps];
   Sums sums[kWarps];
+  Candidate near[kMostRows][kNear];
   uint32_t top[kMostRows];  // of this block so far, see `ordered`
   int listed[kMostRows];    // candidates of this block
-  float limit[kMostRows];   // no token with a lower logit can be plausible
   bool is_last;
 };
+
+// A block's `index`-th candidate of a row.
+__device__ __forceinline__ Candidate& candidate(const HeadTask& task, Shared& shared, Share share,
+                                                int row, int index) {
+  if (index < kNear) return shared.near[row][index];
+  return task.candidates[static_cast<int64_t>(row) * task.weight.count + share.first_token() +
+                         index];
+}
 
 constexpr int kSharedBytes = (sizeof(Shared) + 127) / 128 * 128;
 

@@ -53,11 +53,10 @@ __global__ void __launch_bounds__(kThreads, 1) head_tokens_kernel(const HeadTask
   __syncthreads();
 
   stream_head<Number, ROWS, CONTRAST>(task, shared, ring, hidden, share, start, ahead);
+  let_next_kernel_start();
   __syncthreads();
   const int row = threadIdx.x;
   if (CONTRAST) {
-    if (row < task.rows) publish_top(task, shared, row);
-    __syncthreads();
     for (int each = 0; each < task.rows; ++each) gather_row<Number>(task, shared, share, each);
     __syncthreads();
   }
