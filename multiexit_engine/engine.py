@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from multiexit_engine.checkpoint import Checkpoint, open_checkpoint
+from multiexit_engine.checkpoint import Checkpoint, open_checkpoint, text_decoder
 from multiexit_engine.config import BackendName, EngineConfig, ModelConfig, VocabularyProjectionMode
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.elmer import ElmerModel
@@ -57,20 +57,20 @@ class Engine:
     ) -> None:
         self.config = config
         self.checkpoint = checkpoint
-        tokenizer: Any = checkpoint.load_tokenizer()
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = checkpoint.load_tokenizer()
+        texts = text_decoder(self.tokenizer)
         self._model = build_model(checkpoint, config.device, config.dtype, config.quantization)
         self._core: Core
         self._intake: Intake
         if isinstance(self._model, ElmerModel):
             mode = decoding or Parallel("soft" if self._model.has_feedback else "none")
-            self._core = ParallelCore(config, self._model, tokenizer)
-            self._intake = ParallelIntake(config, self._model, tokenizer, mode)
+            self._core = ParallelCore(config, self._model, texts)
+            self._intake = ParallelIntake(config, self._model, self.tokenizer, mode)
         else:
-            self._core = core = autoregressive_core(config, self._model, tokenizer)
+            self._core = core = autoregressive_core(config, self._model, texts)
             self._scheduler = core.scheduler
             mode = Original() if decoding is None else decoding
-            self._intake = Intake(config, self._model, tokenizer, mode, checkpoint.folder)
+            self._intake = Intake(config, self._model, self.tokenizer, mode, checkpoint.folder)
         self._feeds = Feeds(self._core)
         self._ids = itertools.count()
         self._random = random.Random(config.seed)

@@ -6,20 +6,17 @@ Knows ASGI; nothing of models.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from multiexit_engine.serve.errors import ClientHasGone
 
 _Result = TypeVar("_Result")
-
-# json.dumps would make a new one for each event
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _Result]) -> _Result:
@@ -107,4 +104,4 @@ class EventEnvelope:
 
 def to_json(data: Any) -> bytes:
     """Compact JSON in UTF-8."""
-    return _ENCODER.encode(data).encode()
+    return orjson.dumps(data)

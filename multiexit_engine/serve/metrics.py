@@ -5,6 +5,7 @@ Knows pieces and counts; nothing of HTTP.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,6 +25,24 @@ from multiexit_engine.outputs import CANDIDATE_BOUNDS, EngineStats, RequestPiece
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
 LONG_S = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+
+class Tally:
+    """A histogram that one thread counts: a fraction of what prometheus-client's own takes.
+
+    Args:
+        bounds: upper ends of its buckets, ascending; what is larger counts, too.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def add(self, value: float, times: int = 1) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
 
 
 @dataclass(slots=True)
@@ -49,7 +68,9 @@ class Metrics:
         self, stats: Callable[[], EngineStats], model: ModelConfig, model_name: str
     ) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_StatsCollector(stats, model_name))
+        layers = sorted({*model.exit_layers, model.num_layers})
+        self._gaps = Tally(SHORT_S)
+        self.registry.register(_StatsCollector(stats, model_name, layers, self._gaps))
         self._model_name = model_name
         self._timelines: dict[str, _Timeline] = {}
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
@@ -62,9 +83,6 @@ class Metrics:
         )
         self._first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "From arrival to the first token.", LONG_S
-        )
-        self._between_tokens = self._histogram(
-            "vllm:inter_token_latency_seconds", "From one token to the next.", SHORT_S
         )
         self._whole = self._histogram(
             "vllm:e2e_request_latency_seconds", "From arrival to the last token.", LONG_S
@@ -84,10 +102,6 @@ class Metrics:
         self._output_length = self._histogram(
             "vllm:request_generation_tokens", "Generated tokens of a request.", TOKENS
         )
-        layers = sorted({*model.exit_layers, model.num_layers})
-        self._exit_layer = self._histogram(
-            "multiexit:exit_layer", "Layer whose head chose a token.", layers
-        )
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -101,21 +115,21 @@ class Metrics:
             self._finished.labels(self._model_name, "abort").inc()
 
     def stepped(self, pieces: Sequence[RequestPiece], now: float) -> None:
+        num_new = 0
         for piece in pieces:
             timeline = self._timelines[piece.request_id]
-            self._note_tokens(timeline, piece, now)
+            num_new += self._note_tokens(timeline, piece, now)
             if piece.finished:
                 self._note_end(self._timelines.pop(piece.request_id), piece, now)
-
-    def _note_tokens(self, timeline: _Timeline, piece: RequestPiece, now: float) -> None:
-        num_new = sum(len(output.token_ids) for output in piece.outputs)
-        if not num_new:
-            return
         self._generated.inc(num_new)
+
+    def _note_tokens(self, timeline: _Timeline, piece: RequestPiece, now: float) -> int:
+        """The number of tokens that a piece brought."""
+        counts = [len(output.token_ids) for output in piece.outputs]
+        num_new = sum(counts)
+        if not num_new:
+            return 0
         timeline.num_tokens += num_new
-        for output in piece.outputs:
-            for layer in output.exit_layers:
-                self._exit_layer.observe(layer)
         if timeline.first_token is None:
             timeline.first_token = now
             self._first_token.observe(now - timeline.arrived)
@@ -125,12 +139,10 @@ class Metrics:
                 self._prefill.observe(now - piece.admitted_at)
         else:
             # tokens that come together share the time since the last ones
-            for output in piece.outputs:
-                for _ in output.token_ids:
-                    self._between_tokens.observe(
-                        (now - timeline.last_token) / len(output.token_ids)
-                    )
+            for count in filter(None, counts):
+                self._gaps.add((now - timeline.last_token) / count, count)
         timeline.last_token = now
+        return num_new
 
     def _note_end(self, timeline: _Timeline, piece: RequestPiece, now: float) -> None:
         reasons = [str(output.finish_reason) for output in piece.outputs]
@@ -152,11 +164,19 @@ class Metrics:
 
 
 class _StatsCollector(Collector):
-    """The engine's counts, looked up when somebody asks."""
+    """The engine's counts and the gaps between tokens, looked up when somebody asks."""
 
-    def __init__(self, stats: Callable[[], EngineStats], model_name: str) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        model_name: str,
+        layers: Sequence[int],
+        gaps: Tally,
+    ) -> None:
         self._stats = stats
         self._model_name = model_name
+        self._layers = layers
+        self._gaps = gaps
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
@@ -194,16 +214,29 @@ class _StatsCollector(Collector):
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
-        yield self._candidates(stats)
-
-    def _candidates(self, stats: EngineStats) -> HistogramMetricFamily:
-        counts = stats.contrasts_by_candidates or (0,) * len(CANDIDATE_BOUNDS)
-        bounds = [*(f"{float(bound)}" for bound in CANDIDATE_BOUNDS[:-1]), "+Inf"]
-        histogram = HistogramMetricFamily(
+        yield self._histogram(
+            "vllm:inter_token_latency_seconds", "From one token to the next.", self._gaps
+        )
+        exits = Tally(self._layers)
+        for layer, count in stats.num_tokens_by_layer.items():
+            exits.add(layer, count)
+        yield self._histogram("multiexit:exit_layer", "Layer whose head chose a token.", exits)
+        yield self._histogram(
             "multiexit:contrast_candidates",
             "Tokens that a contrast found plausible, each time it chose one.",
-            labels=["model_name"],
+            _candidates(stats),
         )
-        buckets = list(zip(bounds, accumulate(counts), strict=True))
-        histogram.add_metric([self._model_name], buckets, sum_value=stats.num_candidates)
+
+    def _histogram(self, name: str, text: str, tally: Tally) -> HistogramMetricFamily:
+        histogram = HistogramMetricFamily(name, text, labels=["model_name"])
+        bounds = [*(f"{float(bound)}" for bound in tally.bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(tally.counts), strict=True))
+        histogram.add_metric([self._model_name], buckets, sum_value=tally.total)
         return histogram
+
+
+def _candidates(stats: EngineStats) -> Tally:
+    tally = Tally(CANDIDATE_BOUNDS[:-1])
+    tally.counts = [*stats.contrasts_by_candidates] or tally.counts
+    tally.total = stats.num_candidates
+    return tally
