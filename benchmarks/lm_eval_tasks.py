@@ -5,7 +5,8 @@
 FOLDER holds the data, which is not part of this project: ``lambada_openai.jsonl`` (fields context
 and continuation), ``arc_easy.jsonl``, ``arc_challenge.jsonl`` and ``piqa.jsonl`` (query, choices,
 gold), and ``hellaswag_val_full.txt.bz2`` (six lines each: context, gold, four endings). Prompts are
-those of lm-eval's own tasks of these names, zero-shot.
+those of lm-eval's own tasks of these names, zero-shot. Mode ``hf`` is lm-eval's own model of that
+name beside them, which should get the figures of ``original``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 import multiexit_engine.compat.lm_eval  # noqa: F401  its import registers the model
+from multiexit_engine import Engine
 
 ROW = "{:<14}" + "{:>24}" * 7 + "{:>6}"
 COLUMNS = (
@@ -52,8 +55,7 @@ def main() -> None:
         for mode in given.mode:
             start = time.perf_counter()
             results = simple_evaluate(
-                "multiexit",
-                {"pretrained": given.model, "decoding": mode, "dtype": "float32"},
+                *_model(given.model, mode),
                 tasks=list(dict.fromkeys(task for task, _ in COLUMNS)),
                 task_manager=tasks,
                 limit=given.limit,
@@ -62,6 +64,16 @@ def main() -> None:
             )["results"]
             figures = [f"{results[task][f'{metric},none']:.3f}" for task, metric in COLUMNS]
             print(ROW.format(mode, *figures, f"{time.perf_counter() - start:.0f}"), flush=True)
+
+
+def _model(model: str, mode: str) -> tuple[str, dict[str, Any]]:
+    """lm-eval's name of a model, and its arguments."""
+    if mode == "hf":
+        folder = files("multiexit_engine") / "assets" / "demo" if model == "demo" else model
+        # what this engine reads at most; 512 positions hold one token more for hf
+        length = Engine.from_pretrained(model, device="cpu").config.max_model_len - 1
+        return "hf", {"pretrained": str(folder), "dtype": "float32", "max_length": length}
+    return "multiexit", {"pretrained": model, "decoding": mode, "dtype": "float32"}
 
 
 def write_tasks(data: Path, folder: Path) -> Path:
