@@ -6,10 +6,16 @@ Imports vLLM only when vLLM calls it.
 from __future__ import annotations
 
 _PACKAGE = "multiexit_engine.compat.vllm"
+# By the name in config.json's ``architectures``.
+_MODELS = {
+    "MultiExitGPT2": "gpt2",
+    "MultiExitGPTNeo": "gpt_neo",
+    "MultiExitLlama": "llama",
+}
 
 
 def register() -> None:
-    """Make multi-exit GPT-2 known to vLLM; what the entry point ``vllm.general_plugins`` names.
+    """Make multi-exit models known to vLLM; what the entry point ``vllm.general_plugins`` names.
 
     vLLM calls it in each of its processes, and may do so more than once.
     """
@@ -18,5 +24,6 @@ def register() -> None:
 
     from multiexit_engine.compat.vllm.settings import MultiExitSettings
 
-    ModelRegistry.register_model("MultiExitGPT2", f"{_PACKAGE}.gpt2:MultiExitGPT2")
-    MODELS_CONFIG_MAP["MultiExitGPT2"] = MultiExitSettings
+    for name, module in _MODELS.items():
+        ModelRegistry.register_model(name, f"{_PACKAGE}.{module}:{name}")
+        MODELS_CONFIG_MAP[name] = MultiExitSettings

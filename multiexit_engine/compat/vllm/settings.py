@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from multiexit_engine.compat.vllm.request_modes import read_exits
 from multiexit_engine.compat.vllm.row_modes import RowModes
@@ -24,9 +25,6 @@ class MultiExitSettings(VerifyAndUpdateConfig):  # type: ignore[misc]
         """
         model = vllm_config.model_config
         exits = read_exits(model.hf_config.model_type, model.hf_config.to_dict())
-        if not model.enforce_eager:
-            # Compiled (vLLM 0.32.0, torch 2.13, CPU), the last layer's states came out wrong.
-            raise ValueError("multi-exit models inside vLLM run uncompiled: set enforce_eager=True")
         if vllm_config.use_v2_model_runner:
             raise ValueError(
                 "the multi-exit plug-in follows requests through vLLM's model runner V1; set "
@@ -34,6 +32,15 @@ class MultiExitSettings(VerifyAndUpdateConfig):  # type: ignore[misc]
             )
         if vllm_config.speculative_config is not None:
             raise ValueError("speculative_config: multi-exit models inside vLLM run without it")
+        if vllm_config.lora_config is not None:
+            raise ValueError("enable_lora: multi-exit models inside vLLM run without it")
+        is_pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
+        if is_pipeline and model.enforce_eager and current_platform.is_cpu():
+            # Only its run before compiling makes the room in which a stage gets its input.
+            raise ValueError(
+                "pipeline_parallel_size: on the CPU vLLM runs pipelines compiled only; leave out "
+                "enforce_eager"
+            )
         if vllm_config.parallel_config._api_process_count > 1:
             # The others would not know the exits, and let requests in that end the engine.
             raise ValueError("api_server_count: multi-exit models inside vLLM take one")
