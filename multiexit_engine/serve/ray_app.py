@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayActorError
@@ -30,14 +31,15 @@ from multiexit_engine.mode_forms import parse_decoding
 from multiexit_engine.modes import DecodingMode
 from multiexit_engine.serve.app import create_app
 from multiexit_engine.serve.errors import ApiError, error_response
+from multiexit_engine.serve.ray_metrics import merge_metrics
 from multiexit_engine.serve.ray_routing import PrefixRouter, prefix_key
 from multiexit_engine.serve.settings import ServerSettings
 
 REPLICA_HEADER = b"x-replica-id"
 # Ray's own options take their place.
 NOT_UNDER_RAY = ("host", "port", "drain_timeout_s")
-# One replica's counts would be taken for all; the address that is scraped leads to any of them.
-NOT_FORWARDED = frozenset({"/metrics"})
+# How long the metrics of a replica are waited for that has all the requests it may have.
+METRICS_S = 5.0
 SCOPE = (
     "type",
     "asgi",
@@ -119,7 +121,7 @@ class ModelReplica:
         await self._lifespan.__aenter__()
 
     async def answer(
-        self, scope: dict[str, Any], body: bytes, *, prefix: str | None
+        self, scope: dict[str, Any], body: bytes, *, prefix: str | None, place: int | None = None
     ) -> AsyncIterator[list[Message]]:
         """The ASGI messages of an answer, as many at a time as are ready.
 
@@ -127,8 +129,9 @@ class ModelReplica:
             scope: of the HTTP request.
             body: its whole body.
             prefix: for the router, which has chosen this replica by it.
+            place: the same, in requests that are for one certain replica.
         """
-        del prefix
+        del prefix, place
         answered: asyncio.Queue[Message | None] = asyncio.Queue()
         running = asyncio.create_task(self._run(scope, body, answered))
         try:
@@ -176,16 +179,15 @@ class Ingress:
         self._replicas = replicas.options(method_name="answer", stream=True)
         self._max_body_bytes = options.settings().max_body_bytes
         self._prefix_tokens = options.prefix_tokens
-        self._num_tries = 1 + options.num_replicas
+        self._num_replicas = options.num_replicas
 
     async def __call__(self, request: Request) -> Response:
-        if request.url.path in NOT_FORWARDED:
-            message = f"{request.url.path}: every replica counts alone; see Ray's own metrics"
-            return error_response(ApiError(404, message))
+        if request.url.path == "/metrics":
+            return await self._metrics(request)
         body = await self._body(request)
         scope = _plain(request)
         prefix = prefix_key(scope["path"], body, self._prefix_tokens)
-        for _ in range(self._num_tries):
+        for _ in range(1 + self._num_replicas):
             messages = self._messages(scope, body, prefix)
             try:
                 start = await anext(messages)
@@ -197,6 +199,28 @@ class Ingress:
                 return _response(start, messages)
         return error_response(ApiError(503, "the replicas died one after the other"))
 
+    async def _metrics(self, request: Request) -> Response:
+        """What all replicas that answer count, each sample with its replica."""
+        scope = _plain(request)
+        pages: dict[str, str] = {}
+        # One after the other: Ray may give requests of one caller each other's replica.
+        for place in range(self._num_replicas):
+            try:
+                start, content = await self._whole(scope, place)
+            except (RayActorError, BackPressureError, TimeoutError) as error:
+                logger.warning("metrics without a replica: %r", error)
+                continue
+            if start["status"] != 200:
+                return _response(start, _one({"body": content}))
+            pages[dict(start["headers"])[REPLICA_HEADER].decode()] = content.decode()
+        return Response(merge_metrics(pages), media_type=CONTENT_TYPE_LATEST)
+
+    async def _whole(self, scope: dict[str, Any], place: int) -> tuple[Message, bytes]:
+        """A replica's answer to a request without a body."""
+        async with asyncio.timeout(METRICS_S):
+            start, *rest = [m async for m in self._messages(scope, b"", None, place)]
+        return start, b"".join(message.get("body", b"") for message in rest)
+
     async def _body(self, request: Request) -> bytes:
         """The body; of one that is too long just enough for the replica to refuse it."""
         body = b""
@@ -207,9 +231,9 @@ class Ingress:
         return body
 
     async def _messages(
-        self, scope: dict[str, Any], body: bytes, prefix: str | None
+        self, scope: dict[str, Any], body: bytes, prefix: str | None, place: int | None = None
     ) -> AsyncIterator[Message]:
-        answer = self._replicas.remote(scope, body, prefix=prefix)
+        answer = self._replicas.remote(scope, body, prefix=prefix, place=place)
         try:
             async for ready in answer:
                 for message in ready:
@@ -255,6 +279,10 @@ def _response(start: Message, messages: AsyncIterator[Message]) -> Response:
     response = StreamingResponse(_bodies(messages), start["status"])
     response.raw_headers = list(start["headers"])
     return response
+
+
+async def _one(message: Message) -> AsyncIterator[Message]:
+    yield message
 
 
 async def _bodies(messages: AsyncIterator[Message]) -> AsyncIterator[bytes]:

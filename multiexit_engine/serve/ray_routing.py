@@ -67,8 +67,9 @@ class PrefixRouter(RequestRouter):
     """Sends requests with the same ``prefix`` argument to the same replica.
 
     A replica with ``max_ongoing_requests`` is passed over for the next in the key's order. Requests
-    without a prefix go to the emptier of all replicas. Nothing is remembered, so several proxies
-    agree without talking to each other.
+    without a prefix go to the emptier of all replicas, those with a ``place`` to the replica that
+    stands there in the order of names: so each of them can be asked in turn. Nothing is remembered,
+    so several proxies agree without talking to each other.
     """
 
     async def choose_replicas(
@@ -77,7 +78,11 @@ class PrefixRouter(RequestRouter):
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         """Ranks of replicas, the preferred first."""
-        key = None if pending_request is None else pending_request.kwargs.get("prefix")
+        asked = {} if pending_request is None else pending_request.kwargs
+        if (place := asked.get("place")) is not None:
+            in_order = sorted(candidate_replicas, key=lambda one: one.replica_id.unique_id)
+            return [[in_order[place % len(in_order)]]]
+        key = asked.get("prefix")
         if key is None:
             return [random.sample(candidate_replicas, len(candidate_replicas))]
         named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
