@@ -118,8 +118,49 @@ def _least_of_largest(
     return bits.to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _ones(word):
+    """How many bits of an int32 are set."""
+    x = word.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def _after_edits(
+    score, token, mask, row, vocab, edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr,
+    loss_ptr,
+):  # fmt: skip
+    """Scores of tokens after the row's edits, whose numbers stand in the order of tokens.
+
+    Which of them is a token's is known from its word of bits: the first of the word, and how many
+    bits are set before its own.
+    """
+    place = row * ((vocab + 31) // 32) + token // 32
+    lane = token % 32
+    word = tl.load(edited_ptr + place, mask=mask, other=0)
+    allowed = tl.load(allowed_ptr + place, mask=mask, other=0)
+    mask = mask & ((word >> lane & 1) != 0)
+    index = tl.load(start_ptr + place, mask=mask, other=0) + _ones(word & ((1 << lane) - 1))
+    score += tl.load(add_ptr + index, mask=mask, other=0.0)
+    penalty = tl.load(penalty_ptr + index, mask=mask, other=1.0)
+    score = tl.where(score < 0, score * penalty, score / penalty)
+    score -= tl.load(loss_ptr + index, mask=mask, other=0.0)
+    return tl.where((allowed >> lane & 1) != 0, score, float("-inf"))
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "vocab"])
 def contrast_finish_kernel(
+    edited_ptr,
+    start_ptr,
+    allowed_ptr,
+    is_edited_ptr,
+    add_ptr,
+    penalty_ptr,
+    loss_ptr,
     group_ptr,
     least_ptr,
     alpha_ptr,
@@ -142,8 +183,10 @@ def contrast_finish_kernel(
     TILES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LISTED: tl.constexpr,
+    CONTRAST: tl.constexpr,
     MIXED: tl.constexpr,
     LEAST: tl.constexpr,
+    EDITED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """The best of the candidates, with the final threshold, and of the tokens below it.
@@ -151,7 +194,8 @@ def contrast_finish_kernel(
     With the largest logit known, every candidate is either plausible or not; plausible ones share
     their mass in proportion to exp(score). How many those are goes to ``num_candidates_ptr``, if
     it is not None. With LEAST the threshold lets so many tokens pass at
-    least; all tiles are listed of rows that ask for another number than 1.
+    least; all tiles are listed of rows that ask for another number than 1. With EDITED the listed
+    tokens of rows with edits are judged by what these leave of their scores.
     """
     row = tl.program_id(0).to(tl.int64)
     alpha = tl.load(alpha_ptr + row)
@@ -162,8 +206,14 @@ def contrast_finish_kernel(
     threshold = tl.load(running_ptr + row) + tl.log(tl.minimum(tl.maximum(alpha, 0.0), 1.0))
     log_total, top = _log_sum(tile_stat_ptr, row, num_rows, num_tiles, TILES)
     is_scored = temperature > 0
-    if MIXED:
-        is_scored = is_scored | (tl.load(group_ptr + row) < 0)
+    base = 0.0
+    if not CONTRAST:
+        is_scored = temperature >= 0
+        threshold = top + float("inf")
+    else:
+        base = log_total
+    if EDITED:
+        is_scored = is_scored | (tl.load(is_edited_ptr + row) != 0)
     if LEAST:
         least = tl.load(least_ptr + row)
         if least != 1:
@@ -173,6 +223,11 @@ def contrast_finish_kernel(
                     candidate_logit_ptr, row, least, num_tiles, vocab, BLOCK_V, LISTED
                 )
             threshold = tl.minimum(threshold, bound)
+    if MIXED:
+        is_alone = tl.load(group_ptr + row) < 0
+        is_scored = is_scored | is_alone
+        threshold = tl.where(is_alone, float("inf"), threshold)
+        base = tl.where(is_alone, 0.0, base)
 
     best = float("-inf")
     choice = _NO_TOKEN + 0
@@ -211,6 +266,7 @@ def contrast_finish_kernel(
     if is_scored:
         seed = tl.load(seed_ptr + row)
         position = tl.load(position_ptr + row)
+        heat = tl.where(temperature > 0, temperature, 1.0)
         key, choice, value = _best_tile(
             tile_stat_ptr, tile_token_ptr, row, num_rows, num_tiles, TILES
         )
@@ -221,7 +277,15 @@ def contrast_finish_kernel(
             )  # fmt: skip
             plausible = logit >= threshold
             final = tl.where(plausible, score + shift, logit)
-            keys = final / temperature + gumbel(seed, position, token)
+            wanted = final
+            if EDITED:
+                wanted = base + _after_edits(
+                    final - base, token, logit > float("-inf"), row, vocab, edited_ptr, start_ptr,
+                    allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
+                )  # fmt: skip
+            keys = wanted / heat
+            if temperature > 0:
+                keys += gumbel(seed, position, token)
             keys = tl.where(logit > float("-inf"), keys, float("-inf"))
             largest = tl.max(tl.max(keys, 1), 0)
             found = (keys == largest) & (logit > float("-inf"))
@@ -232,6 +296,9 @@ def contrast_finish_kernel(
             key = tl.where(better, largest, key)
             choice = tl.where(better, lowest, choice)
             value = tl.where(better, here, value)
+        if EDITED:
+            # no token is left
+            value = tl.where(key == float("-inf"), key, value)
 
     # A row of NaN has no best token; its log-probability is NaN, its token stays a legal one.
     tl.store(token_ptr + row, tl.minimum(choice, vocab - 1).to(tl.int64))

@@ -126,6 +126,8 @@ def head_kernel(
     candidate_score_ptr,
     tile_stat_ptr,
     tile_token_ptr,
+    edited_ptr,
+    allowed_ptr,
     num_rows,
     num_lowers,
     vocab,
@@ -134,6 +136,7 @@ def head_kernel(
     HAS_BIAS: tl.constexpr,
     CONTRAST: tl.constexpr,
     MIXED: tl.constexpr,
+    EDITED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -145,7 +148,9 @@ def head_kernel(
     Writes for each row and tile the statistics (max, sum of exp, best key, its logit) and the best
     token. With CONTRAST the best key is that of the tokens that cannot be plausible; the others,
     the candidates, are listed with their logit and their contrast score. With MIXED each row has
-    a lower head of its own, by its place in the table of addresses, or none (-1).
+    a lower head of its own, by its place in the table of addresses, or none (-1). With EDITED
+    tokens whose scores will be edited are listed as well, and those not allowed are never best;
+    both are bits, of which a tile has one word for each row.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -183,34 +188,58 @@ def head_kernel(
 
     sampled = tl.max(temperature, 0) > 0
     others = entry_mask[:, None] & row_mask[None, :]
+    if EDITED:
+        num_words = (vocab + 31) // 32
+        word = rows.to(tl.int64) * num_words + tile * BLOCK_V // 32
+        lane = (tile * BLOCK_V % 32 + tl.arange(0, BLOCK_V))[:, None]
+        edited = tl.load(edited_ptr + word, mask=row_mask, other=0)  # [BLOCK_R]
+        allowed = tl.load(allowed_ptr + word, mask=row_mask, other=0)  # [BLOCK_R]
+        is_edited = others & ((edited[None, :] >> lane & 1) != 0)
+        is_allowed = (allowed[None, :] >> lane & 1) != 0
     if CONTRAST:
         limit = tl.full((BLOCK_R,), float("inf"), tl.float32)
         hot = is_contrasted & (top >= seen + log_alpha)
         if tl.max(hot.to(tl.int32), 0) > 0:
             before = tl.atomic_max(running_ptr + rows, top, mask=hot, sem="relaxed")
             limit = tl.where(hot, tl.maximum(before, top) + log_alpha, limit)
-            keep = others & (logits >= limit[None, :])
-            live = tl.max(keep.to(tl.int32), 0) > 0
-            if tl.max(live.to(tl.int32), 0) > 0:
-                if MIXED:
-                    lower = _lower_logits(
-                        lower_ptr, lower_table_ptr, num_lowers, group, live, keep, bias_ptr,
-                        rows, entries, width, EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
-                    )  # fmt: skip
-                else:
-                    lower = tile_logits(
-                        lower_ptr, lower_weight_ptr, rows, row_mask,
-                        entries, tl.max(keep.to(tl.int32), 1) > 0,
-                        width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
-                    )  # fmt: skip
-                slots = place[None, :] * BLOCK_V + tl.arange(0, BLOCK_V)[:, None]
-                kept = tl.where(keep, logits, float("-inf"))
-                tl.store(candidate_logit_ptr + slots, kept, mask=live[None, :])
-                tl.store(candidate_score_ptr + slots, logits - lower, mask=live[None, :])
-                index = tl.atomic_add(count_ptr + rows, 1, mask=live, sem="relaxed")
-                tl.store(listed_ptr + rows * num_tiles + index, tile, mask=live)
+        keep = others & (logits >= limit[None, :])
+        live = tl.max(keep.to(tl.int32), 0) > 0
+        listed = live
+    if EDITED:
+        listed = tl.max(is_edited.to(tl.int32), 0) > 0
+        if CONTRAST:
+            listed = listed | live
+    if CONTRAST or EDITED:  # noqa: SIM102 - without either there is no such mask
+        if tl.max(listed.to(tl.int32), 0) > 0:
+            slots = place[None, :] * BLOCK_V + tl.arange(0, BLOCK_V)[:, None]
+            if CONTRAST:
+                if tl.max(live.to(tl.int32), 0) > 0:
+                    if MIXED:
+                        lower = _lower_logits(
+                            lower_ptr, lower_table_ptr, num_lowers, group, live, keep, bias_ptr,
+                            rows, entries, width, EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+                        )  # fmt: skip
+                    else:
+                        lower = tile_logits(
+                            lower_ptr, lower_weight_ptr, rows, row_mask,
+                            entries, tl.max(keep.to(tl.int32), 1) > 0,
+                            width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+                        )  # fmt: skip
+                    tl.store(candidate_score_ptr + slots, logits - lower, mask=live[None, :])
+                kept = keep
+                if EDITED:
+                    kept = keep | is_edited
+            else:
+                kept = is_edited
+            kept_logits = tl.where(kept, logits, float("-inf"))
+            tl.store(candidate_logit_ptr + slots, kept_logits, mask=listed[None, :])
+            index = tl.atomic_add(count_ptr + rows, 1, mask=listed, sem="relaxed")
+            tl.store(listed_ptr + rows * num_tiles + index, tile, mask=listed)
+    if CONTRAST:
         others = others & (logits < limit[None, :])
-    if sampled or MIXED or not CONTRAST:
+    if EDITED:
+        others = others & is_allowed & (is_edited == 0)
+    if sampled or MIXED or EDITED or not CONTRAST:
         keys = logits
         if sampled:
             seed = tl.load(seed_ptr + rows, mask=row_mask, other=0)  # [BLOCK_R]

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from multiexit_engine.kernels.head_edits import PackedEdits, pack_edits
 from multiexit_engine.kernels.head_finish import contrast_finish_kernel, head_finish_kernel
 from multiexit_engine.kernels.head_tiles import head_kernel
 from multiexit_engine.kernels.launch import kept_scratch, options, overlaps_launches
@@ -55,7 +56,8 @@ def head_config(rows: int, dtype: torch.dtype) -> HeadConfig:
     cannot reduce inside a branch (triton 3.6 and 3.7 end with an error there from 64 rows on).
     """
     if dtype == torch.float32:
-        return HeadConfig(16, 1, 128, 3, 4) if rows == 1 else HeadConfig(32, 16, 64, 3, 4)
+        # one tile for any number of rows: sums of another order would be other bits
+        return HeadConfig(32, 16, 64, 3, 4)
     if rows <= 16:
         return HeadConfig(32, 16, 128, 4, 4, 128)
     if rows <= 32:
@@ -64,9 +66,8 @@ def head_config(rows: int, dtype: torch.dtype) -> HeadConfig:
 
 
 def mixed_config(rows: int, dtype: torch.dtype) -> HeadConfig:
-    """``head_config`` for rows with lower heads of their own, which take more registers."""
-    config = head_config(rows, dtype)
-    return config if dtype == torch.float32 else config._replace(max_registers=160)
+    """``head_config`` of rows with lower heads of their own or edits, which need more registers."""
+    return head_config(rows, dtype)._replace(max_registers=168)
 
 
 # Candidate tiles that the last kernel reads at once.
@@ -116,12 +117,15 @@ def shared_head_tokens(
     seeds: Tensor,
     positions: Tensor,
     num_candidates: Tensor | None = None,
+    *,
+    edits: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``multiexit_engine.ops.tokens``. Two launches for each 64 rows, whatever the groups.
 
     A lower head is read where a row of its own has a candidate. Rows with ``min_candidates`` other
     than 1 read their lower head in full. Of the biases of lower heads it knows the shared head's
-    own. Scratch as for ``contrast_tokens``.
+    own. Tokens whose scores are edited are listed as candidates are, with their logits; the last
+    launch edits them. Scratch as for ``contrast_tokens``.
     """
     lower = _lower_of(groups, hidden, bias, alpha, min_candidates)
     if lower is not None:
@@ -129,7 +133,8 @@ def shared_head_tokens(
     elif num_candidates is not None:
         num_candidates.zero_()
     drawing = _Drawing(temperature, seeds, positions)
-    return _choose(_Upper(hidden, weight, bias), lower, drawing)
+    packed = None if edits is None else pack_edits(edits, weight.shape[0])
+    return _choose(_Upper(hidden, weight, bias), lower, drawing, packed)
 
 
 class _Upper(NamedTuple):
@@ -222,7 +227,9 @@ def _named(groups: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     return torch.tensor(places, dtype=torch.int32, device=device)
 
 
-def _choose(upper: _Upper, lower: _Lower | None, drawing: _Drawing) -> tuple[Tensor, Tensor]:
+def _choose(
+    upper: _Upper, lower: _Lower | None, drawing: _Drawing, edits: PackedEdits | None = None
+) -> tuple[Tensor, Tensor]:
     rows, device = upper.hidden.shape[0], upper.hidden.device
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=device)
@@ -232,6 +239,7 @@ def _choose(upper: _Upper, lower: _Lower | None, drawing: _Drawing) -> tuple[Ten
             upper._replace(hidden=upper.hidden[part]),
             None if lower is None else lower.rows(part),
             _Drawing(*(column[part] for column in drawing)),
+            None if edits is None else edits.rows(part),
             tokens[part],
             logprobs[part],
         )
@@ -239,38 +247,45 @@ def _choose(upper: _Upper, lower: _Lower | None, drawing: _Drawing) -> tuple[Ten
 
 
 def _choose_part(
-    upper: _Upper, lower: _Lower | None, drawing: _Drawing, tokens: Tensor, logprobs: Tensor
+    upper: _Upper,
+    lower: _Lower | None,
+    drawing: _Drawing,
+    edits: PackedEdits | None,
+    tokens: Tensor,
+    logprobs: Tensor,
 ) -> None:
     rows, width = upper.hidden.shape
     vocab, device = upper.weight.shape[0], upper.hidden.device
     is_mixed = lower is not None and lower.groups is not None
-    config = (mixed_config if is_mixed else head_config)(rows, upper.hidden.dtype)
+    is_plain = not is_mixed and edits is None
+    config = (head_config if is_plain else mixed_config)(rows, upper.hidden.dtype)
     num_tiles = triton.cdiv(vocab, config.block_v)
     overlap = overlaps_launches(device)
     stats = torch.empty(4, rows, num_tiles, dtype=torch.float32, device=device)
     best = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
-    if lower is None:
-        candidates: tuple[Tensor, ...] = (stats, best, best, stats, stats)
-        below: tuple[Tensor | None, ...] = (
-            upper.hidden, upper.weight, None, None, drawing.temperature
-        )  # fmt: skip
-    else:
+    candidates: tuple[Tensor, ...] = (stats, best, best, stats, stats)
+    if lower is not None or edits is not None:
         running, count = kept_scratch("heads", [-math.inf, 0.0], MAX_ROWS, device)
         listed = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
         pairs = torch.empty(2, rows, num_tiles * config.block_v, dtype=torch.float32, device=device)
         candidates = (running, count.view(torch.int32), listed, pairs[0], pairs[1])
-        # alpha 0 lists every token, as the least number of candidates is known at the end only
-        listing = (
-            lower.alpha if lower.least is None else lower.alpha.masked_fill(lower.least != 1, 0.0)
-        )
-        below = (lower.hidden, lower.weight, lower.table, lower.groups, listing)
+    below: tuple[Tensor | None, ...] = (upper.hidden, upper.weight, None, None)
+    alpha = listing = drawing.temperature
+    if lower is not None:
+        alpha = listing = lower.alpha
+        if lower.least is not None:
+            # alpha 0 lists every token, as the least number of candidates is known at the end only
+            listing = alpha.masked_fill(lower.least != 1, 0.0)
+        below = (lower.hidden, lower.weight, lower.table, lower.groups)
     head_kernel[(triton.cdiv(rows, config.block_r), num_tiles)](
         *upper,
         *below,
+        listing,
         *drawing,
         *candidates,
         stats,
         best,
+        *((None, None) if edits is None else (edits.edited, edits.allowed)),
         rows,
         0 if lower is None or lower.table is None else lower.table.shape[0],
         vocab,
@@ -279,6 +294,7 @@ def _choose_part(
         HAS_BIAS=upper.bias is not None,
         CONTRAST=lower is not None,
         MIXED=is_mixed,
+        EDITED=edits is not None,
         BLOCK_V=config.block_v,
         BLOCK_R=config.block_r,
         BLOCK_K=config.block_k,
@@ -289,29 +305,32 @@ def _choose_part(
     tail = {"TILES": triton.next_power_of_2(num_tiles), "OVERLAP": overlap}
     if overlap:
         tail["launch_pdl"] = True
-    if lower is None:
+    if lower is None and edits is None:
         head_finish_kernel[(rows,)](
             stats, best, tokens, logprobs, rows, num_tiles, vocab, **tail, **options(4)
         )
         return
     contrast_finish_kernel[(rows,)](
-        lower.groups,
-        lower.least,
-        lower.alpha,
+        *((None,) * 7 if edits is None else edits),
+        None if lower is None else lower.groups,
+        None if lower is None else lower.least,
+        alpha,
         *drawing,
         *candidates,
         stats,
         best,
         tokens,
         logprobs,
-        lower.num_candidates,
+        None if lower is None else lower.num_candidates,
         rows,
         num_tiles,
         vocab,
         BLOCK_V=config.block_v,
         LISTED=LISTED_AT_ONCE,
+        CONTRAST=lower is not None,
         MIXED=is_mixed,
-        LEAST=lower.least is not None,
+        LEAST=lower is not None and lower.least is not None,
+        EDITED=edits is not None,
         **tail,
         **options(8, 128),
     )

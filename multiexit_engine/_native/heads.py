@@ -147,8 +147,10 @@ def shared_head_tokens(
     seeds: Tensor,
     positions: Tensor,
     num_candidates: Tensor | None = None,
+    *,
+    edits: None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``multiexit_engine.ops.shared_head_tokens``."""
+    """See ``multiexit_engine.ops.shared_head_tokens``; knows no edits."""
     hidden, alpha = hidden.float().contiguous(), alpha.float().contiguous()
     least = None if min_candidates is None else min_candidates.contiguous()
     shift = vector(bias)

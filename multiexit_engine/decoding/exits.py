@@ -5,7 +5,7 @@ Follows an exit plan; knows nothing of requests, of the sampler, or of how hidde
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple, TypeAlias
 
@@ -19,13 +19,18 @@ from multiexit_engine.ops import (
     contrast_heads,
     contrast_logits,
     contrast_tokens,
+    device_kind,
     head_logits,
     head_tokens,
     shared_head_tokens,
 )
+from multiexit_engine.ops.edits import TokenEdits
 from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.params import Contrast, DecodingMode, DoLa
 from multiexit_engine.transfer import to_device
+
+# the edits of some rows of a plan
+EditsOf: TypeAlias = Callable[[Sequence[int]], TokenEdits]
 
 
 class Draws(NamedTuple):
@@ -102,6 +107,7 @@ def mode_tokens(
     heads: ExitHeads,
     draws: Draws,
     num_candidates: Tensor | None = None,
+    edits_of: EditsOf | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A token of every logit row, from its mode's distribution; no scores are kept.
 
@@ -113,10 +119,13 @@ def mode_tokens(
         heads: gives normalised hidden states and weights.
         draws: how each row's token is drawn.
         num_candidates: as in ``mode_scores``.
+        edits_of: gives what is done to the scores of the rows that it is given, in their order,
+            before their tokens are chosen; None: nothing is done to any.
 
     Returns:
-        [rows] int64 tokens, and [rows] float32: NaN where a row's numbers are no numbers, else its
-        token's log-probability or, where that was not computed, 0.
+        [rows] int64 tokens, and [rows] float32: NaN where a row's numbers are no numbers, -inf
+        where edits leave no token, else its token's log-probability before any edit or, where that
+        was not computed, 0.
 
     Source: as ``mode_scores``, then the ops ``head_tokens`` and ``contrast_tokens``.
     """
@@ -129,7 +138,8 @@ def mode_tokens(
             index = _index(rows, draws.seeds.device)
             own = Draws(*(column[index] for column in draws))
             counts = None if num_candidates is None else num_candidates[index]
-        parts.append(_chosen_together(shared, plan, taps, heads, own, counts))
+        edits = None if edits_of is None else edits_of(rows)
+        parts.append(_chosen_together(shared, plan, taps, heads, own, counts, edits))
         if num_candidates is not None and counts is not None and index is not None:
             num_candidates[index] = counts
         order += rows
@@ -230,15 +240,16 @@ def _chosen_together(
     heads: ExitHeads,
     draws: Draws,
     num_candidates: Tensor | None,
+    edits: TokenEdits | None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens of the rows of heads with one matrix, in the order in which these list them."""
     groups = [group for own, _ in shared for group in own]
     uppers = [upper for _, upper in shared]
     hidden = torch.cat([u.hidden for u in uppers]) if len(uppers) > 1 else uppers[0].hidden
     upper = uppers[0]._replace(hidden=hidden)
-    if all(group.lower is None for group in groups):
+    if edits is None and all(group.lower is None for group in groups):
         # known without waiting for a GPU only where there is none
-        is_greedy = hidden.device.type == "cpu" and not bool(draws.temperature.any())
+        is_greedy = device_kind(hidden.device) == "cpu" and not bool(draws.temperature.any())
         if is_greedy:
             return heads.rough.best_tokens(*upper)
         return pair_tokens(upper, None, None, draws, None)
@@ -248,14 +259,15 @@ def _chosen_together(
     alpha = to_device(list(chain(*alphas)), device, torch.float32)
     least = _least_candidates(groups, device)
     lower = lowers[0]
-    if lower and len(groups) == 1 and least is None and upper.bias is None and lower.bias is None:
+    is_pair = lower is not None and len(groups) == 1 and least is None and edits is None
+    if is_pair and lower and upper.bias is None and lower.bias is None:
         return pair_tokens(upper, lower, alpha, draws, num_candidates)
     parts = [
         RowGroup(len(group.rows), *(lower or ()))
         for group, lower in zip(groups, lowers, strict=True)
     ]
     return shared_head_tokens(
-        hidden, upper.weight, upper.bias, parts, alpha, least, *draws, num_candidates
+        hidden, upper.weight, upper.bias, parts, alpha, least, *draws, num_candidates, edits=edits
     )
 
 

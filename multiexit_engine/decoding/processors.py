@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from multiexit_engine.ops.edits import WORD_BITS, TokenEdits, edited_scores
 from multiexit_engine.params import SamplingParams
 from multiexit_engine.transfer import to_device
 
@@ -43,27 +44,6 @@ class TokenRow(NamedTuple):
     allowed: Tensor | None = None
 
 
-@dataclass(slots=True)
-class _Edits:
-    """Places of a score matrix, each with a number."""
-
-    rows: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    numbers: list[float] = field(default_factory=list)
-
-    def add(self, row: int, tokens: Sequence[int], numbers: Iterable[float] = ()) -> None:
-        self.rows += [row] * len(tokens)
-        self.tokens += tokens
-        self.numbers += numbers
-
-    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        index = to_device([self.rows, self.tokens], device)
-        return index[0], index[1]
-
-    def values(self, like: Tensor) -> Tensor:
-        return to_device(self.numbers, like.device, like.dtype)
-
-
 def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     """Apply every request's bias, penalties and bans to its row.
 
@@ -85,11 +65,9 @@ def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     asking = [(index, row) for index, row in enumerate(rows) if is_processed(row)]
     if not asking:
         return scores
-    scores = scores.clone()
-    _add_biases(scores, asking)
-    _penalise_repetition(scores, asking)
-    _penalise_presence(scores, asking)
-    _ban(scores, asking)
+    edits = [_row_edits(row) if is_processed(row) else _NO_EDITS for row in rows]
+    numbers = _numbers(edits, scores.device, scores.dtype)
+    scores = edited_scores(scores, TokenEdits(*numbers, None, numbers[0]))
     for index, row in asking:
         if row.allowed is not None:
             scores[index].masked_fill_(~row.allowed, -math.inf)
@@ -105,6 +83,87 @@ def allowed_tokens(masks: Sequence[bytes], vocab_size: int, device: torch.device
     bits = to_device(bits.view(len(masks), -1, 1), device)
     places = torch.arange(8, dtype=torch.uint8, device=device)
     return (bits >> places & 1).view(len(masks), -1)[:, :vocab_size].bool()
+
+
+def token_edits(
+    rows: Sequence[TokenRow],
+    masks: Sequence[bytes | None],
+    vocab_size: int,
+    device: torch.device,
+) -> TokenEdits:
+    """What ``process_scores`` does to rows, none of them forced, for ops that choose tokens.
+
+    Args:
+        rows: one for each score row; their ``allowed`` is not looked at.
+        masks: for each row bits of the tokens that may come, see ``allowed_tokens``, or None.
+        vocab_size: of the model.
+        device: where the tensors go.
+    """
+    edits = [_row_edits(row) for row in rows]
+    is_edited = [
+        bool(own.tokens) or mask is not None for own, mask in zip(edits, masks, strict=True)
+    ]
+    return TokenEdits(
+        *_numbers(edits, device, torch.float32),
+        _allowed_words(masks, vocab_size, device),
+        to_device([int(edited) for edited in is_edited], device, torch.int32),
+    )
+
+
+def _allowed_words(
+    masks: Sequence[bytes | None], vocab_size: int, device: torch.device
+) -> Tensor | None:
+    """[rows, words] int32, all bits set in rows without mask; None where no row has one."""
+    masked = {place: mask for place, mask in enumerate(masks) if mask is not None}
+    if not masked:
+        return None
+    num_bytes = -(-vocab_size // WORD_BITS) * WORD_BITS // 8
+    own = bytearray().join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masked.values())
+    bits = torch.frombuffer(own, dtype=torch.int32).view(len(masked), -1)
+    words = torch.full((len(masks), bits.shape[1]), -1, dtype=torch.int32, device=device)
+    words[to_device([*masked], device)] = to_device(bits, device)
+    return words
+
+
+class _RowEdits(NamedTuple):
+    """Numbers of the tokens of one row whose scores change, in the order of tokens."""
+
+    tokens: list[int]
+    bias: list[float]
+    penalty: list[float]
+    loss: list[float]
+
+
+_NO_EDITS = _RowEdits([], [], [], [])
+
+
+def _row_edits(row: TokenRow) -> _RowEdits:
+    params = row.params
+    bias = params.logit_bias or {}
+    presence, frequency = params.presence_penalty, params.frequency_penalty
+    is_penalised = params.repetition_penalty != 1
+    seen = {*row.prompt_token_ids, *row.output_token_ids} if is_penalised else set()
+    counts = Counter(row.output_token_ids) if presence or frequency else Counter()
+    loss = {token: presence + frequency * count for token, count in counts.items()}
+    loss |= dict.fromkeys(_banned(row), math.inf)
+    tokens = sorted({*bias, *seen, *loss})
+    return _RowEdits(
+        tokens,
+        [bias.get(token, 0.0) for token in tokens] if bias else [0.0] * len(tokens),
+        [params.repetition_penalty if token in seen else 1.0 for token in tokens],
+        [loss.get(token, 0.0) for token in tokens] if loss else [0.0] * len(tokens),
+    )
+
+
+def _numbers(
+    edits: Sequence[_RowEdits], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows, tokens, bias, penalty and loss of all edits."""
+    rows = [place for place, own in enumerate(edits) for _ in own.tokens]
+    tokens, *numbers = (list(chain.from_iterable(column)) for column in zip(*edits, strict=True))
+    index = to_device([rows, tokens], device, torch.int64)
+    values = to_device(numbers, device, dtype)
+    return index[0], index[1], values[0], values[1], values[2]
 
 
 def is_processed(row: TokenRow) -> bool:
@@ -128,47 +187,6 @@ def asks_for_processing(
         or bad_words
         or params.structured_outputs is not None
     )
-
-
-def _add_biases(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
-    edits = _Edits()
-    for index, row in rows:
-        if bias := row.params.logit_bias:
-            edits.add(index, list(bias), bias.values())
-    if edits.rows:
-        scores.index_put_(edits.places(scores.device), edits.values(scores), accumulate=True)
-
-
-def _penalise_repetition(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
-    edits = _Edits()
-    for index, row in rows:
-        if (penalty := row.params.repetition_penalty) != 1:
-            seen = list({*row.prompt_token_ids, *row.output_token_ids})
-            edits.add(index, seen, [penalty] * len(seen))
-    if edits.rows:
-        places, penalties = edits.places(scores.device), edits.values(scores)
-        found = scores[places]
-        scores[places] = torch.where(found < 0, found * penalties, found / penalties)
-
-
-def _penalise_presence(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
-    edits = _Edits()
-    for index, row in rows:
-        presence, frequency = row.params.presence_penalty, row.params.frequency_penalty
-        if presence or frequency:
-            counts = Counter(row.output_token_ids)
-            penalties = [-(presence + frequency * count) for count in counts.values()]
-            edits.add(index, list(counts), penalties)
-    if edits.rows:
-        scores.index_put_(edits.places(scores.device), edits.values(scores), accumulate=True)
-
-
-def _ban(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
-    edits = _Edits()
-    for index, row in rows:
-        edits.add(index, list(_banned(row)))
-    if edits.rows:
-        scores[edits.places(scores.device)] = -math.inf
 
 
 def _force(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:

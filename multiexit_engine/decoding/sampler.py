@@ -20,6 +20,7 @@ __all__ = [
     "LogprobTensors",
     "TokenRow",
     "choose_tokens",
+    "needs_distribution",
     "needs_scores",
     "pick_tokens",
     "token_logprobs",
@@ -46,12 +47,12 @@ def needs_scores(
     params: SamplingParams, num_output_tokens: int, bad_words: tuple[tuple[int, ...], ...] = ()
 ) -> bool:
     """Whether the next token is not just the best, or a draw, of what its mode gives."""
-    warped = not params.is_greedy and is_warped(params)
-    return (
-        warped
-        or params.logprobs is not None
-        or asks_for_processing(params, num_output_tokens, bad_words)
-    )
+    return needs_distribution(params) or asks_for_processing(params, num_output_tokens, bad_words)
+
+
+def needs_distribution(params: SamplingParams) -> bool:
+    """Whether more of its distribution is wanted than a token, after changes of single scores."""
+    return params.logprobs is not None or (not params.is_greedy and is_warped(params))
 
 
 def choose_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:

@@ -29,6 +29,7 @@ from multiexit_engine.ops.registry import (
     REFERENCE,
     Op,
     assume_device,
+    device_kind,
     register_op,
     use_backend,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "contrast_logits",
     "contrast_tokens",
     "decoder_blocks",
+    "device_kind",
     "gated_activation",
     "gumbel_noise",
     "head_logits",

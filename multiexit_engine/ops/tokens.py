@@ -1,7 +1,8 @@
 """Tokens straight from hidden states: head, contrast and choice as one op.
 
-For rows whose request asks for nothing between logits and choice (no penalties, masks or top-k),
-a backend need not bring logits to memory. Knows nothing of layers or requests.
+For rows whose request asks for nothing between logits and choice but changes of single tokens'
+scores (no top-k or its kin), a backend need not bring logits to memory.
+Knows nothing of layers or requests.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
+from multiexit_engine.ops.edits import TokenEdits, edited_scores
 from multiexit_engine.ops.heads import head_logits
 from multiexit_engine.ops.operands import fits_ring, is_dense, is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
@@ -121,6 +123,8 @@ def shared_head_tokens(
     seeds: Tensor,
     positions: Tensor,
     num_candidates: Tensor | None = None,
+    *,
+    edits: TokenEdits | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose a token for each row where rows share a head but not what it is contrasted with.
 
@@ -139,29 +143,34 @@ def shared_head_tokens(
         positions: [rows] int64, see ``gumbel_noise``.
         num_candidates: [rows] int32 that is overwritten with the number of plausible tokens of each
             row, 0 of one that is not contrasted; or None.
+        edits: what is done to scores before a token is chosen: to the logits of rows without lower
+            head, to the log-probabilities of others. None: nothing.
 
     Returns:
-        [rows] int64 tokens and [rows] float32 their log-probabilities, as those ops give them
-        (float64 for float64 inputs).
+        [rows] int64 tokens and [rows] float32 their log-probabilities, as those ops give them,
+        before any edit; -inf where the edits leave no token (float64 for float64 inputs).
 
     Source: as ``head_tokens`` and ``contrast_tokens``.
     """
-    tokens = torch.empty_like(seeds)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    log_probs = torch.empty(seeds.shape, dtype=dtype, device=hidden.device)
+    parts = []
     start = 0
     for group in groups:
         rows = slice(start, start + group.num_rows)
         least = None if min_candidates is None else min_candidates[rows]
         counts = None if num_candidates is None else num_candidates[rows]
-        own = _group_log_probs(hidden[rows], weight, bias, group, alpha[rows], least, counts)
-        found = _choose(own, temperature[rows], seeds[rows], positions[rows])
-        tokens[rows], log_probs[rows] = found
+        parts.append(_group_scores(hidden[rows], weight, bias, group, alpha[rows], least, counts))
         start = rows.stop
-    return tokens, log_probs
+    scores = torch.cat(parts)
+    log_probs = scores.log_softmax(-1)
+    if edits is None:
+        return _choose(log_probs, temperature, seeds, positions)
+    edited = edited_scores(scores, edits)
+    tokens, left = _choose(edited, temperature, seeds, positions)
+    log_probs = log_probs.gather(1, tokens[:, None])[:, 0]
+    return tokens, torch.where(left == -torch.inf, left, log_probs)
 
 
-def _group_log_probs(
+def _group_scores(
     hidden: Tensor,
     weight: Weight,
     bias: Tensor | None,
@@ -174,7 +183,7 @@ def _group_log_probs(
     if lower_hidden is None or lower_weight is None:
         if counts is not None:
             counts.zero_()
-        return head_logits(hidden, weight, bias).log_softmax(-1)
+        return head_logits(hidden, weight, bias)
     if bias is None and lower_bias is None:
         return contrast_heads(hidden, weight, lower_hidden, lower_weight, alpha, least, counts)
     upper = head_logits(hidden, weight, bias)
@@ -239,6 +248,18 @@ contrast_tokens.backend(
 )
 
 
+def _shared_reads(
+    hidden: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    groups: Sequence[RowGroup],
+    *_: object,
+    edits: TokenEdits | None = None,
+) -> bool:
+    lowers = [group.lower_weight for group in groups if group.lower_weight is not None]
+    return edits is None and is_plain(hidden, weight) and is_streamable(weight, *lowers)
+
+
 def _lower_operands(groups: Sequence[RowGroup]) -> list[Weight]:
     return [part for group in groups for part in group[1:3] if part is not None]
 
@@ -284,8 +305,5 @@ shared_head_tokens.backend(
     "cpu",
     "multiexit_engine._native:shared_head_tokens",
     device="cpu",
-    supports=lambda hidden, weight, bias, groups, *_, **__: (
-        is_plain(hidden, weight)
-        and is_streamable(weight, *(g.lower_weight for g in groups if g.lower_weight is not None))
-    ),
+    supports=_shared_reads,
 )

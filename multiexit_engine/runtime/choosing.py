@@ -18,6 +18,7 @@ from multiexit_engine.batch import BeamCandidates, StepOutput
 from multiexit_engine.decoding.beam import beam_candidates
 from multiexit_engine.decoding.exits import (
     Draws,
+    EditsOf,
     draft_tokens,
     gives_tokens,
     mode_scores,
@@ -26,19 +27,20 @@ from multiexit_engine.decoding.exits import (
     no_premature_layers,
 )
 from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner
-from multiexit_engine.decoding.processors import allowed_tokens, process_scores
+from multiexit_engine.decoding.processors import allowed_tokens, process_scores, token_edits
 from multiexit_engine.decoding.sampler import (
     TokenRow,
     choose_tokens,
+    needs_distribution,
     needs_scores,
     pick_tokens,
     token_logprobs,
 )
 from multiexit_engine.layers.exit_heads import ExitHeads
-from multiexit_engine.params import DecodingMode
+from multiexit_engine.ops import device_kind
 from multiexit_engine.request import ChosenToken, Request, ScoredToken, sequence_seed
-from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.runtime.flight import Flight
+from multiexit_engine.runtime.logit_rows import LogitRow, allowed_masks, token_row
 from multiexit_engine.transfer import to_device, to_host
 
 NOT_A_NUMBER = "its mode gave NaN as the score of a token"
@@ -47,46 +49,18 @@ NO_TOKEN_IN_FORM = "its structured_outputs and its other parameters together lea
 MAX_LOGIT_ROWS = 256  # rows of a float32 [rows, vocab] tensor made at once: 51 MB at GPT-2's vocab
 
 
-@dataclass(frozen=True, slots=True)
-class LogitRow:
-    """A row of a step whose state becomes a distribution.
-
-    Attributes:
-        item: of the step.
-        position: in the sequence, of the token whose state it is.
-        sequence: whose next token is chosen.
-        mode: gives the distribution.
-        num_drafts: drafts that are taken to follow the sequence's tokens, before the chosen one.
-        drafts: the sequence's drafts, as many as are known by now.
-        target: the token to be scored, where none is chosen.
-        confidence: of a row that chose its mode by it, what was measured.
-    """
-
-    item: int
-    position: int
-    sequence: TokenSequence
-    mode: DecodingMode
-    num_drafts: int = 0
-    drafts: list[int] = field(default_factory=list)
-    target: int | None = None
-    confidence: float | None = None
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens of the output before the chosen one."""
-        return self.sequence.num_output_tokens + self.num_drafts
-
-
 @dataclass(slots=True)
 class LogitSlice:
     """Rows whose distributions are made together, with the states they need.
 
     Rows are direct where nobody looks at the distribution itself: their tokens are all there is.
+    They may have edits: changes of single tokens' scores, by penalties, biases, bans or grammars.
     """
 
     rows: list[LogitRow]
     plan: ExitPlan
     is_direct: bool = False
+    has_edits: bool = False
     _parts: dict[int, list[tuple[list[int], Tensor]]] = field(default_factory=dict)
 
     def keep(self, layer: int, flight: Flight) -> None:
@@ -99,6 +73,11 @@ class LogitSlice:
         if here:
             states = flight.take([row for row in rows if row is not None])
             self._parts.setdefault(layer, []).append((here, states))
+
+    @property
+    def needs_drafts(self) -> bool:
+        """Whether what is chosen depends on the drafts before, as penalties and bans do."""
+        return self.has_edits or not self.is_direct
 
     @property
     def taps(self) -> dict[int, Tensor]:
@@ -128,11 +107,16 @@ class TokenChooser:
 
     def slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
         """Rows that choose tokens, in at most two slices: direct ones and others."""
-        direct: list[LogitRow] = []
-        scored: list[LogitRow] = []
-        for row in rows:
-            (direct if self.is_direct(row) else scored).append(row)
-        found = [self._slice(direct, is_direct=True)] if direct else []
+        with_edits = device_kind(self._device) == "cuda"
+        direct, scored = _split(rows, [self.is_direct(row, with_edits) for row in rows])
+        has_edits = not all(self.is_direct(row) for row in direct)
+        found = [self._slice(direct, True, has_edits)] if direct else []
+        return [*found, self._slice(scored)] if scored else found
+
+    def draft_slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
+        """The same of rows that draft: direct ones have no edits, so that they may look at less."""
+        direct, scored = _split(rows, [self.is_direct(row) for row in rows])
+        found = [self._slice(direct, True)] if direct else []
         return [*found, self._slice(scored)] if scored else found
 
     def scored_slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
@@ -196,15 +180,20 @@ class TokenChooser:
         pairs = zip(part.rows, allowed, strict=True)
         return choose_tokens(scores, [token_row(row)._replace(allowed=own) for row, own in pairs])
 
-    def is_direct(self, row: LogitRow) -> bool:
-        """Whether a row's token is all that is wanted of its distribution."""
+    def is_direct(self, row: LogitRow, with_edits: bool = False) -> bool:
+        """Whether a row's token is all that is wanted of its distribution, after edits at most."""
         request = row.sequence.request
+        params = request.sampling
+        if with_edits:
+            is_seen = needs_distribution(params)
+        else:
+            is_seen = needs_scores(params, row.num_output_tokens, request.bad_words)
         return (
             not request.is_beam_search
             and _num_choices(row) == 1
             and gives_tokens(row.mode)
             and request.forced_token_id(row.num_output_tokens) is None
-            and not needs_scores(request.sampling, row.num_output_tokens, request.bad_words)
+            and not is_seen
         )
 
     def takes_best(self, row: LogitRow) -> bool:
@@ -240,19 +229,33 @@ class TokenChooser:
             results.append((part.rows[i], scored))
         return results
 
-    def _slice(self, rows: list[LogitRow], is_direct: bool = False) -> LogitSlice:
-        return LogitSlice(rows, self._planner.plan([row.mode for row in rows]), is_direct)
+    def _slice(
+        self, rows: list[LogitRow], is_direct: bool = False, has_edits: bool = False
+    ) -> LogitSlice:
+        plan = self._planner.plan([row.mode for row in rows])
+        return LogitSlice(rows, plan, is_direct, has_edits)
+
+    def _edits(self, part: LogitSlice) -> EditsOf | None:
+        """What gives the edits of some of a slice's rows, in their order."""
+        if not part.has_edits:
+            return None
+        rows = [token_row(row) for row in part.rows]
+        masks = allowed_masks(part.rows)
+        vocab_size, device = self._planner.config.vocab_size, self._device
+        return lambda order: token_edits(
+            [rows[i] for i in order], [masks[i] for i in order], vocab_size, device
+        )
 
     def _choose_directly(
         self, part: LogitSlice, counts: Tensor | None, output: StepOutput
     ) -> list[tuple[LogitRow, Choice]]:
         draws = self._draws(part.rows)
-        chosen = mode_tokens(part.plan, part.taps, self._heads, draws, counts)
+        chosen = mode_tokens(part.plan, part.taps, self._heads, draws, counts, self._edits(part))
         wanted = [*chosen, *([] if counts is None else [counts])]
         tokens, logprobs, *host_counts = to_host(wanted)
         output.note_candidates(*host_counts)
         return [
-            (row, NOT_A_NUMBER if math.isnan(logprob) else [ChosenToken(token)])
+            (row, _direct_choice(row, token, logprob))
             for row, token, logprob in zip(part.rows, tokens, logprobs, strict=True)
         ]
 
@@ -310,12 +313,8 @@ class TokenChooser:
 
     def _allowed(self, rows: list[LogitRow]) -> list[Tensor | None]:
         """[vocab] bool for each row whose text has a grammar, else None."""
-        masks: dict[int, bytes] = {}
-        for place, row in enumerate(rows):
-            if (grammar := row.sequence.grammar) is not None:
-                mask = grammar.allowed(row.drafts[: row.num_drafts])
-                if mask is not None:
-                    masks[place] = mask
+        found_masks = enumerate(allowed_masks(rows))
+        masks = {place: mask for place, mask in found_masks if mask is not None}
         vocab_size = self._planner.config.vocab_size
         unpacked = allowed_tokens([*masks.values()], vocab_size, self._device)
         found = dict(zip(masks, unpacked, strict=True))
@@ -332,23 +331,6 @@ class TokenChooser:
         return Draws(to_device(heats, self._device, torch.float32), seeds, positions)
 
 
-def token_row(row: LogitRow, copy: int = 0) -> TokenRow:
-    """What the sampler knows of a row; ``copy`` counts the continuations of one prompt."""
-    sequence = row.sequence
-    request = sequence.request
-    # beams take no random numbers
-    index = 0 if request.is_beam_search else sequence.index + copy
-    return TokenRow(
-        params=request.sampling,
-        prompt_token_ids=request.prompt_token_ids,
-        output_token_ids=[*sequence.output_token_ids, *row.drafts[: row.num_drafts]],
-        seed=sequence_seed(request.seed, index),
-        eos_token_ids=request.ending_token_ids,
-        bad_words=request.bad_words,
-        forced_token_id=request.forced_token_id(row.num_output_tokens),
-    )
-
-
 def beam_candidate_count(request: Request, row: TokenRow) -> int:
     """Candidates per beam that always leave ``num_beams`` which do not end."""
     return max(2, 1 + len(row.eos_token_ids)) * request.sampling.num_beams
@@ -363,6 +345,19 @@ def _with_layers(
         (row, choice if isinstance(choice, str) else [t.after(layer_of[id(row)]) for t in choice])
         for row, choice in chosen
     ]
+
+
+def _split(
+    rows: Sequence[LogitRow], is_first: Sequence[bool]
+) -> tuple[list[LogitRow], list[LogitRow]]:
+    pairs = list(zip(rows, is_first, strict=True))
+    return [row for row, first in pairs if first], [row for row, first in pairs if not first]
+
+
+def _direct_choice(row: LogitRow, token: int, logprob: float) -> Choice:
+    if math.isnan(logprob):
+        return NOT_A_NUMBER
+    return _why_no_token(row) if logprob == -math.inf else [ChosenToken(token)]
 
 
 def _why_no_token(row: LogitRow) -> str:

@@ -31,11 +31,7 @@ from multiexit_engine.ops import shared_head_tokens
 from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.params import Contrast, Exit, Original
 from multiexit_engine.request import ChosenToken, sequence_seed
-from multiexit_engine.runtime.choosing import (
-    NOT_A_NUMBER,
-    LogitRow,
-    TokenChooser,
-)
+from multiexit_engine.runtime.choosing import NOT_A_NUMBER, TokenChooser
 from multiexit_engine.runtime.decode_memory import (
     MAX_GROUPS,
     TURNS,
@@ -43,6 +39,7 @@ from multiexit_engine.runtime.decode_memory import (
     DecodeRow,
 )
 from multiexit_engine.runtime.graphs import Pieces
+from multiexit_engine.runtime.logit_rows import LogitRow
 from multiexit_engine.runtime.step_clock import StepClock
 
 PLAIN = (Original, Exit, Contrast)

@@ -17,8 +17,9 @@ from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import Exit, SelfSpeculative
 from multiexit_engine.request import Joining
-from multiexit_engine.runtime.choosing import LogitRow, TokenChooser
+from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.flight import Flight
+from multiexit_engine.runtime.logit_rows import LogitRow
 
 # of a smaller vocabulary's head there is little to save
 LEAST_DRAFT_VOCAB = 8192
@@ -164,7 +165,7 @@ class Drafter:
             )
             for index in aboard
         ]
-        for part in self._chooser.slices(rows):
+        for part in self._chooser.draft_slices(rows):
             part.keep(mode.layer, flight)
             if not part.is_direct:
                 # penalties and bans look at the drafts before

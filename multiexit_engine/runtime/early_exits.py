@@ -20,8 +20,9 @@ from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.modes import EarlyExit, Exit, Original
 from multiexit_engine.request import ChosenToken, Joining
 from multiexit_engine.request import Sequence as TokenSequence
-from multiexit_engine.runtime.choosing import Choice, LogitRow, LogitSlice, TokenChooser
+from multiexit_engine.runtime.choosing import Choice, LogitSlice, TokenChooser
 from multiexit_engine.runtime.flight import Flight
+from multiexit_engine.runtime.logit_rows import LogitRow
 
 
 class EarlyExits:

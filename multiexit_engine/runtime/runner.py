@@ -21,13 +21,14 @@ from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import EarlyExit, Exit
 from multiexit_engine.request import ChosenToken, ScoredToken
-from multiexit_engine.runtime.choosing import Choice, LogitRow, LogitSlice, TokenChooser
+from multiexit_engine.runtime.choosing import Choice, LogitSlice, TokenChooser
 from multiexit_engine.runtime.decode_steps import DecodeSteps, LaunchedStep
 from multiexit_engine.runtime.drafting import Drafter, Drafts
 from multiexit_engine.runtime.early_exits import EarlyExits, EarlyRows
 from multiexit_engine.runtime.exit_readings import ExitReadings, read_exits
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.graphs import Eager, Graphs, Pieces, capture_on
+from multiexit_engine.runtime.logit_rows import LogitRow
 from multiexit_engine.runtime.sources import read_sources
 from multiexit_engine.runtime.step_clock import StepClock
 from multiexit_engine.transfer import to_device
@@ -101,7 +102,7 @@ class ModelRunner:
         choices += early.choices
         targets += early.targets
         output = StepOutput(waiting=early.waiting)
-        if not all(part.is_direct for part in choices):
+        if any(part.needs_drafts for part in choices):
             # penalties and bans look at the drafts
             drafts.fetch()
         chosen = [pair for part in choices for pair in self._chooser.choose(part, output)]

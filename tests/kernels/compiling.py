@@ -56,13 +56,20 @@ TYPES = {
     **dict.fromkeys(("table_ptr", "start_ptr", "context_ptr"), "*i32"),
     **dict.fromkeys(("query_start_ptr", "key_start_ptr", "group_ptr", "ticket_ptr"), "*i32"),
     **dict.fromkeys(("lower_table_ptr", "least_ptr"), "*i64"),
-    "num_candidates_ptr": "*i32",
+    **dict.fromkeys(("num_candidates_ptr", "edited_ptr", "allowed_ptr", "is_edited_ptr"), "*i32"),
+    **dict.fromkeys(("add_ptr", "penalty_ptr", "loss_ptr"), "*fp32"),
     **dict.fromkeys(("scale", "eps"), "fp32"),
 }
 
 
 # What a head whose rows have no lower heads of their own does without.
 MIXED = ("lower_table_ptr", "group_ptr")
+# What the last kernel does without where no score is edited.
+EDITS = (
+    "edited_ptr", "start_ptr", "allowed_ptr", "is_edited_ptr", "add_ptr", "penalty_ptr", "loss_ptr",
+)  # fmt: skip
+# Lower heads of rows, and whether scores are edited.
+HEADS = (("no", False), ("one", False), ("own", False), ("no", True), ("own", True))
 
 
 class Shipped(NamedTuple):
@@ -82,8 +89,8 @@ def shipped(capability: int) -> Iterator[Shipped]:
     for dtype in DTYPES:
         yield from (Shipped(*item) for item in layers(dtype))
         for rows in (1, 16, 32, 64):
-            for lowers in ("no", "one", "own"):
-                yield _head(rows, dtype, lowers, overlap)
+            for lowers, edited in HEADS:
+                yield _head(rows, dtype, lowers, edited, overlap)
             config = heads.head_config(rows, dtype)
             yield Shipped(
                 f"statistics rows={rows}",
@@ -131,27 +138,30 @@ def shipped(capability: int) -> Iterator[Shipped]:
     )
 
 
-def _head(rows: int, dtype: torch.dtype, lowers: str, overlap: bool) -> Shipped:
+def _head(rows: int, dtype: torch.dtype, lowers: str, edited: bool, overlap: bool) -> Shipped:
     """The tiles of a head, its rows contrasted with no lower head, with one, or each with its own.
 
     Where each row has its own the heads have a bias, which takes more registers than none.
     """
-    config = (heads.mixed_config if lowers == "own" else heads.head_config)(rows, dtype)
+    is_plain = lowers != "own" and not edited
+    config = (heads.head_config if is_plain else heads.mixed_config)(rows, dtype)
     unused: dict[str, Any] = {
         "no": dict.fromkeys(("bias_ptr", "lower_ptr", "lower_weight_ptr", *MIXED)),
         "one": dict.fromkeys(("bias_ptr", *MIXED)),
         "own": {},
     }[lowers]
     return Shipped(
-        f"head rows={rows} lowers={lowers}",
+        f"head rows={rows} lowers={lowers} edited={edited}",
         head_tiles.head_kernel,
         dtype,
         {
             **unused,
+            **({} if edited else {"edited_ptr": None, "allowed_ptr": None}),
             "EVEN": 1024 % config.block_k == 0,
             "HAS_BIAS": lowers == "own",
             "CONTRAST": lowers != "no",
             "MIXED": lowers == "own",
+            "EDITED": edited,
             "BLOCK_V": config.block_v,
             "BLOCK_R": config.block_r,
             "BLOCK_K": config.block_k,
@@ -172,18 +182,22 @@ def _finishes(overlap: bool) -> Iterator[Shipped]:
         {"TILES": 4096},
         options(4),
     )
-    for own in (False, True):
+    for lowers, edited in HEADS[1:]:
+        unused = () if edited else EDITS
+        unused += () if lowers == "own" else ("group_ptr", "least_ptr")
         yield Shipped(
-            f"contrast finish own={own}",
+            f"contrast finish lowers={lowers} edited={edited}",
             head_finish.contrast_finish_kernel,
             DTYPES[0],
             {
                 **tail,
-                **({} if own else {"group_ptr": None, "least_ptr": None}),
+                **dict.fromkeys(unused),
                 "BLOCK_V": 32,
                 "LISTED": heads.LISTED_AT_ONCE,
-                "MIXED": own,
-                "LEAST": own,
+                "CONTRAST": lowers != "no",
+                "MIXED": lowers == "own",
+                "LEAST": lowers == "own",
+                "EDITED": edited,
             },
             options(8, 128),
         )

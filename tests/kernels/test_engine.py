@@ -14,6 +14,7 @@ from multiexit_engine import (
     SelfSpeculative,
 )
 from multiexit_engine.ops import assume_device
+from multiexit_engine.structured import StructuredOutputs
 from tests.tiny import save_gpt2
 
 pytest.importorskip("multiexit_engine.kernels.heads")
@@ -120,3 +121,40 @@ class Watched:
     def __getitem__(self, grid):
         self.launched.append(self.name)
         return self.kernel[grid]
+
+
+EDITING = [
+    SamplingParams(max_new_tokens=3, ignore_eos=True, repetition_penalty=1.7),
+    SamplingParams(max_new_tokens=3, ignore_eos=True, presence_penalty=3.0, frequency_penalty=1.0),
+    SamplingParams(max_new_tokens=3, min_new_tokens=3, logit_bias={7: 30.0, 8: 29.0, 256: 40.0}),
+    SamplingParams(
+        max_new_tokens=3, ignore_eos=True, no_repeat_ngram_size=1, temperature=1.0, top_k=0, seed=1
+    ),
+    SamplingParams(max_new_tokens=3, ignore_eos=True),
+]
+
+
+def test_penalties_biases_and_bans_are_taken_by_the_kernels(folder, device, launched):
+    """As are rows without any beside them: two launches for each matrix in each step."""
+    modes = [Contrast(4, 2), Contrast(4, 1), Exit(4), Contrast(4, 2, alpha=0.5), Contrast(4, 2)]
+    with rehearsal(device):
+        outputs = on_kernels(folder, device).generate(PROMPTS, EDITING, modes)
+    assert launched == ["head_kernel", "contrast_finish_kernel"] * 3
+    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
+    expected = engine.generate(PROMPTS, EDITING, modes)
+    found = [output.outputs[0].token_ids for output in outputs]
+    assert found == [output.outputs[0].token_ids for output in expected]
+
+
+def test_grammars_are_masks_inside_the_kernels(folder, device, launched):
+    pytest.importorskip("llguidance")
+    form = StructuredOutputs(regex="[ab]{2}")
+    sampling = SamplingParams(max_new_tokens=4, structured_outputs=form)
+    modes = [Contrast(4, 2), Exit(4)]
+    with rehearsal(device):
+        outputs = on_kernels(folder, device).generate(PROMPTS[:2], sampling, modes)
+    assert set(launched) == {"head_kernel", "contrast_finish_kernel"}
+    assert all(set(output.outputs[0].text) <= set("ab") for output in outputs)
+    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
+    expected = engine.generate(PROMPTS[:2], sampling, modes)
+    assert [o.outputs[0].text for o in outputs] == [o.outputs[0].text for o in expected]

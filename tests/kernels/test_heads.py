@@ -121,3 +121,13 @@ def test_the_plausible_tokens_are_counted(shape, temperature, device):
     heads.contrast_tokens(*case.to(device).args(), counts)
     p = exact_head(case).exp()
     assert counts.tolist() == (p >= 0.1 * p.amax(-1, keepdim=True)).sum(-1).tolist()
+
+
+@TEMPERATURES
+def test_a_row_has_the_same_bits_beside_any_others(temperature, device):
+    case = two_exits(40, 300, 100, temperature=temperature).to(device)
+    together = heads.contrast_tokens(*case.args())
+    for rows in (slice(3, 4), slice(17, 39)):
+        own = [part if part.shape[0] == 300 else part[rows].contiguous() for part in case.args()]
+        for one, all_of_them in zip(heads.contrast_tokens(*own), together, strict=True):
+            assert torch.equal(one, all_of_them[rows])

@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 
-from multiexit_engine.ops import contrast_tokens, head_tokens, shared_head_tokens
+from multiexit_engine.ops import contrast_tokens, gumbel_noise, head_tokens, shared_head_tokens
 from multiexit_engine.ops.contrast import contrast_logits
+from multiexit_engine.ops.edits import TokenEdits, edited_scores
 from multiexit_engine.ops.tokens import RowGroup
 from tests.kernels.hidden_states import assert_chosen, two_exits
 from tests.ops.backends import all_backends, device_for, implementation_or_skip
@@ -27,7 +30,7 @@ def on(device, *parts):
     return [part.to(device) if isinstance(part, torch.Tensor) else part for part in parts]
 
 
-def run(function, device, case, groups, *, bias=None, least=None, counts=None):
+def run(function, device, case, groups, *, bias=None, least=None, counts=None, edits=None):
     """Results on the host; a bias that a group names is the shared head's own."""
     shared = None if bias is None else bias.to(device)
     moved = [
@@ -36,7 +39,9 @@ def run(function, device, case, groups, *, bias=None, least=None, counts=None):
     ]
     own = on(device, case.upper_hidden, case.upper_weight)
     rest = on(device, ALPHA, least, case.temperature, case.seeds, case.positions, counts)
-    return [part.cpu() for part in function(*own, shared, moved, *rest)]
+    if edits is not None:
+        edits = TokenEdits(*on(device, *edits))
+    return [part.cpu() for part in function(*own, shared, moved, *rest, edits=edits)]
 
 
 def one_by_one(case, groups):
@@ -121,3 +126,113 @@ def test_the_plausible_tokens_of_contrasted_rows_are_counted(backend, least):
         counts = torch.full((6,), -1, dtype=torch.int32, device=device)
         run(function, device, case, groups, least=least, counts=counts)
         assert counts.tolist() == expected.tolist()
+
+
+def random_edits(rows=6, vocab=100, *, masked=()):
+    """Half of the tokens of all rows but the last two are edited; ``masked`` rows allow a third."""
+    generator = torch.Generator().manual_seed(5)
+
+    def uniform(size, low, high):
+        return torch.rand(size, generator=generator) * (high - low) + low
+
+    chosen = torch.rand(rows, vocab, generator=generator) < 0.5
+    chosen[-2:] = False
+    places = chosen.nonzero()
+    count = len(places)
+    loss = torch.where(uniform(count, 0, 1) < 0.2, math.inf, uniform(count, -1.0, 4.0))
+    allowed = torch.rand(rows, vocab, generator=generator) < 1 / 3
+    allowed[[row for row in range(rows) if row not in masked]] = True
+    edited = chosen.any(1) | ~allowed.all(1)
+    return TokenEdits(
+        places[:, 0],
+        places[:, 1],
+        uniform(count, -3, 3),
+        uniform(count, 0.5, 2.0),
+        loss,
+        words_of(allowed) if masked else None,
+        edited.int(),
+    )
+
+
+def words_of(allowed):
+    """[rows, words] int32 of [rows, vocab] bool."""
+    vocab = allowed.shape[1]
+    padded = torch.nn.functional.pad(allowed, (0, -vocab % 32)).unflatten(1, (-1, 32))
+    return (padded.long() << torch.arange(32)).sum(-1).to(torch.int32)
+
+
+def assert_best_after_edits(found, scores, edits, case):
+    """Tokens are the best of edited scores; log-probabilities those before any edit."""
+    edited = edited_scores(
+        scores,
+        TokenEdits(
+            *(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in edits)
+        ),
+    )
+    tokens, _ = found
+    sampled = (case.temperature > 0)[:, None]
+    noise = ops_noise(case, scores.shape[1])
+    keys = edited / torch.where(sampled, case.temperature[:, None], 1.0)
+    keys = keys + torch.where(sampled, noise, 0.0)
+    behind = keys.amax(-1) - keys.gather(1, tokens[:, None])[:, 0]
+    assert behind.max() <= 1e-4
+    logprobs = scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(found[1].double(), logprobs, atol=2e-5, rtol=0)
+
+
+def ops_noise(case, vocab):
+    return gumbel_noise.reference(case.seeds, case.positions, vocab).double()
+
+
+EDITING = pytest.mark.parametrize("backend", ["reference", "triton"])
+
+
+@EDITING
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("masked", [(), (0, 2, 5)], ids=["all allowed", "masks"])
+@pytest.mark.parametrize("least", [None, torch.tensor([1, 1, 1, 7, 0, 60])], ids=["one", "many"])
+def test_edits_come_between_scores_and_choice(backend, temperature, masked, least):
+    case, groups = shared_case(temperature)
+    edits = random_edits(masked=masked)
+    function = implementation_or_skip(shared_head_tokens, backend)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = run(function, device, case, groups, least=least, edits=edits)
+    scores = exact(case, groups, None, least)
+    logits = case.upper_hidden[:2].double() @ case.upper_weight.double().T
+    assert_best_after_edits(found, torch.cat([logits, scores[2:]]), edits, case)
+
+
+@EDITING
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_rows_of_one_head_may_have_edits_and_no_contrast(backend, temperature):
+    case, _ = shared_case(temperature)
+    edits = random_edits(masked=(1, 3))
+    function = implementation_or_skip(shared_head_tokens, backend)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = run(function, device, case, [RowGroup(6)], edits=edits)
+    logits = case.upper_hidden.double() @ case.upper_weight.double().T
+    assert_best_after_edits(found, logits, edits, case)
+
+
+@EDITING
+def test_a_row_that_nothing_is_left_of_says_so(backend):
+    case, groups = shared_case(0.0)
+    allowed = torch.ones(6, 100, dtype=torch.bool)
+    allowed[[0, 3]] = False
+    none, edited = torch.empty(0), (~allowed.all(1)).int()
+    edits = TokenEdits(none.long(), none.long(), none, none, none, words_of(allowed), edited)
+    function = implementation_or_skip(shared_head_tokens, backend)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens, log_probs = run(function, device, case, groups, edits=edits)
+    assert (log_probs == -math.inf).tolist() == [True, False, False, True, False, False]
+    assert ((tokens >= 0) & (tokens < 100)).all()
+
+
+def test_rows_without_edits_have_the_same_bits_beside_rows_with():
+    case, groups = shared_case(0.0)
+    function = implementation_or_skip(shared_head_tokens, "triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    alone = run(function, device, case, groups)
+    beside = run(function, device, case, groups, edits=random_edits())
+    for one, other in zip(alone, beside, strict=True):
+        assert torch.equal(one[-2:], other[-2:])
