@@ -8,9 +8,10 @@ constexpr int64_t kLanes = CodedMatrix::kLanes;
 #if defined(MULTIEXIT_AVX512BF16)
 constexpr int kCodedTokens = 12, kCodedBlocks = 2;
 
+// `ahead` is fetched meanwhile: `step` bytes for each load of a block.
 template <int B, int T>
 static void coded_tile(const uint8_t* x, int64_t columns, const int8_t* codes,
-                       const int32_t* starts, int32_t* sums) {
+                       const int32_t* starts, const char* ahead, int64_t step, int32_t* sums) {
   __m512i sum[B][T];
 #pragma GCC unroll 2
   for (int b = 0; b < B; ++b)
@@ -19,8 +20,11 @@ static void coded_tile(const uint8_t* x, int64_t columns, const int8_t* codes,
   for (int64_t i = 0; i < columns; i += 4) {
     __m512i weights[B];
 #pragma GCC unroll 2
-    for (int b = 0; b < B; ++b)
+    for (int b = 0; b < B; ++b) {
+      __builtin_prefetch(ahead, 0, 3);
+      ahead += step;
       weights[b] = _mm512_loadu_si512(codes + b * columns * kLanes + i * kLanes);
+    }
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
       int32_t four;
@@ -40,7 +44,7 @@ constexpr int kCodedTokens = 4, kCodedBlocks = 1;
 
 template <int B, int T>
 static void coded_tile(const uint8_t* x, int64_t columns, const int8_t* codes,
-                       const int32_t* starts, int32_t* sums) {
+                       const int32_t* starts, const char*, int64_t, int32_t* sums) {
   for (int t = 0; t < T; ++t) {
     int32_t sum[kLanes];
     __builtin_memcpy(sum, starts, sizeof sum);
@@ -55,10 +59,10 @@ static void coded_tile(const uint8_t* x, int64_t columns, const int8_t* codes,
 
 template <int B, int T>
 static void coded_tiles(int64_t tokens, const uint8_t* x, int64_t columns, const int8_t* codes,
-                        const int32_t* starts, int32_t* sums) {
+                        const int32_t* starts, const char* ahead, int64_t step, int32_t* sums) {
   if constexpr (T > 0) {
-    if (tokens == T) return coded_tile<B, T>(x, columns, codes, starts, sums);
-    coded_tiles<B, T - 1>(tokens, x, columns, codes, starts, sums);
+    if (tokens == T) return coded_tile<B, T>(x, columns, codes, starts, ahead, step, sums);
+    coded_tiles<B, T - 1>(tokens, x, columns, codes, starts, ahead, step, sums);
   }
 }
 
@@ -84,11 +88,14 @@ static void coded_product(const CodedRows& x, int64_t tokens, const CodedMatrix&
     const bool is_pair = kCodedBlocks == 2 && count - start > kLanes;
     const int blocks = is_pair ? 2 : 1;
     const int8_t* codes = weight.codes + row * weight.columns;
+    const int64_t passes = (tokens + kCodedTokens - 1) / kCodedTokens, step = 4 * kLanes / passes;
+    const char* ahead = reinterpret_cast<const char*>(codes) + blocks * kLanes * weight.columns;
     for (int64_t from = 0; from < tokens; from += kCodedTokens) {
       const int64_t some = tokens - from < kCodedTokens ? tokens - from : kCodedTokens;
       const auto run =
           is_pair ? coded_tiles<kCodedBlocks, kCodedTokens> : coded_tiles<1, kCodedTokens>;
-      run(some, x.codes + from * weight.columns, weight.columns, codes, weight.starts + row, sums);
+      run(some, x.codes + from * weight.columns, weight.columns, codes, weight.starts + row,
+          ahead + from / kCodedTokens * step * blocks * (weight.columns / 4), step, sums);
       for (int b = 0; b < blocks; ++b) {
         const int64_t place = start + b * kLanes;
         const int64_t left = count - place < kLanes ? count - place : kLanes;

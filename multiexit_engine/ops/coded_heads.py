@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multiexit_engine.checkpoint.huge_pages import HugePages
 from multiexit_engine.ops.heads import HeadStatistics, head_logits, statistics_of_logits
 from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import is_reference_forced, register_op
@@ -84,7 +85,8 @@ def code_head(weight: Tensor) -> CodedHead:
     norm = float(torch.cat([part.norms for part in parts]).max())
     error = torch.cat([part.errors for part in parts]).max()
     starts = -128 * codes.sum(1, dtype=torch.int32)
-    blocks = codes.view(-1, LANES, codes.shape[1] // GROUP, GROUP).transpose(1, 2).contiguous()
+    turned = codes.view(-1, LANES, codes.shape[1] // GROUP, GROUP).transpose(1, 2)
+    blocks = HugePages().empty(turned.shape, torch.int8).copy_(turned)
     return CodedHead(blocks, starts, scales, weight.shape[0], norm, float(error))
 
 
