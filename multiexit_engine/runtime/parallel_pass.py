@@ -129,7 +129,7 @@ class ParallelBatch:
             again = self._rows_of_turn(turn)
             if again:
                 index = self._index(again)
-                self._hidden[index] = self._embedded[index]
+                self._hidden[index] = self._embedded[index].to(self._hidden.dtype)
                 self._pass(again, is_first=False)
 
     def logits(self) -> Tensor:

@@ -36,6 +36,7 @@ MODES = [
     SelfSpeculative(2, draft_len=2, target=Contrast(4, 1)),
     DoLa((1, 2)),
     EarlyExit(0.05, layers=(1, 2)),
+    EarlyExit(0.05, layers=(1, 2), kv="copy"),
 ]
 
 

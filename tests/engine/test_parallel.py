@@ -90,6 +90,31 @@ def test_an_answer_does_not_depend_on_its_batch_mates(backend):
     assert results(own, SOURCES[::-1], MODES[::-1]) == together[::-1]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        {"quantization": "int8"},
+        {"quantization": "int4", "dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_weights_of_fewer_bits_run_in_all_modes_and_any_batch(options):
+    options = {"dtype": "float32", **options}
+    native, reference = (
+        Engine.from_pretrained(GOLDEN, backend=backend, **options)
+        for backend in ("native", "reference")
+    )
+    tolerance = 2e-4 if options["dtype"] == "float32" else 0.05
+    for mode in (Parallel(length=9), Parallel("prescribed", layers=[1, 3, 2, 4, 1])):
+        for source in SOURCES:
+            found, wanted = (e.logits(source, mode) for e in (native, reference))
+            assert (found - wanted).abs().mean() <= tolerance
+    together = results(native, SOURCES, MODES)
+    assert together == [results(native, [s], m)[0] for s, m in zip(SOURCES, MODES, strict=True)]
+
+
 def test_small_steps_give_the_same_answers(elmer):
     small = Engine.from_pretrained(
         GOLDEN, dtype="float32", max_batch_size=2, max_num_batched_tokens=20
