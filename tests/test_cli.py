@@ -171,6 +171,15 @@ def test_info_gives_modes_that_run(model):
         printed("generate", "x", "--model", model, "--max-new-tokens", 1, "--decoding", mode)
 
 
+def test_info_of_elmer_gives_only_modes_that_run():
+    modes = re.findall(r"--decoding (\S+)", printed("info", "demo-elmer"))
+    assert {mode.partition(",")[0] for mode in modes} == {
+        "parallel:soft", "parallel:none", "parallel:confidence"
+    }  # fmt: skip
+    for mode in modes:
+        printed("generate", "x", "--model", "demo-elmer", "--decoding", mode)
+
+
 def test_info_of_a_single_exit_model_shows_how_to_make_exits():
     text = printed("info", CHECKPOINTS / "gpt2_plain")
     assert "--vocab-projection-mode shared_projection_direct" in text

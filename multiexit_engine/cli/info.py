@@ -11,6 +11,7 @@ from rich.text import Text
 
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.checkpoint import Checkpoint, open_checkpoint
+from multiexit_engine.checkpoint.checkpoint import ELMER_MARK
 from multiexit_engine.cli.app import console
 from multiexit_engine.config import ModelConfig
 from multiexit_engine.quantization import Quantization
@@ -42,7 +43,10 @@ def info(
     how = None if quantization is None else Quantization.parse(quantization)
     console.print(_facts(model, checkpoint, how))
     console.print("\nDecoding modes, ready to copy:")
-    for line in _examples(model, checkpoint.config):
+    is_parallel = checkpoint.config.model_type == "elmer"
+    for line in (
+        _parallel(model, checkpoint) if is_parallel else _examples(model, checkpoint.config)
+    ):
         typer.echo("  " + line)
 
 
@@ -91,6 +95,14 @@ def weight_bytes(checkpoint: Checkpoint, how: Quantization | None) -> int:
         # a tied head becomes a matrix of its own
         total += how.num_bytes(config.vocab_size, config.hidden_size)
     return total
+
+
+def _parallel(model: str, checkpoint: Checkpoint) -> list[str]:
+    """Of a decoder that finds all tokens at once, which knows no other mode."""
+    command = f'multiexit generate "Once upon a time" --model {model} --decoding parallel:'
+    middle = max(1, checkpoint.config.num_layers // 2)
+    lines = [f"{command}none", f"{command}confidence,threshold=1.0,layers={middle}"]
+    return [f"{command}soft", *lines] if ELMER_MARK in checkpoint.weights else lines
 
 
 def _examples(model: str, config: ModelConfig) -> list[str]:
