@@ -12,6 +12,7 @@ Nothing here looks at the engine.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -277,6 +278,7 @@ def simulated_device() -> Iterator[SimulatedDevice]:
         _current = None
 
 
+@functools.cache
 def _is_composed(func: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 

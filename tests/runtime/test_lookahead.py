@@ -112,7 +112,7 @@ def test_requests_in_random_company_give_their_ids_with_graphs(folder):
         (
             [draw.randrange(250) for _ in range(draw.randrange(1, 12))],
             SamplingParams(
-                max_new_tokens=draw.randrange(1, 9),
+                max_new_tokens=draw.randrange(1, 7),
                 temperature=draw.choice([0.0, 1.0]),
                 top_k=0,
                 seed=i,
