@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from multiexit_engine.errors import EngineClosed, QueueFull, RequestFailed
+from multiexit_engine.runtime.choosing import NO_TOKEN_IN_FORM, NO_TOKEN_LEFT
 from multiexit_engine.serve.protocol import BODIES, UNSUPPORTED, Body
 
 # What a refused client should wait: a step takes far less, a whole text rarely much more.
@@ -89,6 +90,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(429, str(error), code="too_many_requests")
         case EngineClosed():
             return ApiError(503, str(error), code="shutting_down")
+        case RequestFailed() if str(error) in (NO_TOKEN_LEFT, NO_TOKEN_IN_FORM):
+            return ApiError(400, str(error), code="no_token_left")
         case RequestFailed():
             return ApiError(500, str(error), code="request_failed")
         case ValueError():

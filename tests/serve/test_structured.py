@@ -114,6 +114,15 @@ def test_a_wrong_form_is_named(http, fields, message):
     assert re.search(message, response.json()["error"]["message"]), response.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_the_other_parameters_forbid_is_the_clients_error(http, stream):
+    body = {"prompt": "A", "guided_regex": "b+", "bad_words": ["b"], "stream": stream}
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == (200 if stream else 400)
+    assert '"code":"no_token_left"' in response.text
+    assert '"type":"invalid_request_error"' in response.text
+
+
 def test_the_client_sees_why_a_schema_is_refused(client):
     wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
     with pytest.raises(BadRequestError, match="structured_outputs.json: .*nonsense"):
