@@ -67,7 +67,8 @@ def head_config(rows: int, dtype: torch.dtype) -> HeadConfig:
 
 def mixed_config(rows: int, dtype: torch.dtype) -> HeadConfig:
     """``head_config`` of rows with lower heads of their own or edits, which need more registers."""
-    return head_config(rows, dtype)._replace(max_registers=168)
+    config = head_config(rows, dtype)
+    return config if dtype == torch.float32 else config._replace(max_registers=168)
 
 
 # Candidate tiles that the last kernel reads at once.
