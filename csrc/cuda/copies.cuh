@@ -92,7 +92,9 @@ __device__ __forceinline__ void copy_16_bytes(void* target, const void* source) 
 }
 
 // Closes the group of this thread's copies since the last call.
-__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void close_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Until all of this thread's groups but the last `OPEN` have landed.
 template <int OPEN>

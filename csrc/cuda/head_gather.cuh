@@ -21,7 +21,7 @@ __device__ __forceinline__ void score(const HeadTask& task, int row, const Candi
   const char* hidden = task.lower_hidden + static_cast<int64_t>(row) * matrix.bytes;
   Scored* scored = task.scored + static_cast<int64_t>(row) * matrix.count;
   uint32_t first_place = 0;  // used when the first products are done
-  if (lane == 0) 
+  if (lane == 0)
     first_place = atomicAdd(&task.kept->scored[row], static_cast<uint32_t>(__popc(waiting)));
   for (int done = 0; waiting; done += kGroup) {
     const char* weights[kGroup];
@@ -54,8 +54,8 @@ __device__ __forceinline__ void gather_row(const HeadTask& task, Shared& shared,
   Best best = Best::none();
   for (int start = warp * kLanes; start < count; start += kThreads) {
     const int index = start + threadIdx.x % kLanes;
-    const Candidate own = index < count ? candidate(task, shared, share, row, index)
-                                        : Candidate{-infinity(), 0};
+    Candidate own = {-infinity(), 0};
+    if (index < count) own = candidate(task, shared, share, row, index);
     const bool keeps = index < count && own.logit >= limit;
     if (index < count && !keeps && draw.temperature > 0.0f)
       best = best.merged({draw.key(own.logit, own.token), own.logit, own.token});

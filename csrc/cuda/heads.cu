@@ -14,11 +14,20 @@ namespace {
 // Raised with every change of head_call.h.
 constexpr int kInterface = 1;
 
-enum Error : int { kRows = -1, kShape = -2, kNumbers = -3, kAddress = -4, kTooWide = -5, kOld = -6 };
+enum Error : int {
+  kRows = -1,
+  kShape = -2,
+  kNumbers = -3,
+  kAddress = -4,
+  kTooWide = -5,
+  kOld = -6
+};
 
 constexpr int kMostPiece = 1536, kLeastPiece = 512;
 
-constexpr int64_t rounded_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
+constexpr int64_t rounded_up(int64_t bytes, int64_t unit) {
+  return (bytes + unit - 1) / unit * unit;
+}
 
 int kernel_rows(int64_t rows) { return rows <= 2 ? static_cast<int>(rows) : kMostRows; }
 

@@ -1,8 +1,9 @@
 // Runs a CUDA kernel on one CPU thread: every CUDA thread is a fiber with a stack of its own.
 //
-// Fibers change at barriers, waits and shuffles only, in an order that a seed shuffles; now and then
-// a warp falls behind the others; blocks run side by side or one after the other. Finds wrong results, lost arrivals and reads of memory that
-// nothing has arrived in; knows neither time nor the memory model of a GPU.
+// Fibers change at barriers, waits and shuffles only, in an order that a seed shuffles; now and
+// then a warp falls behind the others; blocks run side by side or one after the other. Finds wrong
+// results, lost arrivals, missing barriers and reads of memory that nothing has arrived in; knows
+// neither time nor the memory model of a GPU.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
