@@ -8,7 +8,7 @@ On a checkpoint with random weights exits never agree: ``--oracle`` then puts, w
 the target's own next token or another one in the place of each draft, after the draft was computed.
 What it prints is a speed at a simulated acceptance, not a property of the model.
 
-Beside each gain stands what bytes and arithmetic would give if both ran at the machine's best speed.
+Beside each gain stands what bytes and arithmetic would give if all ran at the machine's best speed.
 """
 
 from __future__ import annotations

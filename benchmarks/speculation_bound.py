@@ -1,8 +1,8 @@
 """What self-speculation gains where everything runs at the machine's best speed.
 
 Each product takes as long as its weights take from memory, or its arithmetic, whichever is longer;
-nothing else takes any time. Both speeds are measured on the machine of the run. Where plain decoding
-is farther from its own best than drafts and checks are from theirs, more can be gained than this.
+nothing else takes any time. Both speeds are measured on the machine of the run. Where plain
+decoding is farther from its own best than drafts and checks are from theirs, more can be gained.
 """
 
 from __future__ import annotations
