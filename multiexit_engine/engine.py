@@ -122,7 +122,7 @@ class Engine:
             block_size: tokens of a KV block.
             prefix_caching: keep the KV blocks of prompts for later prompts that begin alike.
             quantization: "int8" or "int4" stores weight matrices as small integers with a scale for
-                each 32 columns ("int8-g64", "int4-g64": 64), for the CPU; sums stay in float32.
+                each 32 columns ("int8-g64", "int4-g64": 64); sums stay in float32.
                 docs/quantization.md says what it costs. None keeps them in dtype.
             cuda_graphs: capture plain decode steps, for some numbers of rows up to max_batch_size
                 (True) or for those given (a list, or "1,2,4"); the tokens stay the same. CUDA only,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from multiexit_engine.kernels.activations import activate
+from multiexit_engine.kernels.code_tiles import multiplied_codes
 from multiexit_engine.kernels.norms import normalised, row_moments
 
 
@@ -104,6 +105,7 @@ def joined(
 def product_kernel(
     x_ptr,
     weight_ptr,
+    scale_ptr,
     bias_ptr,
     gain_ptr,
     shift_ptr,
@@ -117,7 +119,11 @@ def product_kernel(
     split_width,
     splits,
     x_stride,
+    code_stride,
+    num_groups,
     eps,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     NORM: tl.constexpr,
     FORM: tl.constexpr,
     GATED: tl.constexpr,
@@ -133,7 +139,8 @@ def product_kernel(
     """One tile of outputs for one block of rows, over one part of the columns.
 
     GATED: the first half of a tile are gates, the other the numbers that
-    they let through; ``out_features`` counts what comes out.
+    they let through; ``out_features`` counts what comes out. BITS: of the codes of a quantized
+    matrix, whose GROUP columns share a scale; 0 for a plain one.
     """
     part = tl.program_id(0)
     tile = tl.program_id(1)
@@ -150,11 +157,19 @@ def product_kernel(
         entries = tile * BLOCK_V + lanes
         entry_mask = entries < out_features
     start = part * split_width
-    total = multiplied(
-        x_ptr, weight_ptr, gain_ptr, shift_ptr, rows, row_mask, entries, entry_mask,
-        start, tl.minimum(start + split_width, width), width, x_stride, eps,
-        NORM, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
-    )  # fmt: skip
+    stop = tl.minimum(start + split_width, width)
+    if BITS == 0:
+        total = multiplied(
+            x_ptr, weight_ptr, gain_ptr, shift_ptr, rows, row_mask, entries, entry_mask,
+            start, stop, width, x_stride, eps,
+            NORM, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+        )  # fmt: skip
+    else:
+        total = multiplied_codes(
+            x_ptr, weight_ptr, scale_ptr, rows, row_mask, entries, entry_mask,
+            start, stop, width, code_stride, num_groups, x_stride,
+            BITS, GROUP, BLOCK_V, BLOCK_R, STAGES,
+        )  # fmt: skip
     if SPLIT:
         turn = block * tl.num_programs(1) + tile
         total, is_last = joined(

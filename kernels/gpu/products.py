@@ -10,7 +10,7 @@ same order on the same instruction, and which program adds the parts of a sum de
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -30,7 +30,26 @@ MAX_NORMED_ROWS = 4
 # Programs that fill a large card, and the columns that each of them should have at least.
 _PROGRAMS = 512
 _MIN_SPLIT = 256
+_STEP = 128
 _MAX_SPLITS = 16
+
+
+# Loads in flight of codes, of which a step has few.
+CODE_STAGES = 8
+
+
+class Codes(Protocol):
+    """A quantized matrix, as ``multiexit_engine.quantization`` describes it."""
+
+    codes: Tensor
+    scales: Tensor
+    quantization: Any
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+
+Matrix = Tensor | Codes
 
 
 class Norm(NamedTuple):
@@ -64,7 +83,7 @@ class Tile(NamedTuple):
 def tile_for(rows: int, dtype: torch.dtype) -> Tile:
     """The tile for a number of rows, up to MAX_ROWS."""
     if dtype == torch.float32:
-        return Tile(32, 16, 64, 3, 4)
+        return Tile(32, 16, 64, 3, 4, 128)
     if rows <= 16:
         return Tile(32, 16, 128, 4, 4, 128)
     if rows <= 32:
@@ -81,7 +100,7 @@ def splits_for(out_features: int, width: int) -> int:
 
 def product(
     x: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None = None,
     *,
     norm_before: Norm | None = None,
@@ -94,22 +113,23 @@ def product(
 
     Args:
         x: [rows, in_features], in the dtype of the weights or in float32, then rounded to it.
-        weight: [out_features, in_features], contiguous.
+        weight: [out_features, in_features], contiguous, or quantized: then for any number of rows
+            its codes are multiplied as they are.
         bias: [out_features].
         norm_before: of x; its result is rounded to the dtype of the weights.
         activation: a key of ``activations.FORMS``.
         gated: the first half of the outputs, activated, times the second: half as many.
         residual: [rows, outputs], of any float dtype.
-        dtype: of the result; that of the weights by default.
+        dtype: of the result; that of the weights, or of the rows that meet codes, by default.
 
     Returns:
         [rows, outputs].
     """
-    dtype = dtype or weight.dtype
     rows = x.shape[0]
     x, norm_before = ready(x, weight, norm_before)
+    dtype = dtype or (weight.dtype if isinstance(weight, Tensor) else x.dtype)
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    if rows > MAX_ROWS:
+    if rows > MAX_ROWS and isinstance(weight, Tensor):
         return _wide(x, weight, bias, activation, gated, residual, dtype)
     output = torch.empty(rows, outputs, dtype=dtype, device=x.device)
     if rows:
@@ -117,14 +137,19 @@ def product(
     return output
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     """See ``multiexit_engine.ops.linear``. One launch."""
     return product(x, weight, bias)
 
 
-def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+def linear_activation(x: Tensor, weight: Matrix, bias: Tensor | None, kind: str) -> Tensor:
     """See ``multiexit_engine.ops.linear``. One launch up to 64 rows; rounds once."""
     return product(x, weight, bias, activation=kind)
+
+
+def head_logits(hidden: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+    """See ``multiexit_engine.ops.heads``. One launch."""
+    return product(hidden, weight, bias, dtype=torch.float32)
 
 
 class Cut(NamedTuple):
@@ -147,26 +172,30 @@ class Cut(NamedTuple):
     options: dict[str, int]
 
 
-def cut(rows: int, weight: Tensor, is_paired: bool) -> Cut:
-    """How a product is launched; ``is_paired`` where both halves of a tile make one output."""
-    out_features, width = weight.shape
-    tile = tile_for(rows, weight.dtype)
-    splits = splits_for(out_features, width)
+def cut(x: Tensor, out_features: int, dtype: torch.dtype, is_paired: bool) -> Cut:
+    """How a product in ``dtype`` is launched.
+
+    ``is_paired``: both halves of a tile make one output.
+    """
+    rows, width = x.shape
+    tile = tile_for(rows, dtype)
+    splits = splits_for(out_features, width) if rows <= MAX_ROWS else 1
     pairs = 2 if is_paired else 1
     tiles = triton.cdiv(out_features // pairs, tile.block_v // pairs)
     blocks = triton.cdiv(rows, tile.block_r)
     partial = ticket = None
     if splits > 1:
         cells = blocks * tiles * splits * tile.block_v * tile.block_r
-        partial = torch.empty(cells, dtype=torch.float32, device=weight.device)
+        partial = torch.empty(cells, dtype=torch.float32, device=x.device)
         # at most 4 blocks of rows, and of matrices with more tiles sums are not cut
-        ticket = kept_scratch("products", [0.0], 4 * 2 * _PROGRAMS, weight.device)
+        ticket = kept_scratch("products", [0.0], 4 * 2 * _PROGRAMS, x.device)
         ticket = ticket.view(torch.int32)
     constants = {
         "SPLIT": splits > 1, "EVEN": width % tile.block_k == 0, "BLOCK_V": tile.block_v,
         "BLOCK_R": tile.block_r, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages,
     }  # fmt: skip
-    step = triton.cdiv(width, splits * tile.block_k) * tile.block_k
+    # of no tile's own width: where sums are cut must not depend on the rows
+    step = triton.cdiv(width, splits * _STEP) * _STEP
     launch = options(tile.num_warps, tile.max_registers)
     return Cut((splits, tiles, blocks), step, partial, ticket, constants, launch)
 
@@ -178,19 +207,24 @@ def norm_kind(norm_before: Norm | None) -> str:
     return "rms" if norm_before.shift is None else "layer"
 
 
-def ready(x: Tensor, weight: Tensor, norm_before: Norm | None) -> tuple[Tensor, Norm | None]:
-    """X as a product reads it, and the norm that is left to take inside it."""
-    is_fused = 0 < x.shape[0] <= MAX_NORMED_ROWS and weight.dtype != torch.float32
+def ready(x: Tensor, weight: Matrix, norm_before: Norm | None) -> tuple[Tensor, Norm | None]:
+    """What a product reads of x, and the norm that is left to take inside it."""
+    rows = x.shape[0]
+    if not isinstance(weight, Tensor):
+        if norm_before is not None:
+            x = norm(x, *norm_before, dtype=norm_before.gain.dtype)
+        return (x if x.stride(1) == 1 else x.contiguous()), None
+    is_fused = 0 < rows <= MAX_NORMED_ROWS and weight.dtype != torch.float32
     if norm_before is not None and not is_fused:
         x, norm_before = norm(x, *norm_before, dtype=weight.dtype), None
-    if x.shape[0] > MAX_ROWS:
+    if rows > MAX_ROWS:
         x = x.to(weight.dtype)
     return (x if x.stride(1) == 1 else x.contiguous()), norm_before
 
 
 def _launch(
     x: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None,
     norm_before: Norm | None,
     activation: str | None,
@@ -199,11 +233,20 @@ def _launch(
     output: Tensor,
 ) -> None:
     rows, width = x.shape
-    how = cut(rows, weight, gated)
+    if isinstance(weight, Tensor):
+        how = cut(x, weight.shape[0], weight.dtype, gated)
+        stored, scales, bits, group = weight, None, 0, 0
+    else:
+        how = cut(x, weight.shape[0], x.dtype, gated)
+        how.constants["STAGES"] = CODE_STAGES
+        stored, scales = weight.codes, weight.scales
+        bits, group = weight.quantization.bits, weight.quantization.group_size
     gain, shift, eps = norm_before or (None, None, 0.0)
     product_kernel[how.grid](
-        x, weight, bias, gain, shift, residual, output, how.partial, how.ticket,
-        rows, output.shape[1], width, how.step, how.grid[0], x.stride(0), eps,
+        x, stored, scales, bias, gain, shift, residual, output, how.partial, how.ticket,
+        rows, output.shape[1], width, how.step, how.grid[0], x.stride(0),
+        stored.stride(0), 0 if scales is None else scales.stride(0), eps,
+        BITS=bits, GROUP=group,
         NORM=norm_kind(norm_before), FORM=FORMS[activation] if activation else "none", GATED=gated,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         **how.constants, **how.options,

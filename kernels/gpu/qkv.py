@@ -1,6 +1,7 @@
 """What a layer's attention begins with: norm, queries, keys and values, rotation, the cache.
 
-One launch up to 64 rows. Knows nothing of who owns a cache block.
+One launch up to 64 rows; two for more, and for quantized weights. Knows nothing of who owns a
+cache block.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from multiexit_engine.kernels.kv import write_kv
-from multiexit_engine.kernels.products import MAX_ROWS, Norm, cut, norm_kind, ready
+from multiexit_engine.kernels.products import MAX_ROWS, Matrix, Norm, cut, norm_kind, product, ready
 from multiexit_engine.kernels.qkv_tiles import qkv_kernel
 from multiexit_engine.kernels.rotary import rotate_and_write_kv
 
@@ -35,7 +35,7 @@ class Turn(NamedTuple):
 
 def store_qkv(
     x: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None,
     norm_before: Norm | None,
     slots: Slots,
@@ -58,17 +58,17 @@ def store_qkv(
     kv_width = kv_heads * head_dim
     query_width = weight.shape[0] - 2 * kv_width
     rows, width = x.shape
-    x, norm_before = ready(x, weight, norm_before)
-    if rows > MAX_ROWS:
-        fused = functional.linear(x, weight, bias).view(rows, -1, head_dim)
+    if rows > MAX_ROWS or not isinstance(weight, Tensor):
+        fused = product(x, weight, bias, norm_before=norm_before).view(rows, -1, head_dim)
         heads = [query_width // head_dim, kv_heads, kv_heads]
         query, key, value = torch.split(fused, heads, dim=1)
         return place(query, key, value, slots, turn)
+    x, norm_before = ready(x, weight, norm_before)
     query = torch.empty(rows, query_width // head_dim, head_dim, dtype=weight.dtype,
                         device=x.device)  # fmt: skip
     if not rows:
         return query
-    how = cut(rows, weight, turn is not None)
+    how = cut(x, weight.shape[0], weight.dtype, turn is not None)
     gain, shift, eps = norm_before or (None, None, 0.0)
     cos, sin, positions = turn or (None, None, None)
     qkv_kernel[how.grid](

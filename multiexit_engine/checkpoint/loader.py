@@ -63,13 +63,16 @@ class TensorLoader:
             weight = quantize(tensor, self.quantization)
         except ValueError as error:
             raise CheckpointError(f"tensor {name!r}: {error}") from error
-        codes, scales = (self._paged(part, part.dtype) for part in (weight.codes, weight.scales))
+        parts = (weight.codes, weight.scales)
+        codes, scales = (self._place(part, part.dtype) for part in parts)
         return replace(weight, codes=codes, scales=scales)
 
-    def _place(self, tensor: Tensor) -> Tensor:
+    def _place(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """On the device, in the loader's dtype unless another is given."""
+        dtype = dtype or self.dtype
         if self.device.type == "cpu" and tensor.ndim == 2:
-            return self._paged(tensor, self.dtype)
-        return tensor.to(self.device, self.dtype).contiguous()
+            return self._paged(tensor, dtype)
+        return tensor.to(self.device, dtype).contiguous()
 
     def _paged(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return self._pages.empty(tensor.shape, dtype).copy_(tensor)

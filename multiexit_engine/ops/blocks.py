@@ -10,6 +10,7 @@ from torch import Tensor
 from multiexit_engine.batch import ForwardBatch
 from multiexit_engine.ops.operands import is_dense, is_plain
 from multiexit_engine.ops.registry import register_op
+from multiexit_engine.quantization import QuantizedWeight
 
 
 class KVCache(Protocol):
@@ -56,16 +57,21 @@ def _has_no_bias(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
     return is_plain(hidden) and blocks[0].attention.bias is None
 
 
-def _is_dense(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
-    """Whether, besides, matrices are as the GPU's kernels read them: all of a model's, or none."""
-    return _has_no_bias(hidden, blocks) and is_dense(blocks[0].attention.qkv.weight)
+def _has_matrices_to_stream(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
+    """Whether, besides, the GPU's kernels read the matrices: all of a model's, or none.
+
+    Codes take the type of their rows, which blocks with norms behind their parts keep in float32.
+    """
+    weight, is_post_norm = blocks[0].attention.qkv.weight, blocks[0].is_post_norm
+    is_read = not is_post_norm if isinstance(weight, QuantizedWeight) else is_dense(weight)
+    return is_read and _has_no_bias(hidden, blocks)
 
 
 decoder_blocks.backend(
     "triton",
     "multiexit_engine.kernels.blocks:decoder_blocks",
     device="cuda",
-    supports=_is_dense,
+    supports=_has_matrices_to_stream,
 )
 decoder_blocks.backend(
     "cpu", "multiexit_engine._native:decoder_blocks", device="cpu", supports=_has_no_bias

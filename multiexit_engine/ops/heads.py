@@ -44,6 +44,14 @@ def head_logits(hidden: Tensor, weight: Weight, bias: Tensor | None = None) -> T
 
 
 head_logits.backend(
+    "triton",
+    "multiexit_engine.kernels.products:head_logits",
+    device="cuda",
+    supports=lambda hidden, weight, bias=None: (
+        isinstance(weight, QuantizedWeight) and is_plain(hidden)
+    ),
+)
+head_logits.backend(
     "cpu",
     "multiexit_engine._native:head_logits",
     device="cpu",

@@ -58,6 +58,9 @@ def linear_activation(x: Tensor, weight: Weight, bias: Tensor | None, kind: str)
 
 
 def _is_skinny(x: Tensor, weight: Weight, *_: object) -> bool:
+    """Quantized weights are multiplied as they are for any number of rows."""
+    if isinstance(weight, QuantizedWeight):
+        return is_plain(x)
     return is_dense(weight) and is_plain(x, weight) and x.shape[0] <= _FEW_ROWS
 
 

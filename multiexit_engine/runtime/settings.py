@@ -134,10 +134,10 @@ def pick_quantization(quantization: str | None, device: torch.device) -> Quantiz
     """The quantization of a name; raises ValueError for others, and for devices without kernels."""
     if quantization is None:
         return None
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise ValueError(
-            f"quantization={quantization!r}: quantized weights run on the CPU only, not on "
-            f"{str(device)!r}; give device='cpu' or quantization=None"
+            f"quantization={quantization!r}: quantized weights run on CPUs and CUDA devices, not "
+            f"on {str(device)!r}; give device='cpu' or 'cuda', or quantization=None"
         )
     return Quantization.parse(quantization)
 

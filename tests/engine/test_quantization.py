@@ -105,6 +105,6 @@ def test_blocks_of_a_family_have_the_bits_of_their_dequantized_weights(tmp_path,
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
-def test_cuda_is_refused_by_name():
-    with pytest.raises(ValueError, match="on the CPU only, not on 'cuda'"):
-        pick_quantization("int8", torch.device("cuda"))
+def test_devices_without_kernels_are_refused_by_name():
+    with pytest.raises(ValueError, match="CPUs and CUDA devices, not on 'mps'"):
+        pick_quantization("int8", torch.device("mps"))

@@ -38,6 +38,7 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = (torch.bfloat16, torch.float32)
 # Arguments that are multiples of 16 for every model we know.
 DIVISIBLE = {
+    "code_stride",
     "query_width",
     "kv_width",
     "width",

@@ -48,6 +48,9 @@ def layers(dtype: torch.dtype) -> Iterator[_Item]:
         for name, has in PRODUCTS.items():
             if "NORM" not in has or is_normed:
                 yield _product(f"product rows={rows} {name}", rows, dtype, has)
+        for bits, group in ((8, 32), (8, 64), (4, 32), (4, 64)):
+            codes = {"BITS": bits, "GROUP": group, "SPLIT": True, "STAGES": products.CODE_STAGES}
+            yield _product(f"product rows={rows} int{bits}-g{group}", rows, dtype, codes)
         for name, (head_dim, has) in QKV.items():
             norm = has["NORM"] if is_normed else "none"
             yield _qkv(
@@ -94,9 +97,10 @@ def _product(name: str, rows: int, dtype: torch.dtype, has: dict[str, Any]) -> _
     tile, launch = _tile(rows, dtype)
     constants = {
         "NORM": "none", "FORM": "none", "GATED": False, "HAS_BIAS": False, "HAS_RESIDUAL": False,
-        "SPLIT": False, **tile, **has,
+        "SPLIT": False, "BITS": 0, "GROUP": 0, **tile, **has,
     }  # fmt: skip
     needed = {
+        "scale_ptr": constants["BITS"] > 0,
         "bias_ptr": constants["HAS_BIAS"],
         "gain_ptr": constants["NORM"] != "none",
         "shift_ptr": constants["NORM"] == "layer",
@@ -104,7 +108,8 @@ def _product(name: str, rows: int, dtype: torch.dtype, has: dict[str, Any]) -> _
         "partial_ptr": constants["SPLIT"],
         "ticket_ptr": constants["SPLIT"],
     }
-    types = {"weight_ptr": POINTERS[dtype], "residual_ptr": "*fp32"}
+    stored = {8: "*i8", 4: "*u8"}.get(constants["BITS"], POINTERS[dtype])
+    types = {"weight_ptr": stored, "scale_ptr": "*bf16", "residual_ptr": "*fp32"}
     if constants["HAS_RESIDUAL"]:
         types["output_ptr"] = "*fp32"
     if constants["NORM"] != "none":

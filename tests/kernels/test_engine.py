@@ -158,3 +158,16 @@ def test_grammars_are_masks_inside_the_kernels(folder, device, launched):
     engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
     expected = engine.generate(PROMPTS[:2], sampling, modes)
     assert [o.outputs[0].text for o in outputs] == [o.outputs[0].text for o in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "int4-g64"])
+def test_quantized_weights_give_the_ids_of_the_reference(folder, name, device):
+    with rehearsal(device):
+        found = ids(
+            on_kernels(folder, device, quantization=name), PROMPTS[:2], MIXED[1:3], max_new_tokens=2
+        )
+    engine = Engine.from_pretrained(
+        folder, device="cpu", dtype="float32", backend="reference", quantization=name
+    )
+    assert found == ids(engine, PROMPTS[:2], MIXED[1:3], max_new_tokens=2)

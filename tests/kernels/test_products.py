@@ -109,7 +109,9 @@ def test_a_row_has_the_same_bits_beside_any_others(dtype, device):
     norm = products.Norm(case.gain, case.shift, 1e-5)
 
     def run(rows):
-        return products.product(case.wide_x[rows], case.weight, case.bias, norm_before=norm)
+        return products.product(
+            case.wide_x[rows], case.weight, case.bias, norm_before=norm, dtype=torch.float32
+        )
 
     together = run(slice(None))
     for rows in (slice(5, 6), slice(7, 23), slice(1, 33)):

@@ -1,0 +1,76 @@
+"""A tile of a quantized weight matrix times a block of rows, dequantized on the way.
+
+Codes are exact in any float type and a group's scale is applied to its float32 sum, so nothing is
+rounded that a product with the dequantized matrix would not round.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot(codes, x):
+    """[entries, rows] float32."""
+    codes = codes.to(x.dtype)
+    if x.dtype == tl.float32:
+        return tl.dot(codes, x.T, input_precision="ieee")
+    return tl.dot(codes, x.T)
+
+
+@triton.jit
+def multiplied_codes(
+    x_ptr,
+    code_ptr,
+    scale_ptr,
+    rows,
+    row_mask,
+    entries,
+    entry_mask,
+    start,
+    stop,
+    width,
+    code_stride,
+    num_groups,
+    x_stride,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """[BLOCK_V, BLOCK_R] float32 sums over the columns ``start`` to ``stop - 1``, group by group.
+
+    ``start`` is a multiple of GROUP; masked rows and entries are not read and give 0. Of 4 bits a
+    byte holds two columns of a block of 32: i in the low half and 16 + i in the high one.
+    """
+    BYTES: tl.constexpr = GROUP * BITS // 8
+    lanes = tl.arange(0, BYTES)
+    columns = lanes
+    if BITS == 4:
+        columns = lanes // 16 * 32 + lanes % 16
+    code_ptrs = code_ptr + entries.to(tl.int64)[:, None] * code_stride + lanes[None, :]
+    scale_ptrs = scale_ptr + entries.to(tl.int64) * num_groups
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    total = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
+    for k in tl.range(start, stop, GROUP, num_stages=STAGES):
+        first = k * BITS // 8
+        inside = first + lanes < code_stride
+        codes = tl.load(  # [BLOCK_V, BYTES]
+            code_ptrs + first,
+            mask=entry_mask[:, None] & inside[None, :],
+            other=0,
+            eviction_policy="evict_first",
+        )
+        scale = tl.load(scale_ptrs + k // GROUP, mask=entry_mask, other=0.0)  # [BLOCK_V]
+        x_mask = row_mask[:, None] & (k + columns < stop)[None, :]
+        x = tl.load(x_ptrs + k, mask=x_mask, other=0.0)  # [BLOCK_R, BYTES]
+        if BITS == 8:
+            sums = _dot(codes, x)
+        else:
+            x_mask = row_mask[:, None] & (k + 16 + columns < stop)[None, :]
+            high = tl.load(x_ptrs + k + 16, mask=x_mask, other=0.0)
+            sums = _dot((codes & 15).to(tl.int8) - 8, x) + _dot((codes >> 4).to(tl.int8) - 8, high)
+        total += sums * scale.to(tl.float32)[:, None]
+    return total
