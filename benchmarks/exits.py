@@ -31,7 +31,7 @@ from torch import Tensor
 
 from multiexit_engine import Engine, RequestOutput, SamplingParams, SelfSpeculative
 from multiexit_engine.params import DecodingMode, parse_decoding
-from multiexit_engine.runtime.choosing import LogitSlice
+from multiexit_engine.runtime.logit_slices import LogitSlice
 
 TEXTS = [
     "The old man looked at the sea and",

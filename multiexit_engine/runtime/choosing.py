@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -26,7 +25,7 @@ from multiexit_engine.decoding.exits import (
     no_candidates,
     no_premature_layers,
 )
-from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner
+from multiexit_engine.decoding.plan import ExitPlanner
 from multiexit_engine.decoding.processors import allowed_tokens, process_scores, token_edits
 from multiexit_engine.decoding.sampler import (
     TokenRow,
@@ -39,58 +38,14 @@ from multiexit_engine.decoding.sampler import (
 from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.ops import device_kind
 from multiexit_engine.request import ChosenToken, Request, ScoredToken, sequence_seed
-from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.logit_rows import LogitRow, allowed_masks, token_row
+from multiexit_engine.runtime.logit_slices import LogitSlice
 from multiexit_engine.transfer import to_device, to_host
 
 NOT_A_NUMBER = "its mode gave NaN as the score of a token"
 NO_TOKEN_LEFT = "its mode and its parameters together leave no token to choose"
 NO_TOKEN_IN_FORM = "its structured_outputs and its other parameters together leave no token"
 MAX_LOGIT_ROWS = 256  # rows of a float32 [rows, vocab] tensor made at once: 51 MB at GPT-2's vocab
-
-
-@dataclass(slots=True)
-class LogitSlice:
-    """Rows whose distributions are made together, with the states they need.
-
-    Rows are direct where nobody looks at the distribution itself: their tokens are all there is.
-    They may have edits: changes of single tokens' scores, by penalties, biases, bans or grammars.
-    """
-
-    rows: list[LogitRow]
-    plan: ExitPlan
-    is_direct: bool = False
-    has_edits: bool = False
-    _parts: dict[int, list[tuple[list[int], Tensor]]] = field(default_factory=dict)
-
-    def keep(self, layer: int, flight: Flight) -> None:
-        """Take the states of those rows that have come to a layer where they are needed."""
-        wanted = [self.rows[r] for r in self.plan.rows_at.get(layer, ())]
-        if not wanted:
-            return
-        rows = flight.rows_of([(row.item, row.position) for row in wanted])
-        here = [place for place, row in enumerate(rows) if row is not None]
-        if here:
-            states = flight.take([row for row in rows if row is not None])
-            self._parts.setdefault(layer, []).append((here, states))
-
-    @property
-    def needs_drafts(self) -> bool:
-        """Whether what is chosen depends on the drafts before, as penalties and bans do."""
-        return self.has_edits or not self.is_direct
-
-    @property
-    def taps(self) -> dict[int, Tensor]:
-        """For each layer of the plan the states of its rows, in the plan's order."""
-        return {layer: _in_order(parts) for layer, parts in self._parts.items()}
-
-
-def _in_order(parts: list[tuple[list[int], Tensor]]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0][1]
-    states = torch.cat([part for _, part in parts])
-    places = torch.tensor([place for places, _ in parts for place in places])
-    return states.index_select(0, to_device(places.argsort(), states.device))
 
 
 # what a row gave: its token (``n`` of them after a prompt), or why it has none
@@ -118,6 +73,18 @@ class TokenChooser:
         direct, scored = _split(rows, [self.is_direct(row) for row in rows])
         found = [self._slice(direct, True)] if direct else []
         return [*found, self._slice(scored)] if scored else found
+
+    def joined(self, slices: Sequence[LogitSlice]) -> list[LogitSlice]:
+        """The same rows, whose states are all there, with the direct ones in one slice."""
+        direct = [part for part in slices if part.is_direct]
+        if len(direct) < 2:
+            return list(slices)
+        whole = self._slice([row for part in direct for row in part.rows], is_direct=True)
+        start = 0
+        for part in direct:
+            whole.take_over(part, start)
+            start += len(part.rows)
+        return [whole, *(part for part in slices if not part.is_direct)]
 
     def scored_slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
         """Rows whose distributions are looked at as a whole, a limited number in each slice."""

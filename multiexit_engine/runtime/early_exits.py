@@ -20,9 +20,10 @@ from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.modes import EarlyExit, Exit, Original
 from multiexit_engine.request import ChosenToken, Joining
 from multiexit_engine.request import Sequence as TokenSequence
-from multiexit_engine.runtime.choosing import Choice, LogitSlice, TokenChooser
+from multiexit_engine.runtime.choosing import Choice, TokenChooser
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.logit_rows import LogitRow
+from multiexit_engine.runtime.logit_slices import LogitSlice
 
 
 class EarlyExits:
@@ -116,6 +117,7 @@ class EarlyRows:
             self._undecided.append(_Row(row, row.mode, exits.layers_of(row.mode)))
         self._compared: list[_Row] = []
         self._states: Tensor | None = None
+        self._riding: list[LogitRow] = []
         self.choices: list[LogitSlice] = []
         self.targets: list[LogitSlice] = []
         self.chosen: list[tuple[LogitRow, Choice]] = []
@@ -151,6 +153,7 @@ class EarlyRows:
             self._decide([row for row in here if passes(row.mode, row.value)], layer, flight)
         self._compared = [row for row in self._undecided if row.compares_at(layer)]
         self._states = _states(self._compared, flight) if self._compared else None
+        self._leave_unless_others_go_on(layer, flight)
 
     def _measure(self, rows: Sequence[_Row], layer: int, flight: Flight) -> None:
         self._compare([row for row in rows if row.mode.measure == "similarity"], flight)
@@ -213,7 +216,26 @@ class EarlyRows:
             leaving = [row.row for row in rows if row.may_leave]
             copying = {row.item for row in leaving if row.sequence.request.copies_kv}
             self._leave_copying(copying, layer, flight)
-            self._leave_waiting([row for row in leaving if row.item not in copying], layer, flight)
+            self._leave_or_ride([row for row in leaving if row.item not in copying], layer, flight)
+
+    def _leave_or_ride(self, rows: Sequence[LogitRow], layer: int, flight: Flight) -> None:
+        """Take decided rows out, or let them run on with others that need the layers above.
+
+        What they skip now they would run through later, together with a row that goes deeper. So
+        where the layers are read anyway, a row that no earlier one waits with loses nothing by
+        going on, and the step keeps its number of rows. Its token is chosen already, and the keys
+        and values are the same.
+        """
+        riding = [row for row in rows if not row.sequence.waiting]
+        self._leave_waiting([row for row in rows if row.sequence.waiting], layer, flight)
+        self._riding += riding
+
+    def _leave_unless_others_go_on(self, layer: int, flight: Flight) -> None:
+        here = set(flight.going_beyond(layer))
+        riders = {row.item for row in self._riding}
+        if riders and here == riders:
+            self._leave_waiting(self._riding, layer, flight)
+            self._riding = []
 
     def _leave_copying(self, items: set[int], layer: int, flight: Flight) -> None:
         if items:

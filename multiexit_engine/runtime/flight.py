@@ -64,6 +64,10 @@ class Flight:
         """Where the rows of an item begin in its sequence, those that joined it included."""
         return self._items[item].start
 
+    def going_beyond(self, layer: int) -> list[int]:
+        """Those of the items here whose requests need layers above this one."""
+        return [i for i in self._aboard if self._items[i].sequence.request.depth > layer]
+
     def run(self, start: int, stop: int) -> None:
         """Run the 0-based blocks ``start`` to ``stop - 1`` on all rows that are here."""
         self.hidden = self._model.run_layers(

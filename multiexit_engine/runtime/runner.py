@@ -21,7 +21,7 @@ from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import EarlyExit, Exit
 from multiexit_engine.request import ChosenToken, ScoredToken
-from multiexit_engine.runtime.choosing import Choice, LogitSlice, TokenChooser
+from multiexit_engine.runtime.choosing import Choice, TokenChooser
 from multiexit_engine.runtime.decode_steps import DecodeSteps, LaunchedStep
 from multiexit_engine.runtime.drafting import Drafter, Drafts
 from multiexit_engine.runtime.early_exits import EarlyExits, EarlyRows
@@ -29,6 +29,7 @@ from multiexit_engine.runtime.exit_readings import ExitReadings, read_exits
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.graphs import Eager, Graphs, Pieces, capture_on
 from multiexit_engine.runtime.logit_rows import LogitRow
+from multiexit_engine.runtime.logit_slices import LogitSlice
 from multiexit_engine.runtime.sources import read_sources
 from multiexit_engine.runtime.step_clock import StepClock
 from multiexit_engine.transfer import to_device
@@ -99,7 +100,7 @@ class ModelRunner:
         choices = self._chooser.slices(_with_fixed_heads(choice_rows))
         targets = self._chooser.scored_slices(_with_fixed_heads(target_rows))
         self._run_layers(batch, [*choices, *targets], early, drafts, clock)
-        choices += early.choices
+        choices = self._chooser.joined([*choices, *early.choices])
         targets += early.targets
         output = StepOutput(waiting=early.waiting)
         if any(part.needs_drafts for part in choices):

@@ -146,12 +146,15 @@ def test_a_row_that_a_shortlist_lets_pass_is_checked_on_all_tokens(engine):
             assert layer == 6 or value >= 0.3
 
 
+@pytest.mark.parametrize("company", [[], [Original()], [EarlyExit(0.3), Exit(4)]], ids=str)
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_the_cache_is_that_of_full_depth(folder, mode):
+def test_the_cache_is_that_of_full_depth(folder, mode, company):
     engine = Engine.from_pretrained(folder, dtype="float32", block_size=8, prefix_caching=False)
     sampling = SamplingParams(max_new_tokens=60, ignore_eos=True)
     engine.add_request([3, 1, 4], sampling, mode)
     (request,) = engine._core.requests.values()
+    for other in company:
+        engine.add_request([2, 7], replace(sampling, max_new_tokens=90), other)
     while len(request.sequences[0].token_ids) < 60:
         engine.step()
     (sequence,) = request.sequences
@@ -291,6 +294,39 @@ def test_layers_above_the_exit_are_not_run_while_nobody_needs_them(engine, monke
     assert len(ran) == 3 + 19
 
 
+def test_rows_go_on_with_others_that_need_the_layers_above(engine, monkeypatch):
+    model, ran = engine._core.runner.model, []
+    run_layers = type(model).run_layers
+
+    def counted(self, hidden, start, stop, *rest):
+        ran.append((hidden.shape[0], start))
+        return run_layers(self, hidden, start, stop, *rest)
+
+    monkeypatch.setattr(type(model), "run_layers", counted)
+    sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    modes = [EarlyExit(0.0), EarlyExit(0.0), Original()]
+    outputs = engine.generate(prompts(3), sampling, modes)
+    assert exit_layers(outputs) == [[2] * 20, [2] * 20, [6] * 20]
+    assert ran[-3 * 19 :] == [(3, 0), (3, 2), (3, 4)] * 19
+
+
+def test_rows_that_went_on_leave_when_nobody_else_is_left(engine, monkeypatch):
+    model, ran = engine._core.runner.model, []
+    run_layers = type(model).run_layers
+
+    def counted(self, hidden, start, stop, *rest):
+        ran.append((hidden.shape[0], stop))
+        return run_layers(self, hidden, start, stop, *rest)
+
+    monkeypatch.setattr(type(model), "run_layers", counted)
+    sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    modes = [EarlyExit(0.0), EarlyExit(0.0, min_layer=4)]
+    outputs = engine.generate(prompts(2), sampling, modes)
+    assert exit_layers(outputs) == [[2] * 20, [4] * 20]
+    # the first decoded rows go on to 4; there they wait, so those after them leave at 2
+    assert ran[-2 * 19 :] == [(2, 2), (2, 4)] + [(2, 2), (1, 4)] * 18
+
+
 def test_streamed_pieces_add_up(engine):
     sampling, mode = SamplingParams(max_new_tokens=40), EarlyExit(0.3)
     pieces = list(engine.stream("ab", sampling, mode))
@@ -317,3 +353,25 @@ def test_an_exit_that_the_model_lacks_is_refused(engine, mode, message):
 def test_beam_search_is_refused_with_what_to_do(engine):
     with pytest.raises(ValueError, match=r"num_beams=2: .*use decoding=Original\(\) or Exit"):
         engine.generate([1], SamplingParams(num_beams=2), EarlyExit(0.5))
+
+
+def test_rows_that_left_at_different_exits_read_a_shared_head_once(folder, monkeypatch):
+    from multiexit_engine.decoding import exits
+
+    engine = Engine.from_pretrained(
+        folder, dtype="float32", vocab_projection_mode="SHARED_PROJECTION_DIRECT"
+    )
+    sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    modes = [Exit(2), Exit(4), EarlyExit(0.0, "similarity"), Original()]
+    alone = [engine.generate(p, sampling, m)[0] for p, m in zip(prompts(4), modes, strict=True)]
+    read, choose = [], exits._chosen_together
+    monkeypatch.setattr(
+        exits,
+        "_chosen_together",
+        lambda shared, *rest: (
+            read.append(sum(len(own.hidden) for _, own in shared)) or choose(shared, *rest)
+        ),
+    )
+    together = engine.generate(prompts(4), sampling, modes)
+    assert tokens(together) == tokens(alone)
+    assert read == [4] * 12

@@ -93,6 +93,17 @@ def test_the_pool_may_be_so_small_that_sequences_are_preempted(folder, limits):
     assert small.stats().num_free_kv_blocks == small.stats().num_kv_blocks
 
 
+@pytest.mark.parametrize("options", [{"max_num_batched_tokens": 7}, {"block_size": 5}], ids=str)
+def test_how_prompts_are_cut_changes_nothing(folder, engine, options):
+    other = Engine.from_pretrained(folder, dtype="float32", **options)
+    given, sampling = prompts(4), SamplingParams(max_new_tokens=20)
+    for target in TARGETS:
+        expected = engine.generate(given, sampling, target)
+        assert tokens(other.generate(given, sampling, SelfSpeculative(2, 3, target))) == tokens(
+            expected
+        )
+
+
 def test_prefixes_that_a_drafting_request_computed_serve_others(engine):
     prompt, sampling = list(range(100)), SamplingParams(max_new_tokens=60)
     (first,) = engine.generate(prompt, sampling, SelfSpeculative(2, 4))

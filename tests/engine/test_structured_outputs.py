@@ -55,6 +55,7 @@ MODES = [
     Contrast(6, 2, function=torch.sub),
     DoLa((0, 2, 4), relative_top=0.9),
     EarlyExit(0.3, layers=(2, 4)),
+    EarlyExit(0.3, kv="copy"),
     SelfSpeculative(2, 4),
     SelfSpeculative(4, 3, Contrast(6, 2)),
     SelfSpeculative(2, 5, DoLa((2, 4))),
@@ -126,7 +127,11 @@ def test_several_continuations_have_a_state_each(engine):
     assert len(set(texts)) > 3
 
 
-@pytest.mark.parametrize("mode", [Original(), SelfSpeculative(2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "mode",
+    [Original(), SelfSpeculative(2, 3), EarlyExit(0.3), EarlyExit(0.3, kv="copy"), DoLa((2, 4))],
+    ids=str,
+)
 def test_preempted_texts_are_the_same(folder, engine, mode):
     samplings = [replace(WARM, seed=i, structured_outputs=FORMS["json"]) for i in range(8)]
     given = [[i] * 20 for i in range(8)]
