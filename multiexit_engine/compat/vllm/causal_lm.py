@@ -68,7 +68,8 @@ class Exits(nn.Module):
         self, weights: Iterable[tuple[str, Tensor]]
     ) -> tuple[list[tuple[str, Tensor]], set[str]]:
         """Fill the exits from a checkpoint; its other weights, and the names of those filled."""
-        everything = dict(weights)
+        # vLLM reads every file of tensors in a folder, that of the exits' probes ("2.down") too.
+        everything = {name: tensor for name, tensor in weights if not name[0].isdecimal()}
         own = {name: everything.pop(name) for name in list(everything) if _is_exits(name)}
         loaded = self.weights.load(own)
         return list(everything.items()), {f"exits.weights.{name}" for name in loaded}
