@@ -10,6 +10,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/block.h"
+#include "cpu/coded_tokens.h"
 #include "cpu/head_statistics.h"
 #include "cpu/heads.h"
 #include "cpu/packed_block.h"
@@ -250,6 +251,20 @@ void coded_heads(int64_t vocab, int64_t rows, int64_t columns) {
     expect_near(likely[row], best, "likely token of codes");
     expect_near(first[row], -std::log(mass), "its log-probability");
   }
+  // Errors so large that all tokens are near, and so small that only exact equals are.
+  const auto states = numbers(rows * columns), weight = numbers(vocab * columns);
+  const Linear head = {{weight.data(), DType::kFloat32, vocab, columns}, bias.data()};
+  std::vector<double> norms(rows), errors(rows);
+  code_rows(2, states.data(), rows, columns,
+            {hidden.data(), first.data(), norms.data(), errors.data()});
+  for (double error : {1e6, 0.0}) {
+    std::fill(errors.begin(), errors.end(), error);
+    coded_head_tokens(2, {states.data(), {hidden.data(), first.data()}, errors.data(), rows},
+                      {codes.data(), starts.data(), scales.data(), vocab, columns}, head,
+                      likely.data());
+    for (int64_t token : likely)
+      if (token < -1 || token >= vocab) expect_near(token, 0, "token by codes");
+  }
 }
 
 // One sequence over the borders of splits: a prompt's tokens at once, and its last one alone.
@@ -311,7 +326,7 @@ void heads(int64_t vocab) {
   const Choice choice = {temperature.data(), state.data(), state.data(), tokens.data(),
                          log_probs.data(), counts.data()};
   const HeadPair pair = {
-      hidden.data(), matrix, {nullptr, rows, hidden.data(), matrix, alpha.data(), nullptr}};
+      hidden.data(), matrix, {0, rows, hidden.data(), {matrix, nullptr}, alpha.data(), nullptr}};
   head_logits(2, hidden.data(), rows, {matrix, nullptr}, logits.data());
   head_tokens(2, hidden.data(), rows, {matrix, nullptr}, choice);
   int64_t best = 0;
