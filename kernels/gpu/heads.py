@@ -57,7 +57,7 @@ def head_config(rows: int, dtype: torch.dtype) -> HeadConfig:
     """
     if dtype == torch.float32:
         # one tile for any number of rows: sums of another order would be other bits
-        return HeadConfig(32, 16, 64, 3, 4)
+        return HeadConfig(32, 16, 32, 4, 4)
     if rows <= 16:
         return HeadConfig(32, 16, 128, 4, 4, 128)
     if rows <= 32:
