@@ -81,3 +81,20 @@ def test_the_exact_logits_decide_between_the_nearest(backend):
     wanted = head_logits(hidden, weight, None).argmax(1)
     assert len(wanted.unique()) > 5
     assert tokens_of(function, hidden, weight, None).tolist() == wanted.tolist()
+
+
+def test_columns_that_stick_out_of_the_states_widen_the_bounds_beyond_use():
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.13 * torch.randn(8192, 768, generator=generator)
+    hidden = torch.randn(16, 768, generator=generator)
+    uneven = hidden.clone()
+    uneven[:, :3] *= 10
+    assert share_near(hidden, weight) < 0.01
+    assert share_near(uneven, weight) > 0.05
+
+
+def share_near(hidden, weight):
+    """Share of the tokens that codes cannot tell from the best one."""
+    errors = logit_errors(code_hidden(hidden), code_head(weight), None)
+    logits = head_logits(hidden, weight, None)
+    return (logits >= logits.amax(1, keepdim=True) - 2 * errors[:, None]).double().mean()
