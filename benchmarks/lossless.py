@@ -287,11 +287,15 @@ def main(
     draft_len: Annotated[list[str] | None, typer.Option(help="numbers or auto")] = None,
     prompts: int = 200,
     new_tokens: int = 32,
-    samples: Annotated[int, typer.Option(help="sampled continuations; 0: none")] = 20000,
+    samples: Annotated[
+        int, typer.Option(help="sampled continuations; 0: none, else 1000 or more")
+    ] = 20000,
     threads: int = 2,
     json: Annotated[Path | None, typer.Option(help="write the figures here")] = None,
 ) -> None:
     """Compare greedy tokens and sampled distributions; fails where rounding does not explain it."""
+    if 0 < samples < 1000:
+        raise typer.BadParameter(f"samples {samples}: 0, or at least 1000, which fill some cells")
     torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = []
     draws: list[dict[str, Any]] = []
