@@ -12,8 +12,6 @@ What it prints are speeds at the acceptance that it also prints, not properties 
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -130,7 +128,7 @@ def main(
     cells = [[str(row["way"]), f"{row['tokens_per_s']:.1f}"] for row in rows]
     title = f"Llama's layout, exit 4 of 16, fp32, {threads} threads, acceptance {acceptance:.2f}"
     show(title, ["way", "tokens/s"], cells)
-    write_json(json, shlex.join(["python", *sys.argv]), rows)
+    write_json(json, rows)
 
 
 if __name__ == "__main__":

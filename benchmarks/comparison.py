@@ -5,8 +5,6 @@ Knows no way of decoding and no bar.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,5 +101,4 @@ def measure_shapes(
         results += measured.rows
         versions |= measured.versions
         bars += [{"shape": name} | bar.as_row() for bar in measured.bars]
-        command = shlex.join(["python", *sys.argv])
-        write_json(json, command, results, bars=bars, peers=versions, backend=backend)
+        write_json(json, results, bars=bars, peers=versions, backend=backend)

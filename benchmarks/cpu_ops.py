@@ -8,8 +8,6 @@ Bytes are those that must be read: the weights, or the cached keys and values, o
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -136,7 +134,7 @@ def main(
     title = f"{_C.isa()}, {threads} threads, load {os.getloadavg()[0]:.1f}"
     columns = ["op", "dtype", "ms", "GB/s", "best GB/s", "best / best read"]
     show(title, columns, [_cells(row) for row in rows])
-    write_json(json, shlex.join(["python", *sys.argv]), rows)
+    write_json(json, rows)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

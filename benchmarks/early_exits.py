@@ -11,8 +11,6 @@ speed at these rates, not a property of the model.
 from __future__ import annotations
 
 import random
-import shlex
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,7 +129,7 @@ def main(
     ]
     title = f"{shape}, {dtype}, exits {layers}, {threads} threads, simulated rates"
     show(title, ["batch", "mode", "mean layer", "tokens/s", "of plain"], cells)
-    write_json(json, shlex.join(["python", *sys.argv]), rows)
+    write_json(json, rows)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ Beside each gain stands what bytes and arithmetic would give if all ran at the m
 from __future__ import annotations
 
 import random
-import shlex
-import sys
 import time
 from functools import partial
 from itertools import product
@@ -235,7 +233,7 @@ def main(
     ]
     columns = ["target", "acceptance", "batch", "mode", "tokens/s", "of plain", "ideal"]
     show(title, [*columns, "drafts accepted"], cells)
-    write_json(json, shlex.join(["python", *sys.argv]), rows)
+    write_json(json, rows)
 
 
 if __name__ == "__main__":

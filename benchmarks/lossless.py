@@ -12,8 +12,6 @@ compared with the target's exact distribution (chi-square).
 from __future__ import annotations
 
 import random
-import shlex
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -320,7 +318,7 @@ def main(
     if draws:
         cells = [[str(value) for value in row.values()] for row in draws]
         show("sampled, vocabulary of 11", list(draws[0]), cells)
-    write_json(json, shlex.join(["python", *sys.argv]), rows, sampled=draws, rounding=ROUNDING)
+    write_json(json, rows, sampled=draws, rounding=ROUNDING)
     gap = max((row["largest_gap_where_different"] or 0.0 for row in rows), default=0.0)
     assert gap < ROUNDING, f"tokens differ where the target's two best are {gap} apart"
     assert all(row["p_value"] > 1e-4 for row in draws), "sampled tokens follow another distribution"

@@ -10,8 +10,6 @@ turn in one process.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +63,7 @@ def main() -> None:
         [[r["way"], str(r["batch"]), f"{r['ms']:.1f}", f"{greedy[r['batch']] / r['ms']:.1f}x"]
          for r in results],
     )  # fmt: skip
-    write_json(options.json, shlex.join(["python", *sys.argv]), results)
+    write_json(options.json, results)
 
 
 def save(model: BartForConditionalGeneration, concat: Tensor, folder: Path) -> None:

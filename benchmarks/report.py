@@ -6,9 +6,11 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -82,14 +84,25 @@ def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def write_json(
-    path: Path | None, command: str, results: list[dict[str, Any]], **more: object
-) -> None:
-    """Write the results with the machine beside them, and what else belongs to the run."""
+def command_line(words: Sequence[str]) -> str:
+    """A command for others to read: of files outside this folder the name alone is told."""
+    return shlex.join(["python", *map(_without_folder, words)])
+
+
+def _without_folder(word: str) -> str:
+    name, equals, path = word.rpartition("=")
+    if not os.path.isabs(path):
+        return word
+    inside = os.path.relpath(path)
+    return name + equals + (os.path.basename(path) if inside.startswith("..") else inside)
+
+
+def write_json(path: Path | None, results: list[dict[str, Any]], **more: object) -> None:
+    """Write the results with the command and the machine, and what else belongs to the run."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"command": command, "machine": machine(), "results": results} | more
+    record = {"command": command_line(sys.argv), "machine": machine(), "results": results} | more
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -114,7 +113,6 @@ def main(
     prompts = torch.randint(0, SHAPES[shape].config.vocab_size, (requests, prompt_len)).tolist()
     pythons = peer_pythons(peer_python or [])
     kinds = [k for k in KINDS if servers == "all" or k.title in servers.split(";")]
-    command = shlex.join(["python", *sys.argv])
     results: list[dict[str, Any]] = []
     overhead: dict[str, Any] = {}
     with ExitStack() as running:
@@ -145,7 +143,7 @@ def main(
         for title, server in started.items():
             found = measure_server(server, prompts, new_tokens, clients, rate or [2.0])
             results += [{"server": title, "load": load} | found[load] for load in found]
-            write_json(json, command, results, overhead=overhead, shape=shape, weights=weights)
+            write_json(json, results, overhead=overhead, shape=shape, weights=weights)
     for load in dict.fromkeys(row["load"] for row in results):
         rows = [cells(row["server"], row) for row in results if row["load"] == load]
         show(f"{shape}, {weights}, {load}, {prompt_len} + {new_tokens} tokens", COLUMNS, rows)

@@ -8,8 +8,6 @@ inside the extension's functions, by the number of steps.
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,7 +122,7 @@ def main(
                     )
     columns = ["model", "batch", "mode", "choice", "us outside", "us inside"]
     show("a step", columns, [_cells(row) for row in rows])
-    write_json(json, shlex.join(["python", *sys.argv]), rows)
+    write_json(json, rows)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
