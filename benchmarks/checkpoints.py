@@ -1,4 +1,4 @@
-"""Random multi-exit checkpoints of the sizes that people know, in IBM's layout.
+"""Random multi-exit checkpoints of the sizes that people know, in IBM's layout or with one head.
 
 Weights are random. Only the heads' scale matters for speed: contrast reads the lower head's rows of
 the plausible tokens, and logits are given the spread of GPT-2's (standard deviation 2.8), at which
@@ -13,22 +13,34 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 LOGIT_SPREAD = 2.8
+EXIT_HEAD = "name_to_lm_exit_head.lm_head_{}"
 KEPT_CHECKPOINTS = Path(tempfile.gettempdir(), "multiexit-bench")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model size: transformers' classes and config, its exits, and the contrasted pair."""
+    """A model size: transformers' classes and config, its exits, and the contrasted pair.
+
+    Exits have heads of their own unless ``shares_head``.
+    """
 
     name: str
     model_class: type
-    config: GPT2Config | GPTNeoConfig
+    config: GPT2Config | GPTNeoConfig | LlamaConfig
     exits: tuple[int, ...]
     upper: int
     lower: int
+    shares_head: bool = False
 
 
 GPT2_MEDIUM = Shape(
@@ -54,6 +66,25 @@ GPT_NEO_125M = Shape(
     12,
     6,
 )
+LLAMA_8B = Shape(
+    "llama-8b",
+    LlamaForCausalLM,
+    LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
+    (16, 32),
+    32,
+    16,
+    shares_head=True,
+)
 TINY = Shape(
     "tiny",
     GPT2LMHeadModel,
@@ -70,25 +101,46 @@ TINY = Shape(
     4,
     2,
 )
-SHAPES = {shape.name: shape for shape in (GPT2_MEDIUM, GPT_NEO_125M, TINY)}
+TINY_LLAMA = Shape(
+    "tiny-llama",
+    LlamaForCausalLM,
+    LlamaConfig(
+        vocab_size=1031,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
+    (2, 4),
+    4,
+    2,
+    shares_head=True,
+)
+SHAPES = {s.name: s for s in (GPT2_MEDIUM, GPT_NEO_125M, LLAMA_8B, TINY, TINY_LLAMA)}
 
 
-def make_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype) -> Path:
-    """The folder of a random checkpoint with a head for every exit; made if it is not there."""
+def make_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype, device: str = "cpu") -> Path:
+    """The folder of a random checkpoint, made on a device if it is not there."""
     target = folder / f"{shape.name}-{str(dtype).removeprefix('torch.')}"
     if (target / "model.safetensors").exists():
         return target
     torch.manual_seed(0)
-    model = shape.model_class(shape.config)
+    with torch.device(device):
+        model = shape.model_class(shape.config)
     tensors = {
         name: tensor.to(dtype).contiguous()
         for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"  # tied to the embedding
+        if name != "lm_head.weight"  # tied to the embedding, or made below
     }
     vocab, hidden = shape.config.vocab_size, shape.config.hidden_size
-    for layer in shape.exits:
-        head = torch.randn(vocab, hidden).mul_(LOGIT_SPREAD * hidden**-0.5).to(dtype)
-        tensors[f"name_to_lm_exit_head.lm_head_{layer}.weight"] = head
+    names = ["lm_head"] if shape.shares_head else map(EXIT_HEAD.format, shape.exits)
+    for name in names:
+        head = torch.randn(vocab, hidden, device=device).mul_(LOGIT_SPREAD * hidden**-0.5)
+        tensors[f"{name}.weight"] = head.to(dtype)
     config = shape.config.to_dict() | {
         "lm_head_layer_indices": list(shape.exits)[::-1],
         "eos_token_id": None,

@@ -2,8 +2,9 @@
 
 ``python benchmarks/gpu_report.py --output result.json`` in the repository root, on a machine with
 a GPU and no network. Runs the kernels' GPU tests, measures the card's ceilings, then every kernel
-at the shapes of real models. Every time is the median of graph replays over buffers that together
-are several times the L2 cache; bytes are those that must be read at least once.
+at the shapes of real models, then whole models beside transformers; ``--only`` takes parts. A
+kernel's time is the median of graph replays over buffers that together are several times the L2
+cache; bytes are those that must be read at least once.
 
 Without a GPU it is a rehearsal: the kernels run interpreted, on tiny sizes, and every time is NaN.
 """
@@ -17,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from benchmarks.gpu import (  # noqa: E402
     ceilings,
     engine_check,
     head_cases,
+    model_cases,
     product_cases,
     ring_cases,
     step_cases,
@@ -109,12 +112,51 @@ def _cell(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
+def sections(ceilings: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """What is measured, in order; a table for each that gives rows."""
+    read = ceilings["read_TB_s"]
+    return {
+        "heads": lambda: head_cases.measure(read),
+        "ring": lambda: ring_cases.measure(read),
+        "products": lambda: product_cases.measure(read),
+        "attention": lambda: attention_cases.measure(read),
+        "engine": engine_check.measure,
+        "steps": step_cases.measure,
+        "models": lambda: model_cases.measure(read, ceilings["gemm_TFLOP_s"]),
+    }
+
+
+TITLES = {
+    "heads": "heads: bf16, greedy; % is of the measured read bandwidth",
+    "ring": "heads of few rows: ring of bulk copies against Triton",
+    "products": "products: bf16, norm and epilogue fused; % is of the read bandwidth",
+    "attention": "paged attention: decode, bf16, block 16",
+    "engine": f"engine on {timing.DEVICE}, greedy float32 ids against the CPU's",
+    "steps": "decode steps: GPT-2-medium's shape, bf16, wall time of a step",
+    "models": "whole models: bf16, wall time of a token, or of a step of many",
+}
+
+
+def show(name: str, found: Any) -> None:
+    """Print what a section found."""
+    tables = found.values() if name == "models" and isinstance(found, dict) else [found]
+    for rows in tables:
+        if isinstance(rows, list) and rows:
+            table(TITLES[name], rows)
+        elif rows:
+            print(f"\n{TITLES[name]}:", rows)
+
+
 def main() -> None:
-    """Everything, in order; the JSON is written even if a test failed."""
+    """Everything, in order; one part's failure does not cost the figures of the others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default=os.path.join(os.environ.get("OUT", "."), "gpu.json"))
     parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--only", help="parts with commas, of " + ", ".join(TITLES))
     arguments = parser.parse_args()
+    wanted = arguments.only.split(",") if arguments.only else list(TITLES)
+    if unknown := set(wanted) - set(TITLES):
+        parser.error(f"--only: {unknown}; parts are {', '.join(TITLES)}")
 
     result: dict[str, Any] = {"machine": machine()}
     print(result["machine"])
@@ -127,29 +169,17 @@ def main() -> None:
         print("tests:", result["tests"])
     result["ceilings"] = ceilings.measure()
     table("ceilings", [result["ceilings"]])
-    read = result["ceilings"]["read_TB_s"]
-    result["heads"] = head_cases.measure(read)
-    table("heads: bf16, greedy; % is of the measured read bandwidth", result["heads"])
-    result["ring"] = ring_cases.measure(read)
-    if result["ring"]:
-        table("heads of few rows: ring of bulk copies against Triton", result["ring"])
-    result["products"] = product_cases.measure(read)
-    table("products: bf16, norm and epilogue fused; % is of the read bandwidth", result["products"])
-    result["attention"] = attention_cases.measure(read)
-    table("paged attention: decode, bf16, block 16", result["attention"])
-    try:
-        result["engine"] = engine_check.measure()
-    except Exception as error:  # the engine's failure must not cost the kernels' figures
-        result["engine"] = f"{type(error).__name__}: {error}"
-    print(f"\nengine on {timing.DEVICE}, greedy float32 ids against the CPU's:", result["engine"])
-    try:
-        result["steps"] = step_cases.measure()
-        table("decode steps: GPT-2-medium's shape, bf16, wall time of a step", result["steps"])
-    except Exception as error:
-        result["steps"] = f"{type(error).__name__}: {error}"
-        print("\ndecode steps:", result["steps"])
-    result["seconds"] = time.perf_counter() - start
-    Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+    measures = sections(result["ceilings"])
+    for name in wanted:
+        began = time.perf_counter()
+        try:
+            result[name] = measures[name]()
+        except Exception as error:
+            result[name] = f"{type(error).__name__}: {error}"
+        show(name, result[name])
+        print(f"({time.perf_counter() - began:.0f} s)", flush=True)
+        result["seconds"] = time.perf_counter() - start
+        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{result['seconds']:.0f} s; wrote {arguments.output}")
 
 

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import Shape
+from checkpoints import EXIT_HEAD, Shape
 from safetensors import safe_open
 from torch import Tensor
 
 
-def load_transformers(shape: Shape, folder: Path, dtype: torch.dtype) -> Any:
+def load_transformers(shape: Shape, folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     """Transformers' own model on the checkpoint's weights, with its original head."""
     model = shape.model_class.from_pretrained(folder, dtype=dtype)
-    return model.eval()
+    return model.eval().to(device)
 
 
-def load_ibm_way(shape: Shape, folder: Path, dtype: torch.dtype, heads: tuple[int, ...]) -> Any:
+def load_ibm_way(
+    shape: Shape, folder: Path, dtype: torch.dtype, heads: tuple[int, ...], device: str = "cpu"
+) -> Any:
     """Transformers' model whose ``generate`` contrasts two exits as IBM's library does.
 
     ``heads`` are the exits whose heads are loaded, and so computed: all of the checkpoint's, or
@@ -43,12 +45,12 @@ def load_ibm_way(shape: Shape, folder: Path, dtype: torch.dtype, heads: tuple[in
             out.logits = contrast(logits[shape.upper], logits[shape.lower])
             return out
 
-    model = AllHeads.from_pretrained(folder, dtype=dtype).eval()
+    model = AllHeads.from_pretrained(folder, dtype=dtype).eval().to(device)
     model.exit_heads = {}
     with safe_open(folder / "model.safetensors", "pt") as file:
         for layer in heads:
-            name = f"name_to_lm_exit_head.lm_head_{layer}.weight"
-            model.exit_heads[layer] = file.get_tensor(name).to(dtype)
+            head = file.get_tensor(f"{EXIT_HEAD.format(layer)}.weight")
+            model.exit_heads[layer] = head.to(model.device, dtype)
     return model
 
 
@@ -64,9 +66,11 @@ def contrast(upper: Tensor, lower: Tensor, alpha: float = 0.1, min_candidates: i
 
 
 @torch.inference_mode()
-def generate(model: Any, prompts: list[list[int]], num_new_tokens: int) -> list[list[int]]:
+def generate(
+    model: Any, prompts: list[list[int]], num_new_tokens: int, **options: object
+) -> list[list[int]]:
     """Greedy ``generate`` of transformers on prompts of one length; the new tokens of each."""
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -76,5 +80,6 @@ def generate(model: Any, prompts: list[list[int]], num_new_tokens: int) -> list[
         pad_token_id=0,
         return_dict_in_generate=False,
         output_hidden_states=False,
+        **options,
     )
     return [row[len(prompts[0]) :] for row in out.tolist()]

@@ -2,7 +2,7 @@
 
 import pytest
 from bytes_read import mean_context, step_bytes, weights_of_step
-from checkpoints import TINY, Shape
+from checkpoints import TINY, TINY_LLAMA, Shape
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 TINY_NEO = Shape(
@@ -31,6 +31,17 @@ def test_all_layers_and_the_head_are_the_model_without_positions(shape):
     # the head is the tied embedding, so parameters() has it once
     wanted = sum(tensor.numel() for tensor in model.parameters()) - positions
     assert weights_of_step(shape, 4) == wanted
+
+
+def test_of_a_llama_with_an_untied_head_the_embedding_is_not_counted():
+    model = TINY_LLAMA.model_class(TINY_LLAMA.config)
+    wanted = sum(tensor.numel() for tensor in model.parameters()) - 1031 * 64
+    assert weights_of_step(TINY_LLAMA, 4) == wanted
+
+
+def test_grouped_queries_cache_fewer_keys_and_values():
+    one, two = (step_bytes(TINY_LLAMA, 4, "float32", context) for context in (10, 20))
+    assert two - one == 2 * 4 * 32 * 10 * 4
 
 
 def test_keys_and_values_grow_with_the_context():

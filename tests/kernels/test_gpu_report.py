@@ -24,8 +24,10 @@ def test_the_report_is_rehearsed_and_invents_no_times(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads(output.read_text())
-    lines = result["heads"] + result["products"] + result["attention"] + result["steps"]
+    parts = ("heads", "products", "attention", "steps")
+    lines = [line for part in parts for line in result[part]] + result["models"]["rows"]
     times = [v for line in lines for k, v in line.items() if k.endswith("us")]
     assert times
     assert all(time != time for time in times), "a time that nobody measured"
+    assert all(bar["reached"] != bar["reached"] for bar in result["models"]["bars"])
     assert set(result["engine"].values()) == {"equal"}
