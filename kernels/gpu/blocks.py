@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.kernels.attention import paged_attention
-from multiexit_engine.kernels.norms import norm as norm_rows
+from multiexit_engine.kernels.block_parts import PartNorm, added, inner
 from multiexit_engine.kernels.norms import rms_norm
 from multiexit_engine.kernels.products import Norm, product
 from multiexit_engine.kernels.qkv import Slots, Turn, place, store_qkv
@@ -23,35 +23,16 @@ def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: 
     hidden = hidden.float()
     for block in blocks:
         attention, cross, mlp = block.attention, block.cross_attention, block.mlp
-        norm = _Norms(block.attention_norm, block.is_post_norm)
+        norm = PartNorm(block.attention_norm, block.is_post_norm)
         attended = _attended(hidden, norm.before, attention, kv_cache, batch)
-        hidden = norm.after(_added(hidden, attended, attention.output))
+        hidden = norm.after(added(hidden, attended, attention.output))
         if cross is not None:
-            norm = _Norms(block.cross_norm, block.is_post_norm)
+            norm = PartNorm(block.cross_norm, block.is_post_norm)
             mixed = _of_sources(hidden, norm.before, cross, kv_cache, batch)
-            hidden = norm.after(_added(hidden, mixed, cross.output))
-        norm = _Norms(block.mlp_norm, block.is_post_norm)
-        hidden = norm.after(_added(hidden, _inner(hidden, norm.before, mlp), mlp.down))
+            hidden = norm.after(added(hidden, mixed, cross.output))
+        norm = PartNorm(block.mlp_norm, block.is_post_norm)
+        hidden = norm.after(added(hidden, inner(hidden, norm.before, mlp), mlp.down))
     return hidden
-
-
-class _Norms:
-    """The norm of one part of a block, where it stands."""
-
-    def __init__(self, module: Any, is_post_norm: bool) -> None:
-        own = Norm(module.weight, getattr(module, "bias", None), module.eps)
-        self.before = None if is_post_norm else own
-        self._behind = own if is_post_norm else None
-
-    def after(self, hidden: Tensor) -> Tensor:
-        """The stream once the part was added to it."""
-        if self._behind is None:
-            return hidden
-        return norm_rows(hidden, *self._behind, dtype=torch.float32)
-
-
-def _added(hidden: Tensor, x: Tensor, matrix: Any) -> Tensor:
-    return product(x, matrix.weight, matrix.bias, residual=hidden, dtype=torch.float32)
 
 
 def _of_sources(hidden: Tensor, norm: Norm | None, cross: Any, kv_cache: Any, batch: Any) -> Tensor:
@@ -95,13 +76,3 @@ def _attended(
         query, slots.key_cache, slots.value_cache, batch.layout, attention.scale, attention.window
     )
     return mixed.flatten(1)
-
-
-def _inner(hidden: Tensor, norm: Norm | None, mlp: Any) -> Tensor:
-    """[tokens, inner width]: all of a feed-forward layer but its last matrix."""
-    gate_up = getattr(mlp, "gate_up", None)
-    if gate_up is None:
-        return product(hidden, mlp.up.weight, mlp.up.bias, norm_before=norm, activation=mlp.kind)
-    return product(
-        hidden, gate_up.weight, gate_up.bias, norm_before=norm, activation=mlp.kind, gated=True
-    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,6 +30,28 @@ def packed_config(head_dim: int, dtype: torch.dtype) -> AttentionConfig:
     return config._replace(block_n=32, max_registers=192)
 
 
+class PackedStarts(NamedTuple):
+    """Where the sequences of packed tensors begin, and in the end all of them end.
+
+    Attributes:
+        queries: [sequences + 1] int32.
+        keys: [sequences + 1] int32.
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+    @classmethod
+    def of(
+        cls, query_lens: Sequence[int], key_lens: Sequence[int], device: torch.device
+    ) -> PackedStarts:
+        """From the rows of each sequence, in one copy."""
+        starts = torch.tensor(
+            [[0, *accumulate(query_lens)], [0, *accumulate(key_lens)]], dtype=torch.int32
+        )
+        return cls(*starts.to(device, non_blocking=True))
+
+
 def packed_attention(
     query: Tensor,
     key: Tensor,
@@ -38,26 +61,46 @@ def packed_attention(
     scale: float,
 ) -> Tensor:
     """See ``multiexit_engine.ops.packed_attention``. One launch."""
+    return attend_packed(
+        query, key, value, PackedStarts.of(query_lens, key_lens, query.device), scale
+    )
+
+
+def attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, starts: PackedStarts, scale: float
+) -> Tensor:
+    """The same where the device knows already how the sequences lie.
+
+    Queries, keys and values may be columns of wider rows: they are read where they lie.
+    """
     rows, heads, head_dim = query.shape
     if query.stride(2) != 1 or query.stride(1) != head_dim:
         query = query.contiguous()
+    if not _are_columns(key, value):
+        key, value = key.contiguous(), value.contiguous()
     output = torch.empty(rows, heads, head_dim, dtype=query.dtype, device=query.device)
     if not rows:
         return output
     config = packed_config(head_dim, query.dtype)
-    starts = torch.tensor(
-        [[0, *accumulate(query_lens)], [0, *accumulate(key_lens)]], dtype=torch.int32
-    ).to(query.device, non_blocking=True)
     table = torch.zeros(1, dtype=torch.int32, device=query.device)
-    num_seqs = len(query_lens)
+    num_seqs = len(starts.queries) - 1
     packed_kernel[(heads, rows // config.block_m + num_seqs)](
-        query, key.contiguous(), value.contiguous(), table, starts[0], starts[1], output, scale,
+        query, key, value, table, starts.queries, starts.keys, output, scale,
         num_seqs, query.stride(0),
-        HEADS=heads, HEAD_DIM=head_dim, ONE_PAGE=ONE_PAGE, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        HEADS=heads, KEY_HEADS=key.stride(0) // head_dim, HEAD_DIM=head_dim, ONE_PAGE=ONE_PAGE,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         STAGES=config.num_stages, **options(config.num_warps, config.max_registers),
     )  # fmt: skip
     return output
+
+
+def _are_columns(key: Tensor, value: Tensor) -> bool:
+    """Whether both are heads one behind the other, in rows of the same whole number of heads."""
+    head_dim = key.shape[2]
+    return key.stride() == value.stride() and (
+        key.stride(2) == 1 and key.stride(1) == head_dim and key.stride(0) % head_dim == 0
+    )
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -73,6 +116,7 @@ def packed_kernel(
     num_seqs,
     query_stride,
     HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ONE_PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -80,7 +124,10 @@ def packed_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One block of queries of one sequence and head over all keys of the sequence."""
+    """One block of queries of one sequence and head over all keys of the sequence.
+
+    KEY_HEADS: how many heads a row of keys and a row of values are wide in memory.
+    """
     head = tl.program_id(0)
     number = tl.program_id(1)
     seq = sequence_of_block(number, query_start_ptr, num_seqs, BLOCK_M)
@@ -103,11 +150,11 @@ def packed_kernel(
         other=0.0,
     )
     sees_all = num_keys + tl.zeros((BLOCK_M,), tl.int32)
-    place = first_key.to(tl.int64) * HEADS * HEAD_DIM
+    place = first_key.to(tl.int64) * KEY_HEADS * HEAD_DIM
     output, _, total = attend(
         query, sees_all, row_mask, key_ptr + place, value_ptr + place, table_ptr, head,
         0, num_keys, scale,
-        0, HEADS, HEAD_DIM, ONE_PAGE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
+        0, KEY_HEADS, HEAD_DIM, ONE_PAGE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
     )  # fmt: skip
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(

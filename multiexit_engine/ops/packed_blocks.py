@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from multiexit_engine.ops.operands import is_plain
+from multiexit_engine.ops.operands import is_dense, is_plain
 from multiexit_engine.ops.registry import register_op
 
 
@@ -110,6 +110,19 @@ def _has_no_bias(hidden: Tensor, blocks: Sequence[Any], *_: object, **__: object
     return is_plain(hidden) and blocks[0].attention.bias is None
 
 
+def _has_matrices_to_stream(
+    hidden: Tensor, blocks: Sequence[Any], *_: object, **__: object
+) -> bool:
+    """Whether, besides, the GPU's kernels read the matrices: all of a model's, or none."""
+    return is_dense(blocks[0].attention.qkv.weight) and _has_no_bias(hidden, blocks)
+
+
+packed_blocks.backend(
+    "triton",
+    "multiexit_engine.kernels.packed_blocks:packed_blocks",
+    device="cuda",
+    supports=_has_matrices_to_stream,
+)
 packed_blocks.backend(
     "cpu", "multiexit_engine._native:packed_blocks", device="cpu", supports=_has_no_bias
 )

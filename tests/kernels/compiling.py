@@ -116,6 +116,7 @@ def shipped(capability: int) -> Iterator[Shipped]:
                 dtype,
                 {
                     "HEADS": 16,
+                    "KEY_HEADS": 48,
                     "HEAD_DIM": head_dim,
                     "ONE_PAGE": packed_attention.ONE_PAGE,
                     "BLOCK_M": tiles.block_m,

@@ -50,6 +50,17 @@ def test_fused_operands_are_read_where_they_lie(device):
     assert torch.equal(packed_attention(*parts, [9], [9], 0.3), expected)
 
 
+def test_keys_are_read_amid_the_columns_of_wider_rows(device):
+    query, key, value = operands([5, 4], [40, 20], 2, 16, torch.float32)
+    wide = torch.full((60, 5, 2, 2, 16), math.nan)
+    wide[:, 3, 0], wide[:, 3, 1] = key, value
+    columns = wide.to(device)[:, 3].unbind(1)
+    expected = packed_attention(*(x.to(device) for x in (query, key, value)), [5, 4], [40, 20], 0.3)
+    assert torch.equal(
+        packed_attention(query.to(device), *columns, [5, 4], [40, 20], 0.3), expected
+    )
+
+
 def test_a_sequence_does_not_know_its_batch_mates(device):
     inputs = [each.to(device) for each in operands([70, 8], [70, 8], 2, 16, torch.float32)]
     together = packed_attention(*inputs, [70, 8], [70, 8], 0.3)

@@ -1,0 +1,44 @@
+"""The parts that blocks over a cache and blocks over packed texts have in common.
+
+Reads modules by the names of their parts and imports none of their classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.kernels.norms import norm as norm_rows
+from multiexit_engine.kernels.products import Norm, product
+
+
+class PartNorm:
+    """The norm of one part of a block, where it stands."""
+
+    def __init__(self, module: Any, is_post_norm: bool) -> None:
+        own = Norm(module.weight, getattr(module, "bias", None), module.eps)
+        self.before = None if is_post_norm else own
+        self._behind = own if is_post_norm else None
+
+    def after(self, hidden: Tensor) -> Tensor:
+        """The stream once the part was added to it."""
+        if self._behind is None:
+            return hidden
+        return norm_rows(hidden, *self._behind, dtype=torch.float32)
+
+
+def added(hidden: Tensor, x: Tensor, matrix: Any) -> Tensor:
+    """[rows, hidden] float32: the stream and the product of a part's last matrix."""
+    return product(x, matrix.weight, matrix.bias, residual=hidden, dtype=torch.float32)
+
+
+def inner(hidden: Tensor, norm: Norm | None, mlp: Any) -> Tensor:
+    """[rows, inner width]: all of a feed-forward layer but its last matrix."""
+    gate_up = getattr(mlp, "gate_up", None)
+    if gate_up is None:
+        return product(hidden, mlp.up.weight, mlp.up.bias, norm_before=norm, activation=mlp.kind)
+    return product(
+        hidden, gate_up.weight, gate_up.bias, norm_before=norm, activation=mlp.kind, gated=True
+    )
