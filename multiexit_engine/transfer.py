@@ -26,11 +26,22 @@ def to_device(
     return host.pin_memory().to(device, non_blocking=True)
 
 
+class ToHost:
+    """Tensors on their way to the host, where they are once their device was waited for."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._on_host = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+
+    def lists(self) -> list[list[Any]]:
+        """All of them as lists; nonsense before the wait."""
+        return [tensor.tolist() for tensor in self._on_host]
+
+
 def to_host(tensors: Sequence[Tensor]) -> list[list[Any]]:
     """Tensors of one device as lists: all in one go, with one wait."""
-    on_host = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    on_its_way = ToHost(tensors)
     wait_for(tensors[0].device)
-    return [tensor.tolist() for tensor in on_host]
+    return on_its_way.lists()
 
 
 def wait_for(device: torch.device) -> None:

@@ -32,6 +32,7 @@ class TokenRow(NamedTuple):
         bad_words: sequences of token ids that must not be completed.
         forced_token_id: the only token that may be chosen, if there is one.
         allowed: [vocab] bool, the only tokens that may come; None for all.
+        num_unknown: tokens that follow ``output_token_ids`` and that only the device knows.
     """
 
     params: SamplingParams
@@ -42,6 +43,12 @@ class TokenRow(NamedTuple):
     bad_words: tuple[tuple[int, ...], ...] = ()
     forced_token_id: int | None = None
     allowed: Tensor | None = None
+    num_unknown: int = 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the output before the one that is picked."""
+        return len(self.output_token_ids) + self.num_unknown
 
 
 def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
@@ -169,7 +176,7 @@ def _numbers(
 def is_processed(row: TokenRow) -> bool:
     """Whether ``process_scores`` changes this row."""
     return row.forced_token_id is not None or asks_for_processing(
-        row.params, len(row.output_token_ids), row.bad_words
+        row.params, row.num_output_tokens, row.bad_words
     )
 
 
@@ -189,6 +196,18 @@ def asks_for_processing(
     )
 
 
+def looks_at_tokens(params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether what is done to a row's scores depends on the tokens before, not on their number."""
+    return bool(
+        params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.no_repeat_ngram_size
+        or bad_words
+        or params.structured_outputs is not None
+    )
+
+
 def _force(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
     forced = [
         (index, row.forced_token_id) for index, row in rows if row.forced_token_id is not None
@@ -202,7 +221,7 @@ def _force(scores: Tensor, rows: list[tuple[int, TokenRow]]) -> None:
 
 def _banned(row: TokenRow) -> Iterator[int]:
     params = row.params
-    if len(row.output_token_ids) < params.min_new_tokens:
+    if row.num_output_tokens < params.min_new_tokens:
         yield from row.eos_token_ids
     if params.no_repeat_ngram_size or row.bad_words:
         context = row.prompt_token_ids + row.output_token_ids

@@ -92,7 +92,7 @@ def pick_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
 
 def _draw(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     device = scores.device
-    state = [[row.seed, len(row.output_token_ids)] for row in rows]
+    state = [[row.seed, row.num_output_tokens] for row in rows]
     seeds, positions = to_device(state, device).unbind(1)
     return sample_tokens(warp_scores(scores, [row.params for row in rows]), seeds, positions)
 

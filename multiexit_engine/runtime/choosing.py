@@ -1,4 +1,4 @@
-"""From the states of logit rows to tokens, beam candidates and scores, on the host.
+"""From the states of logit rows to tokens, beam candidates and scores, without a wait.
 
 Joins decoding with what requests ask for. Knows nothing of layers, of the cache, or of how the
 states came to be.
@@ -7,8 +7,7 @@ states came to be.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,19 +36,21 @@ from multiexit_engine.decoding.sampler import (
 )
 from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.ops import device_kind
-from multiexit_engine.request import ChosenToken, Request, ScoredToken, sequence_seed
+from multiexit_engine.request import Request, ScoredToken, sequence_seed
+from multiexit_engine.runtime.chosen_rows import (
+    NOT_A_NUMBER,
+    Choice,
+    Coming,
+    direct_choice,
+    looked_at_choices,
+    scored_tokens,
+    with_layers,
+)
 from multiexit_engine.runtime.logit_rows import LogitRow, allowed_masks, token_row
 from multiexit_engine.runtime.logit_slices import LogitSlice
-from multiexit_engine.transfer import to_device, to_host
+from multiexit_engine.transfer import ToHost, to_device
 
-NOT_A_NUMBER = "its mode gave NaN as the score of a token"
-NO_TOKEN_LEFT = "its mode and its parameters together leave no token to choose"
-NO_TOKEN_IN_FORM = "its structured_outputs and its other parameters together leave no token"
 MAX_LOGIT_ROWS = 256  # rows of a float32 [rows, vocab] tensor made at once: 51 MB at GPT-2's vocab
-
-
-# what a row gave: its token (``n`` of them after a prompt), or why it has none
-Choice: TypeAlias = list[ChosenToken] | str
 
 
 class TokenChooser:
@@ -102,37 +103,41 @@ class TokenChooser:
         found = num_candidates, premature_layers
         return mode_scores(part.plan, part.taps, self._heads, allowed, *found)
 
-    def choose(self, part: LogitSlice, output: StepOutput) -> list[tuple[LogitRow, Choice]]:
-        """What each row gave; the candidates of beams and of contrasts go to the output."""
+    def choose(self, part: LogitSlice) -> Coming[Choice]:
+        """What each row gives; nobody waits for it here."""
         counts = no_candidates(part.plan, self._device)
         if part.is_direct:
-            return self._choose_directly(part, counts, output)
+            return self._choose_directly(part, counts)
         allowed = self._allowed(part.rows)
         layers = no_premature_layers(part.plan, self._device)
         scores, failures = self.scores(part, allowed, counts, layers)
-        beams: dict[str, list[int]] = {}
-        plain: list[int] = []
-        chosen: list[tuple[LogitRow, Choice]] = []
-        for index, row in enumerate(part.rows):
-            request = row.sequence.request
-            if index in failures:
-                chosen.append((row, failures[index]))
-            elif request.is_beam_search:
-                beams.setdefault(request.request_id, []).append(index)
-            else:
-                plain.append(index)
-        if plain:
-            rows = [part.rows[i] for i in plain]
-            own = [allowed[i] for i in plain]
-            chosen += zip(rows, self._choose_tokens(rows, plain, scores, own), strict=True)
-        failed = {part.rows[i].sequence.request.request_id for i in failures}
-        for request_id, indices in beams.items():
-            if request_id not in failed:
-                indices.sort(key=lambda i: part.rows[i].sequence.index)
-                self._choose_beams(part, indices, scores, output)
-        if counts is not None:
-            output.note_candidates(*to_host([counts]))
-        return chosen if layers is None else _with_layers(chosen, part.rows, layers)
+        requests = [row.sequence.request for row in part.rows]
+        failed = {requests[place].request_id for place in failures}
+        places = [place for place in range(len(part.rows)) if place not in failures]
+        own = [place for place in places if not requests[place].is_beam_search]
+        tokens = self._choose_tokens(part, own, scores, allowed) if own else None
+        beams = [
+            self._choose_beams(part, group, scores)
+            for group in _by_request(part.rows, places)
+            if requests[group[0]].is_beam_search and requests[group[0]].request_id not in failed
+        ]
+        notes = ToHost([note for note in (counts, layers) if note is not None])
+
+        def read(output: StepOutput) -> list[tuple[LogitRow, Choice]]:
+            chosen: list[tuple[LogitRow, Choice]] = [
+                (part.rows[place], message) for place, message in failures.items()
+            ]
+            chosen += tokens.read(output) if tokens is not None else []
+            for read_beams in beams:
+                read_beams(output)
+            found = notes.lists()
+            if counts is not None:
+                output.note_candidates(found[0])
+            return chosen if layers is None else with_layers(chosen, part.rows, found[-1])
+
+        if tokens is None:
+            return Coming([], None, read)
+        return Coming(tokens.rows, tokens.tokens, read)
 
     def drafts(self, part: LogitSlice, num_tokens: int) -> Tensor:
         """[rows] int64 tokens on the device, for rows of one exit that are never reported.
@@ -167,34 +172,22 @@ class TokenChooser:
         """Whether a row's token is just the best one of its mode."""
         return row.sequence.request.sampling.is_greedy and self.is_direct(row)
 
-    def score(self, part: LogitSlice, output: StepOutput) -> list[tuple[LogitRow, ScoredToken]]:
-        """The score of each row's given token."""
-        scores, failures = self.scores(part)
-        for row, message in failures.items():
-            output.failures[part.rows[row].sequence.request.request_id] = message
+    def score(self, part: LogitSlice) -> Coming[ScoredToken]:
+        """The score of each row's given token; nobody waits for it here."""
+        scores, failed = self.scores(part)
         requests = [row.sequence.request for row in part.rows]
-        targets = [row.target for row in part.rows]
         asked = [request.sampling.prompt_logprobs for request in requests]
         num_top = _num_alternatives(asked, scores.shape[1]) or 0
-        wanted = to_device(targets, scores.device)
-        found = token_logprobs(scores, wanted, num_top)
-        best = scores.argmax(-1)
-        greedy, tokens, *logprobs = to_host([best, wanted, *found])
-        results: list[tuple[LogitRow, ScoredToken]] = []
-        for i, request in enumerate(requests):
-            chosen = _chosen(tokens, logprobs, i, asked[i] or 0)
-            assert chosen.logprob is not None and chosen.rank is not None
-            if math.isnan(chosen.logprob):
-                output.failures[request.request_id] = NOT_A_NUMBER
-            scored = ScoredToken(
-                chosen.token_id,
-                chosen.logprob,
-                chosen.rank,
-                greedy[i] == chosen.token_id,
-                chosen.alternatives,
-            )
-            results.append((part.rows[i], scored))
-        return results
+        wanted = to_device([row.target for row in part.rows], scores.device)
+        coming = ToHost([scores.argmax(-1), *token_logprobs(scores, wanted, num_top)])
+        messages = {requests[place].request_id: why for place, why in failed.items()}
+
+        def read(output: StepOutput) -> list[tuple[LogitRow, ScoredToken]]:
+            output.failures |= messages
+            greedy, *logprobs = coming.lists()
+            return scored_tokens(part.rows, greedy, logprobs, output)
+
+        return Coming([], None, read)
 
     def _slice(
         self, rows: list[LogitRow], is_direct: bool = False, has_edits: bool = False
@@ -213,31 +206,34 @@ class TokenChooser:
             [rows[i] for i in order], [masks[i] for i in order], vocab_size, device
         )
 
-    def _choose_directly(
-        self, part: LogitSlice, counts: Tensor | None, output: StepOutput
-    ) -> list[tuple[LogitRow, Choice]]:
+    def _choose_directly(self, part: LogitSlice, counts: Tensor | None) -> Coming[Choice]:
         draws = self._draws(part.rows)
         chosen = mode_tokens(part.plan, part.taps, self._heads, draws, counts, self._edits(part))
-        wanted = [*chosen, *([] if counts is None else [counts])]
-        tokens, logprobs, *host_counts = to_host(wanted)
-        output.note_candidates(*host_counts)
-        return [
-            (row, _direct_choice(row, token, logprob))
-            for row, token, logprob in zip(part.rows, tokens, logprobs, strict=True)
-        ]
+        coming = ToHost([*chosen, *([] if counts is None else [counts])])
+
+        def read(output: StepOutput) -> list[tuple[LogitRow, Choice]]:
+            tokens, logprobs, *host_counts = coming.lists()
+            output.note_candidates(*host_counts)
+            return [
+                (row, direct_choice(row, token, logprob))
+                for row, token, logprob in zip(part.rows, tokens, logprobs, strict=True)
+            ]
+
+        return Coming(part.rows, chosen[0], read)
 
     def _choose_tokens(
         self,
-        rows: list[LogitRow],
-        indices: list[int],
+        part: LogitSlice,
+        places: list[int],
         scores: Tensor,
         allowed: list[Tensor | None],
-    ) -> list[Choice]:
+    ) -> Coming[Choice]:
+        rows = [part.rows[place] for place in places]
         copies = [_num_choices(row) for row in rows]
-        source = [i for i, count in zip(indices, copies, strict=True) for _ in range(count)]
+        source = [i for i, count in zip(places, copies, strict=True) for _ in range(count)]
         wanted = [
-            token_row(row, copy)._replace(allowed=own)
-            for row, count, own in zip(rows, copies, allowed, strict=True)
+            token_row(row, copy)._replace(allowed=allowed[place])
+            for row, place, count in zip(rows, places, copies, strict=True)
             for copy in range(count)
         ]
         if source != list(range(scores.shape[0])):
@@ -245,38 +241,36 @@ class TokenChooser:
         processed = process_scores(scores, wanted)
         tokens = pick_tokens(processed, wanted)
         chosen_scores = processed.gather(1, tokens[:, None])[:, 0]
-        logprobs = _alternatives(scores, tokens, wanted)
-        host_tokens, host_scores, *host_logprobs = to_host([tokens, chosen_scores, *logprobs])
+        coming = ToHost([tokens, chosen_scores, *_alternatives(scores, tokens, wanted)])
 
-        start = 0
-        choices: list[Choice] = []
-        for row, count in zip(rows, copies, strict=True):
-            own, start = range(start, start + count), start + count
-            if any(math.isnan(host_scores[i]) for i in own):
-                choices.append(NOT_A_NUMBER)
-                continue
-            if any(host_scores[i] == -math.inf for i in own):
-                choices.append(_why_no_token(row))
-                continue
-            asked = row.sequence.request.sampling.logprobs
-            choices.append([_chosen(host_tokens, host_logprobs, i, asked) for i in own])
-        return choices
+        def read(_: StepOutput) -> list[tuple[LogitRow, Choice]]:
+            found, own_scores, *logprobs = coming.lists()
+            choices = looked_at_choices(rows, copies, found, own_scores, logprobs)
+            return list(zip(rows, choices, strict=True))
+
+        return Coming([part.rows[place] for place in source], tokens, read)
 
     def _choose_beams(
-        self, part: LogitSlice, indices: list[int], scores: Tensor, output: StepOutput
-    ) -> None:
-        beams = [part.rows[i] for i in indices]
+        self, part: LogitSlice, places: list[int], scores: Tensor
+    ) -> Callable[[StepOutput], None]:
+        """Candidates for the beams of one request."""
+        places = sorted(places, key=lambda place: part.rows[place].sequence.index)
+        beams = [part.rows[place] for place in places]
         request = beams[0].sequence.request
         rows = [token_row(beam) for beam in beams]
         count = beam_candidate_count(request, rows[0])
         running = [beam.sequence.cumulative_logprob for beam in beams]
-        own = scores[to_device(indices, scores.device)]
-        values, ids = beam_candidates(own, rows, running, min(count, own.shape[1]))
-        host_values, host_ids = to_host([values, ids])
-        if any(math.isnan(value) for beam in host_values for value in beam):
-            output.failures[request.request_id] = NOT_A_NUMBER
-            return
-        output.beams.append((request, BeamCandidates(host_values, host_ids)))
+        own = scores[to_device(places, scores.device)]
+        coming = ToHost(beam_candidates(own, rows, running, min(count, own.shape[1])))
+
+        def read(output: StepOutput) -> None:
+            values, ids = coming.lists()
+            if any(math.isnan(value) for beam in values for value in beam):
+                output.failures[request.request_id] = NOT_A_NUMBER
+            else:
+                output.beams.append((request, BeamCandidates(values, ids)))
+
+        return read
 
     def _allowed(self, rows: list[LogitRow]) -> list[Tensor | None]:
         """[vocab] bool for each row whose text has a grammar, else None."""
@@ -303,15 +297,12 @@ def beam_candidate_count(request: Request, row: TokenRow) -> int:
     return max(2, 1 + len(row.eos_token_ids)) * request.sampling.num_beams
 
 
-def _with_layers(
-    chosen: list[tuple[LogitRow, Choice]], rows: list[LogitRow], layers: Tensor
-) -> list[tuple[LogitRow, Choice]]:
-    """What the rows gave, with the layers that DoLa contrasted them with, -1 for none."""
-    layer_of = dict(zip(map(id, rows), *to_host([layers]), strict=True))
-    return [
-        (row, choice if isinstance(choice, str) else [t.after(layer_of[id(row)]) for t in choice])
-        for row, choice in chosen
-    ]
+def _by_request(rows: Sequence[LogitRow], places: Iterable[int]) -> list[list[int]]:
+    """Places of rows, those of each request together."""
+    groups: dict[str, list[int]] = {}
+    for place in places:
+        groups.setdefault(rows[place].sequence.request.request_id, []).append(place)
+    return list(groups.values())
 
 
 def _split(
@@ -321,33 +312,8 @@ def _split(
     return [row for row, first in pairs if first], [row for row, first in pairs if not first]
 
 
-def _direct_choice(row: LogitRow, token: int, logprob: float) -> Choice:
-    if math.isnan(logprob):
-        return NOT_A_NUMBER
-    return _why_no_token(row) if logprob == -math.inf else [ChosenToken(token)]
-
-
-def _why_no_token(row: LogitRow) -> str:
-    grammar = row.sequence.grammar
-    if grammar is not None and grammar.error:
-        return f"its grammar failed: {grammar.error}"
-    return NO_TOKEN_LEFT if grammar is None else NO_TOKEN_IN_FORM
-
-
 def _num_choices(row: LogitRow) -> int:
     return row.sequence.request.sampling.n if row.num_output_tokens == 0 else 1
-
-
-def _chosen(
-    tokens: list[int], logprobs: list[list[Any]], row: int, asked: int | None
-) -> ChosenToken:
-    """One row of a step's results; ``logprobs`` as ``token_logprobs`` gives them, or nothing."""
-    if asked is None:
-        return ChosenToken(tokens[row])
-    values, ids, own, ranks = logprobs
-    count = len(ids[row]) if asked == -1 else asked
-    best = tuple(zip(ids[row][:count], values[row][:count], strict=True))
-    return ChosenToken(tokens[row], own[row], ranks[row], best)
 
 
 def _alternatives(scores: Tensor, tokens: Tensor, rows: list[TokenRow]) -> list[Tensor]:

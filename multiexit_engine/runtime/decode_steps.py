@@ -31,7 +31,8 @@ from multiexit_engine.ops import shared_head_tokens
 from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.params import Contrast, Exit, Original
 from multiexit_engine.request import ChosenToken, sequence_seed
-from multiexit_engine.runtime.choosing import NOT_A_NUMBER, TokenChooser
+from multiexit_engine.runtime.choosing import TokenChooser
+from multiexit_engine.runtime.chosen_rows import NOT_A_NUMBER
 from multiexit_engine.runtime.decode_memory import (
     MAX_GROUPS,
     TURNS,

@@ -20,6 +20,7 @@ from multiexit_engine.request import Joining
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.logit_rows import LogitRow
+from multiexit_engine.transfer import ToHost, wait_for
 
 # of a smaller vocabulary's head there is little to save
 LEAST_DRAFT_VOCAB = 8192
@@ -41,6 +42,7 @@ class Drafts:
     last: dict[int, Tensor] = field(default_factory=dict)
     joining: dict[int, tuple[Joining, ...]] = field(default_factory=dict)
     _pending: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    _coming: ToHost = field(default_factory=lambda: ToHost([]))
 
     @property
     def joining_layers(self) -> set[int]:
@@ -55,8 +57,19 @@ class Drafts:
 
     def fetch(self) -> None:
         """Have all drafts on the host; waits for the device."""
-        for items, tokens in self._pending:
-            for item, token in zip(items, tokens.tolist(), strict=True):
+        if self._pending:
+            self.send()
+            wait_for(self._pending[0][1].device)
+            self.read()
+
+    def send(self) -> None:
+        """Let the drafts come to the host, for ``read`` after a wait."""
+        self._coming = ToHost([tokens for _, tokens in self._pending])
+
+    def read(self) -> None:
+        """Know the drafts that were sent."""
+        for (items, _), tokens in zip(self._pending, self._coming.lists(), strict=True):
+            for item, token in zip(items, tokens, strict=True):
                 self.known[item].append(token)
         self._pending.clear()
 
@@ -167,7 +180,7 @@ class Drafter:
         ]
         for part in self._chooser.draft_slices(rows):
             part.keep(mode.layer, flight)
-            if not part.is_direct:
+            if part.needs_drafts:
                 # penalties and bans look at the drafts before
                 drafts.fetch()
             drafts.add([row.item for row in part.rows], self._chooser.drafts(part, vocab))

@@ -20,7 +20,8 @@ from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.modes import EarlyExit, Exit, Original
 from multiexit_engine.request import ChosenToken, Joining
 from multiexit_engine.request import Sequence as TokenSequence
-from multiexit_engine.runtime.choosing import Choice, TokenChooser
+from multiexit_engine.runtime.choosing import TokenChooser
+from multiexit_engine.runtime.chosen_rows import Choice
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.logit_rows import LogitRow
 from multiexit_engine.runtime.logit_slices import LogitSlice

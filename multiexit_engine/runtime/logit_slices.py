@@ -44,7 +44,7 @@ class LogitSlice:
     @property
     def needs_drafts(self) -> bool:
         """Whether what is chosen depends on the drafts before, as penalties and bans do."""
-        return self.has_edits or not self.is_direct
+        return any(row.needs_drafts for row in self.rows)
 
     def take_over(self, other: LogitSlice, start: int) -> None:
         """Take the states of another slice, whose rows stand here from ``start`` on."""

@@ -15,24 +15,25 @@ from multiexit_engine.batch import CheckedDrafts, ScheduledBatch, ScheduledSeque
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
-from multiexit_engine.decoding.plan import ExitPlanner, plan_segments, target_mode
+from multiexit_engine.decoding.plan import ExitPlanner, plan_segments
 from multiexit_engine.decoding.speculation import DraftPolicy
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import EarlyExit, Exit
 from multiexit_engine.request import ChosenToken, ScoredToken
-from multiexit_engine.runtime.choosing import Choice, TokenChooser
+from multiexit_engine.runtime.choosing import TokenChooser
+from multiexit_engine.runtime.chosen_rows import Choice
 from multiexit_engine.runtime.decode_steps import DecodeSteps, LaunchedStep
 from multiexit_engine.runtime.drafting import Drafter, Drafts
 from multiexit_engine.runtime.early_exits import EarlyExits, EarlyRows
 from multiexit_engine.runtime.exit_readings import ExitReadings, read_exits
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.graphs import Eager, Graphs, Pieces, capture_on
-from multiexit_engine.runtime.logit_rows import LogitRow
+from multiexit_engine.runtime.logit_rows import LogitRow, all_rows, choice_rows, target_rows
 from multiexit_engine.runtime.logit_slices import LogitSlice
 from multiexit_engine.runtime.sources import read_sources
 from multiexit_engine.runtime.step_clock import StepClock
-from multiexit_engine.transfer import to_device
+from multiexit_engine.transfer import to_device, wait_for
 
 
 class ModelRunner:
@@ -95,10 +96,10 @@ class ModelRunner:
         clock = StepClock(self.config.device)
         self._prepare_blocks(batch)
         drafts = Drafts({index: [] for index, item in _items(batch) if item.num_drafts})
-        choice_rows, target_rows = _choice_rows(batch, drafts), _target_rows(batch)
-        early = self._early_exits.rows([*choice_rows, *target_rows], batch)
-        choices = self._chooser.slices(_with_fixed_heads(choice_rows))
-        targets = self._chooser.scored_slices(_with_fixed_heads(target_rows))
+        choosing, scored = choice_rows(_items(batch), drafts.known), target_rows(_items(batch))
+        early = self._early_exits.rows([*choosing, *scored], batch)
+        choices = self._chooser.slices(_with_fixed_heads(choosing))
+        targets = self._chooser.scored_slices(_with_fixed_heads(scored))
         self._run_layers(batch, [*choices, *targets], early, drafts, clock)
         choices = self._chooser.joined([*choices, *early.choices])
         targets += early.targets
@@ -106,12 +107,14 @@ class ModelRunner:
         if any(part.needs_drafts for part in choices):
             # penalties and bans look at the drafts
             drafts.fetch()
-        chosen = [pair for part in choices for pair in self._chooser.choose(part, output)]
-        drafts.fetch()
+        drafts.send()
+        coming = [self._chooser.choose(part) for part in choices]
+        coming_scores = [self._chooser.score(part) for part in targets]
+        wait_for(self.config.device)
+        drafts.read()
+        chosen = [pair for part in coming for pair in part.read(output)]
         _hand_out([*chosen, *early.chosen], drafts, output)
-        _hand_out_scores(
-            [pair for part in targets for pair in self._chooser.score(part, output)], output
-        )
+        _hand_out_scores([pair for part in coming_scores for pair in part.read(output)], output)
         clock.mark()
         self._record_times(batch, clock)
         return output
@@ -120,7 +123,7 @@ class ModelRunner:
     def prompt_scores(self, batch: ScheduledBatch) -> Tensor:
         """[tokens, vocab] float32 raw scores of every position of one request, in its mode."""
         self._prepare_blocks(batch)
-        rows = _all_rows(batch)
+        rows = all_rows(_items(batch))
         early = self._early_exits.rows(rows, batch)
         parts = self._chooser.scored_slices(_with_fixed_heads(rows))
         self._run_layers(batch, parts, early, Drafts({}), StepClock(self.config.device))
@@ -227,50 +230,6 @@ def _is_early(item: ScheduledSequence) -> bool:
 def _with_fixed_heads(rows: Sequence[LogitRow]) -> list[LogitRow]:
     """The rows whose heads are known before the step runs."""
     return [row for row in rows if not isinstance(row.mode, EarlyExit)]
-
-
-def _choice_rows(batch: ScheduledBatch, drafts: Drafts) -> list[LogitRow]:
-    rows = []
-    for index, item in _items(batch):
-        sequence = item.sequence
-        if not item.reaches_end or sequence.request.score_from is not None:
-            continue
-        mode = target_mode(sequence.request.decoding)
-        known = drafts.known.get(index, [])
-        rows += [
-            LogitRow(index, item.stop - 1 + count, sequence, mode, count, known)
-            for count in range(1 + item.num_drafts)
-        ]
-    return rows
-
-
-def _target_rows(batch: ScheduledBatch) -> list[LogitRow]:
-    rows = []
-    for index, item in _items(batch):
-        request = item.sequence.request
-        first = request.first_position_with_logprobs
-        if first is None:
-            continue
-        mode = target_mode(request.decoding)
-        next_wanted = first + len(request.scored)
-        prompt = request.prompt_token_ids
-        places = range(max(next_wanted, item.start + 1), min(item.stop + 1, len(prompt)))
-        rows += [
-            LogitRow(index, place - 1, item.sequence, mode, target=prompt[place])
-            for place in places
-        ]
-    return rows
-
-
-def _all_rows(batch: ScheduledBatch) -> list[LogitRow]:
-    """All rows, as if their scores of some token were asked for."""
-    return [
-        LogitRow(
-            index, position, item.sequence, target_mode(item.sequence.request.decoding), target=0
-        )
-        for index, item in _items(batch)
-        for position in range(item.start, item.stop)
-    ]
 
 
 def _hand_out(

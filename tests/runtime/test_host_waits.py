@@ -62,3 +62,16 @@ def test_every_copy_to_the_device_comes_from_pinned_memory(folder, name):
 def test_a_plain_step_copies_once_each_way_and_waits_once(folder, name):
     counts = counts_of_a_decode_step(folder, *PLAIN[name])
     assert counts == {"pinned copies": 1, "copies to the host": 1, "synchronisations": 1}
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "early"])
+def test_a_step_waits_once_whatever_its_rows_want(folder, name):
+    counts = counts_of_a_decode_step(folder, *OTHERS[name])
+    assert counts.get("waits", 0) + counts["synchronisations"] == 1
+
+
+def test_rows_that_want_different_things_share_the_wait(folder):
+    kinds = [OTHERS[name] for name in ("warped", "penalised", "beams", "dola", "speculative")]
+    sampling, modes = ([pair[i][0] for pair in kinds] for i in range(2))
+    counts = counts_of_a_decode_step(folder, sampling, modes)
+    assert counts.get("waits", 0) + counts["synchronisations"] == 1
