@@ -244,7 +244,8 @@ def plan_exits(modes: Sequence[DecodingMode], config: ModelConfig) -> ExitPlan:
         ValueError: as ``resolve_mode``.
     """
     # By identity: a custom function need not be hashable.
-    resolved = {id(mode): resolve_mode(mode, config) for mode in modes}
+    distinct = {id(mode): mode for mode in modes}
+    resolved = {key: resolve_mode(mode, config) for key, mode in distinct.items()}
     members: dict[tuple[ResolvedMode, int, str], list[int]] = {}
     rows_at: dict[int, list[int]] = {}
     for row, mode in enumerate(modes):

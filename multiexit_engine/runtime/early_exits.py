@@ -7,8 +7,9 @@ or of the layers between exits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isnan, nan
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -25,6 +26,9 @@ from multiexit_engine.runtime.chosen_rows import Choice
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.logit_rows import LogitRow
 from multiexit_engine.runtime.logit_slices import LogitSlice
+
+# of each layer the rows that decided there, and their states
+_Decided: TypeAlias = dict[int, tuple[list[LogitRow], Tensor]]
 
 
 class EarlyExits:
@@ -101,8 +105,6 @@ class EarlyRows:
         returning: items whose rows are computed again and leave where they left at first.
 
     Attributes:
-        choices: slices of rows that decided, whose tokens are still to be chosen.
-        targets: slices of rows that decided, whose tokens are still to be scored.
         chosen: rows whose token the measure itself told.
         waiting: the sequences that left, and which of their tokens lack layers now.
     """
@@ -119,8 +121,8 @@ class EarlyRows:
         self._compared: list[_Row] = []
         self._states: Tensor | None = None
         self._riding: list[LogitRow] = []
-        self.choices: list[LogitSlice] = []
-        self.targets: list[LogitSlice] = []
+        self._choosing: _Decided = {}
+        self._scored: _Decided = {}
         self.chosen: list[tuple[LogitRow, Choice]] = []
         self.waiting: dict[TokenSequence, tuple[Joining, ...]] = {}
 
@@ -141,6 +143,14 @@ class EarlyRows:
             if row.compares_at(layer - 1)
         }
         return measured | compared | set(self._returning.values())
+
+    def choices(self) -> list[LogitSlice]:
+        """Slices of the rows that decided, whose tokens are still to be chosen."""
+        return _filled(self._exits.chooser.slices(_rows_of(self._choosing)), self._choosing)
+
+    def targets(self) -> list[LogitSlice]:
+        """Slices of the rows that decided, whose tokens are still to be scored."""
+        return _filled(self._exits.chooser.scored_slices(_rows_of(self._scored)), self._scored)
 
     def look(self, layer: int, flight: Flight) -> None:
         """Measure the rows that have come to a layer; those that pass decide, and may leave."""
@@ -197,22 +207,21 @@ class EarlyRows:
         if not rows:
             return
         chooser, mode = self._exits.chooser, self._exits.modes[layer]
-        choosing: list[LogitRow] = []
-        scored: list[LogitRow] = []
+        choosing: list[_Row] = []
+        scored: list[_Row] = []
         for row in rows:
-            decided = replace(row.row, mode=mode, confidence=row.value)
-            if decided.target is not None:
-                scored.append(decided)
-            elif layer in row.layers and row.token is not None and chooser.takes_best(decided):
-                self.chosen.append((decided, [ChosenToken(row.token)]))
+            row.row = row.row.decided(mode, row.value)
+            if row.row.target is not None:
+                scored.append(row)
+            elif layer in row.layers and row.token is not None and chooser.takes_best(row.row):
+                self.chosen.append((row.row, [ChosenToken(row.token)]))
             else:
-                choosing.append(decided)
-        choices, targets = chooser.slices(choosing), chooser.scored_slices(scored)
-        for part in (*choices, *targets):
-            part.keep(layer, flight)
-        self.choices += choices
-        self.targets += targets
-        self._undecided = [row for row in self._undecided if row not in rows]
+                choosing.append(row)
+        for kept, own in ((self._choosing, choosing), (self._scored, scored)):
+            if own:
+                kept[layer] = [row.row for row in own], _states(own, flight)
+        gone = set(map(id, rows))
+        self._undecided = [row for row in self._undecided if id(row) not in gone]
         if layer < self._exits.num_layers:
             leaving = [row.row for row in rows if row.may_leave]
             copying = {row.item for row in leaving if row.sequence.request.copies_kv}
@@ -266,6 +275,17 @@ def _layers_left_at(batch: ScheduledBatch) -> dict[int, int]:
             if layer is not None:
                 found[index] = layer
     return found
+
+
+def _rows_of(kept: _Decided) -> list[LogitRow]:
+    return [row for rows, _ in kept.values() for row in rows]
+
+
+def _filled(slices: list[LogitSlice], kept: _Decided) -> list[LogitSlice]:
+    for part in slices:
+        for layer, (rows, states) in kept.items():
+            part.give(layer, rows, states)
+    return slices
 
 
 def _states(rows: Sequence[_Row], flight: Flight) -> Tensor:

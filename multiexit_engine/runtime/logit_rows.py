@@ -51,6 +51,20 @@ class LogitRow:
         request = self.sequence.request
         return self.num_drafts > 0 and looks_at_tokens(request.sampling, request.bad_words)
 
+    def decided(self, mode: DecodingMode, confidence: float) -> LogitRow:
+        """The row with the mode that it chose."""
+        # not dataclasses.replace, which takes longer than all that is done with a row
+        return LogitRow(
+            self.item,
+            self.position,
+            self.sequence,
+            mode,
+            self.num_drafts,
+            self.drafts,
+            self.target,
+            confidence,
+        )
+
 
 def token_row(row: LogitRow, copy: int = 0) -> TokenRow:
     """What the sampler knows of a row; ``copy`` counts the continuations of one prompt."""

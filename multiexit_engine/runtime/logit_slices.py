@@ -5,6 +5,7 @@ Knows exit plans and the flight of a step; nothing of how a distribution is made
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,16 @@ class LogitSlice:
         here = [place for place, row in enumerate(rows) if row is not None]
         if here:
             states = flight.take([row for row in rows if row is not None])
+            self._parts.setdefault(layer, []).append((here, states))
+
+    def give(self, layer: int, rows: Sequence[LogitRow], states: Tensor) -> None:
+        """Take those states at a layer, of some rows, that its own rows need there."""
+        wanted = {id(self.rows[r]): i for i, r in enumerate(self.plan.rows_at.get(layer, ()))}
+        given = [place for place, row in enumerate(rows) if id(row) in wanted]
+        if given:
+            if len(given) < len(rows):
+                states = states.index_select(0, to_device(given, states.device))
+            here = [wanted[id(rows[place])] for place in given]
             self._parts.setdefault(layer, []).append((here, states))
 
     @property

@@ -101,8 +101,8 @@ class ModelRunner:
         choices = self._chooser.slices(_with_fixed_heads(choosing))
         targets = self._chooser.scored_slices(_with_fixed_heads(scored))
         self._run_layers(batch, [*choices, *targets], early, drafts, clock)
-        choices = self._chooser.joined([*choices, *early.choices])
-        targets += early.targets
+        choices = self._chooser.joined([*choices, *early.choices()])
+        targets += early.targets()
         output = StepOutput(waiting=early.waiting)
         if any(part.needs_drafts for part in choices):
             # penalties and bans look at the drafts
@@ -127,7 +127,7 @@ class ModelRunner:
         early = self._early_exits.rows(rows, batch)
         parts = self._chooser.scored_slices(_with_fixed_heads(rows))
         self._run_layers(batch, parts, early, Drafts({}), StepClock(self.config.device))
-        parts += early.targets
+        parts += early.targets()
         results = [self._chooser.scores(part) for part in parts]
         for _, failures in results:
             for message in failures.values():
