@@ -10,6 +10,7 @@
 #include "cpu/heads.h"
 #include "cpu/packed_attention.h"
 #include "cpu/packed_block.h"
+#include "cpu/table_rows.h"
 
 namespace py = pybind11;
 using namespace multiexit::cpu;
@@ -95,12 +96,23 @@ void decoder_blocks(int threads, const Span& span, const Rows& rows, Address hid
   run_blocks(threads, span, rows, at<void>(hidden), at<void>(out), static_cast<DType>(dtype));
 }
 
-// States in place.
 void packed_blocks(int threads, const std::vector<Block>& blocks, const PackedTexts& texts,
-                   const std::optional<PackedSources>& sources, bool is_attended, Address states) {
+                   const std::optional<PackedSources>& sources, bool is_attended, Address hidden,
+                   int dtype, Address out) {
   Release nogil;
   run_packed_blocks(threads, blocks, texts, sources ? &*sources : nullptr, is_attended,
-                    at(states));
+                    {at<void>(hidden), static_cast<DType>(dtype)}, at(out));
+}
+
+void take(int threads, const TableRows& from, int64_t count, Address out) {
+  Release nogil;
+  take_rows(threads, from, count, at<void>(out));
+}
+
+void embed_tokens(int threads, const TableRows& tokens, const TableRows& places, float scale,
+                  int64_t count, Address out) {
+  Release nogil;
+  embed(threads, tokens, places, scale, count, at(out));
 }
 
 void project(int threads, Address hidden, int dtype, int64_t rows, const Matrix& weight,
@@ -280,6 +292,11 @@ PYBIND11_MODULE(_C, m) {
         return PackedSources{at(keys_values), stride, {std::move(query_lens), std::move(lens)}};
       }));
 
+  py::class_<TableRows>(m, "TableRows")
+      .def(py::init([](Address table, int64_t rows, int64_t row_bytes, Address taken) {
+        return TableRows{at<void>(table), rows, row_bytes, at<int64_t>(taken)};
+      }));
+
   py::class_<Choice>(m, "Choice")
       .def(py::init([](Address temperature, Address seeds, Address positions, Address tokens,
                        Address log_probs, Address num_candidates) {
@@ -310,6 +327,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_attention", &attend_packed);
   m.def("decoder_blocks", &decoder_blocks);
   m.def("packed_blocks", &packed_blocks);
+  m.def("take_rows", &take);
+  m.def("embed", &embed_tokens);
   m.def("plain_read", &plain_read);
   m.def("isa", [] { return kernels().name; });
   m.def("choose_isa", [](const std::string& name) { return choose_isa(name.c_str()); });

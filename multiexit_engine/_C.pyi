@@ -75,6 +75,9 @@ class PackedSources:
         self, keys_values: int, stride: int, lens: list[int], query_lens: list[int]
     ) -> None: ...
 
+class TableRows:
+    def __init__(self, table: int, rows: int, row_bytes: int, taken: int) -> None: ...
+
 class LowerHead:
     def __init__(
         self, first: int, count: int, hidden: int, head: Linear, alpha: int, least: int
@@ -231,7 +234,13 @@ def packed_blocks(
     texts: PackedTexts,
     sources: PackedSources | None,
     is_attended: bool,
-    states: int,
+    hidden: int,
+    dtype: int,
+    out: int,
+) -> None: ...
+def take_rows(threads: int, rows: TableRows, count: int, out: int) -> None: ...
+def embed(
+    threads: int, tokens: TableRows, places: TableRows, scale: float, count: int, out: int
 ) -> None: ...
 def plain_read(threads: int, numbers: int, count: int) -> float: ...
 def isa() -> str: ...

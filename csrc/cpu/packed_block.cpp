@@ -127,10 +127,19 @@ class PackedRunner : Stream {
 }  // namespace
 
 void run_packed_blocks(int threads, const std::vector<Block>& blocks, const PackedTexts& texts,
-                       const PackedSources* sources, bool is_attended, float* states) {
+                       const PackedSources* sources, bool is_attended, const Stored& hidden,
+                       float* out) {
+  const int64_t size = blocks.front().qkv.weight.columns;
+  const auto* stored = static_cast<const char*>(hidden.data);
+  in_chunks(threads, sum_of(texts.lens.keys), kRowsOfChunk,
+            [&](int64_t first, int64_t count, int) {
+              const int64_t start = first * size;
+              kernels().to_float(stored + start * size_of(hidden.dtype), hidden.dtype, out + start,
+                                 count * size);
+            });
   const int64_t rows = sum_of(texts.lens.queries);
   if (rows == 0) return;
-  PackedRunner runner(threads, texts, sources, rows, blocks.front().qkv.weight.columns, states);
+  PackedRunner runner(threads, texts, sources, rows, size, out);
   for (size_t i = 0; i < blocks.size(); ++i) runner.run(blocks[i], i, is_attended && i == 0);
 }
 

@@ -21,9 +21,16 @@ struct PackedSources {
   PackedLens lens;
 };
 
-// states: [rows, hidden], changed in place. sources may be null where no block reads them.
+// Numbers as they are stored.
+struct Stored {
+  const void* data;
+  DType dtype;
+};
+
+// hidden, out: [rows, hidden]. sources may be null where no block reads them.
 // is_attended: the first block's self-attention is done, its norm included.
 void run_packed_blocks(int threads, const std::vector<Block>& blocks, const PackedTexts& texts,
-                       const PackedSources* sources, bool is_attended, float* states);
+                       const PackedSources* sources, bool is_attended, const Stored& hidden,
+                       float* out);
 
 }  // namespace multiexit::cpu

@@ -22,6 +22,7 @@ from multiexit_engine._native.heads import (
     shared_head_tokens,
 )
 from multiexit_engine._native.packed_attention import packed_attention
+from multiexit_engine._native.rows import embed, take_rows
 
 __all__ = [
     "code_hidden",
@@ -30,6 +31,7 @@ __all__ = [
     "contrast_heads",
     "contrast_tokens",
     "decoder_blocks",
+    "embed",
     "head_logits",
     "head_statistics",
     "head_tokens",
@@ -42,4 +44,5 @@ __all__ = [
     "rms_norm",
     "sample_tokens",
     "shared_head_tokens",
+    "take_rows",
 ]

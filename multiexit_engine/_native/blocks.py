@@ -136,7 +136,8 @@ def packed_blocks(
         if block not in _views:
             _views[block] = _Views([block])
     views = [_views[block].blocks[0] for block in blocks]
-    out = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    hidden = hidden.contiguous()
+    out = torch.empty(hidden.shape, dtype=torch.float32)
     rows = None if texts.rows is None else texts.rows.contiguous()
     read = keys_values = None
     if sources is not None:
@@ -155,6 +156,8 @@ def packed_blocks(
         _C.PackedTexts(list(texts.lens), list(texts.query_lens), address(rows)),
         read,
         is_attended,
+        hidden.data_ptr(),
+        DTYPES[hidden.dtype],
         out.data_ptr(),
     )
     return out

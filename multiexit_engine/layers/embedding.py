@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from multiexit_engine.layers.norm import LayerNorm
+from multiexit_engine.ops.rows import embed, take_rows
 
 
 class Embedding(nn.Module):
@@ -23,10 +23,9 @@ class Embedding(nn.Module):
 
     def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[tokens] and [tokens] int64 to [tokens, hidden]."""
-        hidden = functional.embedding(token_ids, self.tokens)
-        if self.positions is not None:
-            hidden = hidden + functional.embedding(positions, self.positions)
-        return hidden
+        if self.positions is None:
+            return take_rows(self.tokens, token_ids)
+        return embed(token_ids, positions, self.tokens, self.positions, 1.0)
 
 
 class NormedEmbedding(nn.Module):
@@ -52,6 +51,6 @@ class NormedEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[tokens] and [tokens] int64 to [tokens, hidden]."""
-        hidden = functional.embedding(token_ids, self.tokens) * self.scale
-        places = functional.embedding(positions + self.offset, self.positions)
-        return self.norm(hidden + places)  # type: ignore[no-any-return]
+        places = positions + self.offset
+        hidden = embed(token_ids, places, self.tokens, self.positions, self.scale)
+        return self.norm(hidden)  # type: ignore[no-any-return]

@@ -14,7 +14,6 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from multiexit_engine.checkpoint import TensorLoader
 from multiexit_engine.checkpoint.checkpoint import ELMER_MARK
@@ -29,6 +28,7 @@ from multiexit_engine.ops import (
     PackedTexts,
     linear,
     packed_blocks,
+    take_rows,
 )
 from multiexit_engine.quantization import row_span
 
@@ -142,7 +142,7 @@ class ElmerModel(EncoderDecoderModel):
             [rows, hidden].
         """
         states, table = self._feedback
-        return linear(hidden, states, None) + functional.embedding(token_ids, table)
+        return linear(hidden, states, None) + take_rows(table, token_ids)
 
     def predict(self, hidden: Tensor) -> HeadOperands:
         """The model's own head on states after any layer; its logits have the bias."""

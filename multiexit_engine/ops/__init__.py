@@ -34,6 +34,7 @@ from multiexit_engine.ops.registry import (
     use_backend,
 )
 from multiexit_engine.ops.rotary import rotary
+from multiexit_engine.ops.rows import embed, take_rows
 from multiexit_engine.ops.sampling import gumbel_noise, sample_tokens
 from multiexit_engine.ops.tokens import contrast_tokens, head_tokens, shared_head_tokens
 
@@ -58,6 +59,7 @@ __all__ = [
     "contrast_tokens",
     "decoder_blocks",
     "device_kind",
+    "embed",
     "gated_activation",
     "gumbel_noise",
     "head_logits",
@@ -78,6 +80,7 @@ __all__ = [
     "rotate_and_write_kv",
     "sample_tokens",
     "shared_head_tokens",
+    "take_rows",
     "use_backend",
     "write_kv",
 ]

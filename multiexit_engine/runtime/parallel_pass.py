@@ -31,6 +31,7 @@ from multiexit_engine.ops import (
     head_logits,
     head_statistics,
     logit_errors,
+    take_rows,
 )
 from multiexit_engine.parallel_mode import Parallel
 from multiexit_engine.transfer import to_device
@@ -108,10 +109,8 @@ class ParallelBatch:
         flat = [token for source in sources for token in source]
         device = model.start(1).embedded.device
         self._encoded = model.encode(to_device(flat, device), self._source_lens)
-        starts = [model.start(answer.length) for answer in answers]
-        self._embedded = torch.cat([start.embedded for start in starts])
-        self._attended = torch.cat([start.attended for start in starts])
-        self._hidden = self._embedded.clone()
+        self._embedded, self._attended = _starts(model, [answer.length for answer in answers])
+        self._hidden = self._embedded
         self._owner = [i for i, answer in enumerate(answers) for _ in range(answer.length)]
         self._position = [place for answer in answers for place in range(answer.length)]
         self._first = list(accumulate((a.length for a in answers[:-1]), initial=0))
@@ -129,7 +128,8 @@ class ParallelBatch:
             again = self._rows_of_turn(turn)
             if again:
                 index = self._index(again)
-                self._hidden[index] = self._embedded[index].to(self._hidden.dtype)
+                begun = take_rows(self._embedded, index).to(self._hidden.dtype)
+                self._hidden.index_copy_(0, index, begun)
                 self._pass(again, is_first=False)
 
     def logits(self) -> Tensor:
@@ -180,16 +180,14 @@ class ParallelBatch:
         soft = [row for row in rows if self._mode(row).exit == "soft"]
         if layer == 0 or not soft:
             return
-        is_all = len(soft) == len(self._owner)
-        index = self._index(soft)
-        hidden = self._hidden if is_all else self._hidden[index]
+        hidden = self._states(soft)
         operands = self._model.predict(hidden)
         token_ids, _ = self._model.heads.rough.best_tokens(operands.hidden, operands.weight, None)
         mixed = self._model.feed_back(operands.hidden, token_ids).to(hidden.dtype)
-        if is_all:
+        if len(soft) == len(self._owner):
             self._hidden = mixed
         else:
-            self._hidden[index] = mixed
+            self._hidden.index_copy_(0, self._index(soft), mixed)
 
     def _cross_at(self, layer: int, counts: list[int], rows: list[int]) -> _Cross:
         """Keys and values of the sources for a layer; for several at once where all will run."""
@@ -201,7 +199,7 @@ class ParallelBatch:
             if len(sources) < len(self._source_lens):
                 starts = list(accumulate(self._source_lens, initial=0))
                 kept = [row for s in sources for row in range(starts[s], starts[s + 1])]
-                encoded = encoded[self._index(kept)]
+                encoded = take_rows(encoded, self._index(kept))
             keys_values = self._model.cross_span(encoded, range(layer, stop))
             cross = self._cross = _Cross(keys_values, layer, stop, sources)
         return cross
@@ -252,7 +250,7 @@ class ParallelBatch:
         """
         if not rows:
             return [], []
-        operands = self._model.predict(self._hidden[self._index(rows)])
+        operands = self._model.predict(self._states(rows))
         head = self._model.heads.rough.codes(operands.weight)
         if head is None:
             return [], rows
@@ -272,7 +270,7 @@ class ParallelBatch:
         if not rows:
             return []
         index = self._index(rows)
-        found = head_statistics(*self._model.predict(self._hidden[index]))
+        found = head_statistics(*self._model.predict(self._states(rows)))
         is_sure = sure_rows(found, [self._mode(row) for row in rows])
         self._token_ids[index] = torch.where(is_sure, found.tokens, self._token_ids[index])
         log_probs = found.log_probs.to(self._log_probs.dtype)
@@ -283,7 +281,7 @@ class ParallelBatch:
         """As ``_sure`` by logits without their bias, which gives no tokens."""
         if not rows:
             return []
-        operands = self._model.predict(self._hidden[self._index(rows)])
+        operands = self._model.predict(self._states(rows))
         found = head_statistics(operands.hidden, operands.weight)
         is_sure = sure_rows(found, [self._mode(row) for row in rows])
         sure = [row for row, is_sure in zip(rows, is_sure.tolist(), strict=True) if is_sure]
@@ -303,7 +301,7 @@ class ParallelBatch:
             own = [r for r in rows if self._answers[self._owner[r]].has_log_probs == has_log_probs]
             if own:
                 index = self._index(own)
-                found = find(*self._model.predict(self._hidden[index]))
+                found = find(*self._model.predict(self._states(own)))
                 self._token_ids[index], self._log_probs[index] = found
 
     def _hand_out(self) -> None:
@@ -344,8 +342,25 @@ class ParallelBatch:
                 found[answer.source] += count
         return list(found.values())
 
+    def _states(self, rows: list[int]) -> Tensor:
+        """[rows, hidden] of some rows."""
+        is_all = len(rows) == len(self._owner)
+        return self._hidden if is_all else take_rows(self._hidden, self._index(rows))
+
     def _index(self, rows: list[int]) -> Tensor:
         return to_device(rows, self._encoded.device, torch.int64)
+
+
+def _starts(model: ElmerModel, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What ``model.start`` gives for each length, one behind the other."""
+    kinds = sorted(set(lengths))
+    starts = [model.start(length) for length in kinds]
+    first = dict(zip(kinds, accumulate(kinds, initial=0), strict=False))
+    rows = [first[length] + place for length in lengths for place in range(length)]
+    embedded = torch.cat([start.embedded for start in starts])
+    attended = torch.cat([start.attended for start in starts])
+    index = to_device(rows, embedded.device, torch.int64)
+    return take_rows(embedded, index), take_rows(attended, index)
 
 
 @dataclass(frozen=True)

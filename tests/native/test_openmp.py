@@ -1,28 +1,50 @@
 """Steps of few rows leave PyTorch's OpenMP threads asleep: they would spin on the team's cores."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from multiexit_engine import Contrast, DoLa, Engine, Exit, SamplingParams, SelfSpeculative
+from multiexit_engine import (
+    Contrast,
+    DoLa,
+    Engine,
+    Exit,
+    Parallel,
+    SamplingParams,
+    SelfSpeculative,
+)
 from tests.tiny import save_gpt2
+
+ELMER = Path(__file__).parents[1] / "golden" / "elmer" / "t1"
 
 SHARED_OUT = {
     torch.ops.aten.index.Tensor,
     torch.ops.aten.index_put_.default,
     torch.ops.aten._index_put_impl_.default,
 }
+# these are from 64 rows of 768 numbers on
+SHARED_OUT_OF_MANY = SHARED_OUT | {
+    torch.ops.aten.embedding.default,
+    torch.ops.aten.index_select.default,
+    torch.ops.aten.index_copy_.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.mul.Tensor,
+}
 
 
-class HiddenStatesIndexed(TorchDispatchMode):
-    """Notes indexing of matrices as wide as hidden states."""
+class HiddenStatesTouched(TorchDispatchMode):
+    """Notes which of some ops read matrices as wide as hidden states."""
 
-    def __init__(self, width):
+    def __init__(self, width, ops):
         super().__init__()
-        self.width, self.found = width, set()
+        self.width, self.ops, self.found = width, ops, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in SHARED_OUT and args[0].dim() == 2 and args[0].shape[1] == self.width:
+        if func in self.ops and args[0].dim() == 2 and args[0].shape[1] == self.width:
             self.found.add(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -31,6 +53,24 @@ class HiddenStatesIndexed(TorchDispatchMode):
 def test_drafts_and_checks_index_no_hidden_states(tmp_path, target):
     engine = Engine.from_pretrained(save_gpt2(tmp_path), dtype="float32", backend="native")
     modes = [target, SelfSpeculative(2, 3, target)] * 3
-    with HiddenStatesIndexed(engine.model_config.hidden_size) as seen:
+    with HiddenStatesTouched(engine.model_config.hidden_size, SHARED_OUT) as seen:
         engine.generate([[i, 7, 9] for i in range(6)], SamplingParams(max_new_tokens=12), modes)
+    assert not seen.found
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        Parallel(length=9),
+        Parallel("confidence", "max_prob", 0.4, length=9),
+        Parallel("prescribed", layers=[1, 3, 2]),
+    ],
+    ids=str,
+)
+def test_passes_over_packed_texts_leave_hidden_states_to_the_kernels(mode):
+    engine = Engine.from_pretrained(ELMER, dtype="float32", backend="native")
+    sources, sampling = [[5, 7, 9], [8] * 11], SamplingParams(ignore_eos=True)
+    engine.generate(sources, sampling, mode)  # what depends on the length alone is made
+    with HiddenStatesTouched(engine.model_config.hidden_size, SHARED_OUT_OF_MANY) as seen:
+        engine.generate(sources, sampling, mode)
     assert not seen.found
