@@ -69,24 +69,24 @@ void norm(int threads, Address x, const Norm& norm, Address out, int64_t rows, i
 }
 
 void attention(int threads, Address query, int64_t heads, const Cache& cache, const Layout& layout,
-               float scale, int64_t window, Address out) {
+               float scale, int64_t window, const DistanceBias& bias, Address out) {
   Release nogil;
   const int64_t width = heads * cache.head_dim, size = layout.tokens * width;
   const float* input = as_float(at<void>(query), cache.dtype, size, Scratch::kInput);
   const bool is_float = cache.dtype == DType::kFloat32;
   float* result = is_float ? at(out) : Scratch::of_this_thread().room(Scratch::kMixed, size);
-  paged_attention(threads, input, width, heads, cache, layout, scale, window, result);
+  paged_attention(threads, input, width, heads, cache, layout, scale, window, bias, result);
   if (!is_float) kernels().from_float(result, at<void>(out), cache.dtype, size);
 }
 
 void attend_packed(int threads, Address query, int64_t query_stride, Address key,
                    int64_t key_stride, Address value, int64_t value_stride, int dtype,
                    std::vector<int64_t> query_lens, std::vector<int64_t> key_lens, int64_t heads,
-                   int64_t head_dim, float scale, Address out) {
+                   int64_t head_dim, float scale, const DistanceBias& bias, Address out) {
   Release nogil;
   packed_attention(threads, {at<void>(query), query_stride}, {at<void>(key), key_stride},
                    {at<void>(value), value_stride}, static_cast<DType>(dtype),
-                   {std::move(query_lens), std::move(key_lens)}, heads, head_dim, scale,
+                   {std::move(query_lens), std::move(key_lens)}, heads, head_dim, scale, bias,
                    at<void>(out));
 }
 
@@ -240,6 +240,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Norm>(m, "Norm").def(py::init([](Address weight, Address bias, float eps) {
     return Norm{at(weight), at(bias), eps};
   }));
+  py::class_<DistanceBias>(m, "DistanceBias")
+      .def(py::init<>())
+      .def(py::init([](Address table, int64_t before, int64_t after) {
+        return DistanceBias{at(table), before, after};
+      }));
   py::class_<Cache>(m, "Cache")
       .def(py::init([](Address keys, Address values, int dtype, int64_t block_size,
                        int64_t kv_heads, int64_t head_dim) {
@@ -265,15 +270,16 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](bool is_post_norm, const Norm& attention_norm, const Linear& qkv, const Norm& query_norm,
                        const Norm& key_norm, Address cos, Address sin, int64_t heads,
                        int64_t kv_heads, int64_t head_dim, float scale, int64_t window,
-                       const Linear& output, const Norm& mlp_norm, const Linear& up, bool is_gated,
+                       const DistanceBias& bias, const Linear& output, const Norm& mlp_norm,
+                       const Linear& up, bool is_gated,
                        int activation, const Linear& down, std::optional<CrossAttention> cross) {
              return Block{is_post_norm, attention_norm, mlp_norm, query_norm, key_norm, qkv, output,
                           up, down, is_gated, static_cast<Activation>(activation), heads, kv_heads,
-                          head_dim, window, scale, at(cos), at(sin), std::move(cross)};
+                          head_dim, window, scale, bias, at(cos), at(sin), std::move(cross)};
            }),
            py::kw_only(), py::arg("is_post_norm"), py::arg("attention_norm"), py::arg("qkv"), py::arg("query_norm"),
            py::arg("key_norm"), py::arg("cos"), py::arg("sin"), py::arg("heads"),
-           py::arg("kv_heads"), py::arg("head_dim"), py::arg("scale"), py::arg("window"),
+           py::arg("kv_heads"), py::arg("head_dim"), py::arg("scale"), py::arg("window"), py::arg("bias"),
            py::arg("output"), py::arg("mlp_norm"), py::arg("up"), py::arg("is_gated"),
            py::arg("activation"), py::arg("down"), py::arg("cross"));
 

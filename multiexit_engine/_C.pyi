@@ -36,6 +36,12 @@ class Rows:
         self, layout: Layout, positions: int, slots: int, sources: Layout | None
     ) -> None: ...
 
+class DistanceBias:
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, table: int, before: int, after: int) -> None: ...
+
 class CrossAttention:
     def __init__(self, norm: Norm, query: Linear, output: Linear, scale: float) -> None: ...
 
@@ -55,6 +61,7 @@ class Block:
         head_dim: int,
         scale: float,
         window: int,
+        bias: DistanceBias,
         output: Linear,
         mlp_norm: Norm,
         up: Linear,
@@ -207,6 +214,7 @@ def paged_attention(
     layout: Layout,
     scale: float,
     window: int,
+    bias: DistanceBias,
     out: int,
 ) -> None: ...
 def packed_attention(
@@ -223,6 +231,7 @@ def packed_attention(
     heads: int,
     head_dim: int,
     scale: float,
+    bias: DistanceBias,
     out: int,
 ) -> None: ...
 def decoder_blocks(

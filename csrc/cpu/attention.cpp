@@ -28,10 +28,12 @@ struct Task {
 class Attention {
  public:
   Attention(int threads, const float* query, int64_t query_stride, int64_t heads,
-            const Cache& cache, const Layout& layout, float scale, int64_t window, float* out)
+            const Cache& cache, const Layout& layout, float scale, int64_t window,
+            const DistanceBias& bias, float* out)
       : threads_(threads), query_(query), query_stride_(query_stride), heads_(heads),
         group_(heads / cache.kv_heads), part_size_(attention_part_size(cache.head_dim)),
-        cache_(cache), layout_(layout), scale_(scale), window_(window), out_(out) {
+        cache_(cache), layout_(layout), scale_(scale), window_(window), bias_(bias),
+        out_(out) {
     list_tasks();
     share_heads();
   }
@@ -110,7 +112,7 @@ class Attention {
             cache_.block_size, cache_.kv_heads, cache_.head_dim,
             first, std::min(heads_of_unit_, cache_.kv_heads - first), group_,
             query_ + task.first_token * query_stride_, query_stride_, task.tokens,
-            stop_of(task), window_, scale_};
+            stop_of(task), window_, scale_, bias_};
   }
 
   void compute(const Task& task, int64_t unit, float* room) {
@@ -165,6 +167,7 @@ class Attention {
   const Layout& layout_;
   const float scale_;
   const int64_t window_;
+  const DistanceBias bias_;
   float* const out_;
   Task* tasks_ = nullptr;
   float* parts_ = nullptr;
@@ -175,8 +178,8 @@ class Attention {
 
 void paged_attention(int threads, const float* query, int64_t query_stride, int64_t heads,
                      const Cache& cache, const Layout& layout, float scale, int64_t window,
-                     float* out) {
-  Attention(threads, query, query_stride, heads, cache, layout, scale, window, out).run();
+                     const DistanceBias& bias, float* out) {
+  Attention(threads, query, query_stride, heads, cache, layout, scale, window, bias, out).run();
 }
 
 void store_token(const float* key, const float* value, const Cache& cache, int64_t slot) {

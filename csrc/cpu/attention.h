@@ -28,7 +28,7 @@ struct Cache {
 // window: keys that a query sees, its own included; 0 for all.
 void paged_attention(int threads, const float* query, int64_t query_stride, int64_t heads,
                      const Cache& cache, const Layout& layout, float scale, int64_t window,
-                     float* out);
+                     const DistanceBias& bias, float* out);
 
 // Stores one token's keys and values, [kv_heads * head_dim] each.
 void store_token(const float* key, const float* value, const Cache& cache, int64_t slot);

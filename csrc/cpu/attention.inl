@@ -15,6 +15,7 @@ constexpr int kTileQueries = 2;
 constexpr int64_t kChains = 4;
 
 static_assert(kAttentionSplit % kWidth == 0, "a split is a whole number of vectors");
+static_assert(DistanceBias::kMargin >= kWidth, "a vector of biases may begin at either end");
 
 static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -82,7 +83,7 @@ static inline void turn_keys(const W* keys, const int64_t* offsets, int64_t head
 
 template <int R>
 static inline void score_rows(const float* const* queries, const float* turned, int64_t head_dim,
-                              float scale, float* scores) {
+                              float scale, const float* const* biases, float* scores) {
   Vec sums[R][kChains] = {};
   int64_t i = 0;
   for (; i + kChains <= head_dim; i += kChains)
@@ -97,9 +98,11 @@ static inline void score_rows(const float* const* queries, const float* turned, 
     for (int r = 0; r < R; ++r)
       sums[r][0] = fma(fill(queries[r][i]), load(turned + i * kWidth), sums[r][0]);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    const Vec sum = (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
     store(scores + r * kAttentionSplit,
-          ((sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3])) * scale);
+          biases ? fma(sum, fill(scale), load(biases[r])) : sum * scale);
+  }
 }
 
 // Adds weight * value of the keys [first, stop) to R rows of sums.
@@ -195,6 +198,7 @@ static void attend_to(const AttentionTile& tile, int64_t split, float* room, flo
   const W* key_cache = static_cast<const W*>(tile.keys);
   const W* value_cache = static_cast<const W*>(tile.values);
   const int64_t begin = down(keys.first), end = up(keys.stop);
+  const int64_t first_key = split * kAttentionSplit;
   float* turned = room;
   float* scores = room + up(dim) * kWidth;
 
@@ -212,10 +216,15 @@ static void attend_to(const AttentionTile& tile, int64_t split, float* room, flo
         constexpr int R = decltype(count)::value;
         if (Seen(tile, split, (row + R - 1) / tile.group).stop <= key) return;
         const float* queries[R];
-        for (int r = 0; r < R; ++r)
-          queries[r] = tile.query + (row + r) / tile.group * tile.query_stride +
-                       (kv_head * tile.group + (row + r) % tile.group) * dim;
-        score_rows<R>(queries, turned, dim, tile.scale,
+        const float* biases[R];
+        for (int r = 0; r < R; ++r) {
+          const int64_t token = (row + r) / tile.group;
+          const int64_t query_head = kv_head * tile.group + (row + r) % tile.group;
+          queries[r] = tile.query + token * tile.query_stride + query_head * dim;
+          if (tile.bias.table)
+            biases[r] = tile.bias.at(query_head, first_key + key - (tile.stop - 1 + token));
+        }
+        score_rows<R>(queries, turned, dim, tile.scale, tile.bias.table ? biases : nullptr,
                       scores + (head * rows + row) * kAttentionSplit + key);
       });
     }

@@ -45,7 +45,7 @@ class Runner : Stream {
     });
     float* mixed = scratch_.room(Scratch::kMixed, rows_ * block.heads * block.head_dim);
     paged_attention(threads_, qkv, width, block.heads, cache, step_.layout, block.scale,
-                    block.window, mixed);
+                    block.window, block.bias, mixed);
     add_product(mixed, block.output);
     after(block, block.attention_norm);
   }
@@ -57,7 +57,7 @@ class Runner : Stream {
     multiply(threads_, input, rows_, cross.query, query, kNothingMore);
     float* mixed = scratch_.room(Scratch::kMixed, rows_ * width);
     paged_attention(threads_, query, width, block.heads, cache, *step_.sources, cross.scale, 0,
-                    mixed);
+                    {}, mixed);
     add_product(mixed, cross.output);
     after(block, cross.norm);
   }

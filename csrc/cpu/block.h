@@ -34,6 +34,7 @@ struct Block {
   int64_t heads, kv_heads, head_dim;
   int64_t window;  // 0 for all keys
   float scale;
+  DistanceBias bias;  // of attention to the own text
   const float* cos;  // [positions, head_dim / 2]; null without rotary positions
   const float* sin;
   std::optional<CrossAttention> cross;

@@ -27,6 +27,7 @@ struct AttentionTile {
   int64_t stop;    // keys up to the first token's own; the next one sees one more
   int64_t window;  // keys that a token sees, its own included; 0 for all
   float scale;
+  DistanceBias bias;
 };
 
 // Numbers of a row's part of a result: head_dim sums, the greatest score, the weights' sum (0

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kernels.h"
 #include "scratch.h"
 
 #pragma GCC target("avx2,fma,f16c")

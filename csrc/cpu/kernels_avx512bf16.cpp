@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kernels.h"
 #include "scratch.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")

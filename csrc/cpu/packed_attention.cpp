@@ -16,6 +16,7 @@ constexpr int64_t kQueries = 64;
 // Queries of one sequence that a thread takes at once, for one head.
 struct Task {
   int64_t first_query, queries, first_key, keys;
+  int64_t place;  // of the first query in its sequence
 };
 
 std::vector<Task> tasks_of(const PackedLens& lens) {
@@ -24,7 +25,7 @@ std::vector<Task> tasks_of(const PackedLens& lens) {
   for (size_t i = 0; i < lens.queries.size(); ++i) {
     for (int64_t done = 0; done < lens.queries[i]; done += kQueries)
       tasks.push_back({first_query + done, std::min(kQueries, lens.queries[i] - done), first_key,
-                       lens.keys[i]});
+                       lens.keys[i], done});
     first_query += lens.queries[i];
     first_key += lens.keys[i];
   }
@@ -33,11 +34,21 @@ std::vector<Task> tasks_of(const PackedLens& lens) {
 
 int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
+// [heads, 2 * longest - 1]: of each head the biases of keys from `longest` - 1 places before their
+// query to as many behind it, so that those of a query and all its keys lie one behind the other.
+const float* spread(const DistanceBias& bias, int64_t heads, int64_t longest) {
+  const int64_t size = 2 * longest - 1;
+  float* out = Scratch::of_this_thread().room(Scratch::kBias, heads * size);
+  for (int64_t head = 0; head < heads; ++head)
+    for (int64_t i = 0; i < size; ++i) out[head * size + i] = *bias.at(head, i - (longest - 1));
+  return out;
+}
+
 }  // namespace
 
 void packed_attention(int threads, const PackedRows& query, const PackedRows& key,
                       const PackedRows& value, DType dtype, const PackedLens& lens, int64_t heads,
-                      int64_t head_dim, float scale, void* out) {
+                      int64_t head_dim, float scale, const DistanceBias& bias, void* out) {
   const Kernels& k = kernels();
   const std::vector<Task> tasks = tasks_of(lens);
   if (tasks.empty()) return;
@@ -47,6 +58,7 @@ void packed_attention(int threads, const PackedRows& query, const PackedRows& ke
   const int64_t room = 2 * query_room + 2 * key_room + padded(kQueries * longest);
   const int64_t ranks = std::clamp(threads, 1, kMaxThreads);
   float* all = Scratch::of_this_thread().room(Scratch::kPacked, ranks * room);
+  const float* biases = bias.table ? spread(bias, heads, longest) : nullptr;
   const auto gather = [&](const PackedRows& rows, int64_t first, int64_t count, int64_t head,
                           float* to) {
     const auto* from = static_cast<const char*>(rows.data) +
@@ -68,7 +80,12 @@ void packed_attention(int threads, const PackedRows& query, const PackedRows& ke
     for (int64_t i = 0; i < task.queries * head_dim; ++i) queries[i] *= scale;
     const Matrix matrix = {keys, DType::kFloat32, task.keys, head_dim};
     k.product(queries, task.queries, matrix, 0, task.keys, nullptr, scores, task.keys);
-    for (int64_t i = 0; i < task.queries; ++i) k.softmax(scores + i * task.keys, task.keys);
+    for (int64_t i = 0; i < task.queries; ++i) {
+      if (biases)
+        k.add(biases + head * (2 * longest - 1) + longest - 1 - (task.place + i),
+              scores + i * task.keys, task.keys);
+      k.softmax(scores + i * task.keys, task.keys);
+    }
     k.mix(scores, task.queries, task.keys, values, head_dim, mixed, head_dim);
     auto* to = static_cast<char*>(out) +
                (task.first_query * heads + head) * head_dim * size_of(dtype);

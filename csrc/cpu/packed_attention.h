@@ -19,9 +19,9 @@ struct PackedLens {
   std::vector<int64_t> queries, keys;
 };
 
-// out: [queries, heads, head_dim] of `dtype`.
+// out: [queries, heads, head_dim] of `dtype`. With a bias queries and keys are the same rows.
 void packed_attention(int threads, const PackedRows& query, const PackedRows& key,
                       const PackedRows& value, DType dtype, const PackedLens& lens, int64_t heads,
-                      int64_t head_dim, float scale, void* out);
+                      int64_t head_dim, float scale, const DistanceBias& bias, void* out);
 
 }  // namespace multiexit::cpu

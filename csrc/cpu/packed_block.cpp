@@ -75,7 +75,7 @@ class PackedRunner : Stream {
       key = {product + width, 3 * width};
     }
     const PackedRows value = {static_cast<const float*>(key.data) + width, key.stride};
-    attend(query, key, value, alive_.lens, block, block.scale);
+    attend(query, key, value, alive_.lens, block, block.scale, block.bias);
     add_product(mixed_, block.output);
     after(block, block.attention_norm);
   }
@@ -85,7 +85,7 @@ class PackedRunner : Stream {
     const float* query = product_of(before(block, cross.norm), cross.query);
     const float* keys = sources_->keys_values + place * 2 * width;
     attend({query, width}, {keys, sources_->stride}, {keys + width, sources_->stride},
-           sources_->lens, block, cross.scale);
+           sources_->lens, block, cross.scale, {});
     add_product(mixed_, cross.output);
     after(block, cross.norm);
   }
@@ -110,10 +110,10 @@ class PackedRunner : Stream {
   }
 
   void attend(const PackedRows& query, const PackedRows& key, const PackedRows& value,
-              const PackedLens& lens, const Block& block, float scale) {
+              const PackedLens& lens, const Block& block, float scale, const DistanceBias& bias) {
     mixed_ = scratch_.room(Scratch::kMixed, rows_ * block.heads * block.head_dim);
     packed_attention(threads_, query, key, value, DType::kFloat32, lens, block.heads,
-                     block.head_dim, scale, mixed_);
+                     block.head_dim, scale, bias, mixed_);
   }
 
   const PackedTexts& texts_;

@@ -16,7 +16,7 @@ class Scratch {
     kPieces, kDistributions,  // statistics of heads
     kNearBest,  // tokens by codes
     kDequantized,  // weights
-    kPacked,       // attention among packed rows
+    kPacked, kBias,  // attention among packed rows
     kSlots
   };
 

@@ -60,6 +60,24 @@ struct CodedMatrix {
   int64_t rows, columns;
 };
 
+// What the scores of each query head gain by the place of a key beside its query: of `before` places
+// before it and farther, ..., of the query's own place, ..., of `after` places behind it and farther.
+struct DistanceBias {
+  // Numbers on both sides of a head's own that equal its ends, so that a vector may reach past them.
+  static constexpr int64_t kMargin = 16;
+
+  const float* table = nullptr;  // [heads, row_size()]; null where there is no bias
+  int64_t before = 0, after = 0;
+
+  int64_t row_size() const { return before + 1 + after + 2 * kMargin; }
+
+  // Of a key `places` behind its query, and of as many later ones as the margin has numbers.
+  const float* at(int64_t head, int64_t places) const {
+    const int64_t index = places + before + kMargin, last = row_size() - kMargin;
+    return table + head * row_size() + (index < 0 ? 0 : index > last ? last : index);
+  }
+};
+
 enum class Activation { kGelu = 0, kGeluTanh = 1, kQuickGelu = 2, kRelu = 3, kSilu = 4 };
 
 }  // namespace multiexit::cpu

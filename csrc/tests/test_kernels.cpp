@@ -130,7 +130,7 @@ void blocks(bool is_gated, bool is_bart, int64_t head_dim, int64_t window) {
                        {{w_up.data(), DType::kFloat32, up, hidden}, b_up.data()},
                        {{w_down.data(), DType::kFloat32, hidden, inner}, nullptr},
                        is_gated, Activation::kSilu, heads, kv_heads, head_dim, window, 0.3f,
-                       turns ? cos.data() : nullptr, turns ? sin.data() : nullptr, cross};
+                       {}, turns ? cos.data() : nullptr, turns ? sin.data() : nullptr, cross};
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const int64_t slot = kv_heads * head_dim, source = 3 * block_size * slot;
   std::vector<float> keys(5 * block_size * slot, nan);
@@ -184,7 +184,7 @@ void packed_texts(bool is_bart, bool is_gated, int64_t head_dim) {
                        {matrix(w_out, hidden, width), nullptr},
                        {matrix(w_up, (is_gated ? 2 : 1) * inner, hidden), nullptr},
                        {matrix(w_down, hidden, inner), nullptr},
-                       is_gated, Activation::kGelu, heads, heads, head_dim, 0, 0.3f, nullptr,
+                       is_gated, Activation::kGelu, heads, heads, head_dim, 0, 0.3f, {}, nullptr,
                        nullptr, cross};
   const auto keys_values = numbers(7 * 2 * width);
   const auto input = numbers(9 * hidden);
@@ -267,8 +267,10 @@ void coded_heads(int64_t vocab, int64_t rows, int64_t columns) {
   }
 }
 
-// One sequence over the borders of splits: a prompt's tokens at once, and its last one alone.
-void attention(int64_t tokens, int64_t context, int64_t window, int64_t group, int64_t head_dim) {
+// One sequence over the borders of splits: a prompt's tokens at once, and its last one alone. With
+// a reach scores have a bias, which is the same from so many places before the query on.
+void attention(int64_t tokens, int64_t context, int64_t window, int64_t group, int64_t head_dim,
+               int64_t reach = 0) {
   const int64_t kv_heads = 3, heads = kv_heads * group, block_size = 5, width = heads * head_dim;
   const int64_t blocks = (context + block_size - 1) / block_size, stride = kv_heads * head_dim;
   auto keys = numbers(blocks * block_size * stride), values = numbers(keys.size());
@@ -280,17 +282,26 @@ void attention(int64_t tokens, int64_t context, int64_t window, int64_t group, i
   for (int64_t key = context; key < blocks * block_size; ++key)
     for (int64_t i = 0; i < stride; ++i) keys[offset(key, 0) + i] = values[offset(key, 0) + i] = NAN;
   const auto query = numbers(tokens * width);
+  DistanceBias bias = {nullptr, reach, 0};
+  auto biases = numbers(heads * bias.row_size());
+  for (int64_t head = 0; head < heads; ++head)
+    for (int64_t i = 0; i < DistanceBias::kMargin; ++i) {
+      float* row = biases.data() + head * bias.row_size() + DistanceBias::kMargin;
+      row[-1 - i] = row[0];
+      row[reach + 1 + i] = row[reach];
+    }
+  if (reach) bias.table = biases.data();
   const Cache cache = {keys.data(), values.data(), DType::kFloat32, block_size, kv_heads, head_dim};
   const std::vector<int32_t> starts = {0, static_cast<int32_t>(tokens)}, one_start = {0, 1};
   const int32_t length = static_cast<int32_t>(context);
   std::vector<float> out(tokens * width, NAN), alone(width, NAN);
   paged_attention(3, query.data(), width, heads, cache,
                   {tokens, 1, starts.data(), &length, table.data(), blocks, context}, 0.3f, window,
-                  out.data());
+                  bias, out.data());
   const int64_t last = (tokens - 1) * width;
   paged_attention(1, query.data() + last, width, heads, cache,
                   {1, 1, one_start.data(), &length, table.data(), blocks, context}, 0.3f, window,
-                  alone.data());
+                  bias, alone.data());
   for (int64_t i = 0; i < width; ++i)
     if (alone[i] != out[last + i])
       expect_near(alone[i], out[last + i] + 1e9, "a token's attention alone has other bits");
@@ -304,7 +315,8 @@ void attention(int64_t tokens, int64_t context, int64_t window, int64_t group, i
         double score = 0.0;
         for (int64_t i = 0; i < head_dim; ++i)
           score += double(own[i]) * keys[offset(key, head / group) + i];
-        const double weight = std::exp(0.3 * score);
+        const double gain = reach ? *bias.at(head, key + 1 - stop) : 0.0;
+        const double weight = std::exp(0.3 * score + gain);
         mass += weight;
         for (int64_t i = 0; i < head_dim; ++i)
           sums[i] += weight * values[offset(key, head / group) + i];
@@ -376,6 +388,7 @@ int main() {
         attention(1, 1, window, group, 7);
         attention(3, 129, window, group, 80);
         attention(70, 300, window, group, 18);
+        for (int64_t reach : {1, 30, 500}) attention(70, 300, window, group, 18, reach);
       }
     for (int64_t vocab : {1, 7, 513, 1031}) heads(vocab);
     for (int64_t head_dim : {1, 6, 16, 20})

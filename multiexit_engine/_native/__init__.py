@@ -4,7 +4,7 @@ Backends of the ops, found by name: the contract of each stands in ``multiexit_e
 Importing this raises ImportError where the extension was not built.
 """
 
-from multiexit_engine._native.attention import paged_attention
+from multiexit_engine._native.attention import biased_paged_attention, paged_attention
 from multiexit_engine._native.blocks import decoder_blocks, packed_blocks
 from multiexit_engine._native.coded_heads import (
     code_hidden,
@@ -21,10 +21,12 @@ from multiexit_engine._native.heads import (
     sample_tokens,
     shared_head_tokens,
 )
-from multiexit_engine._native.packed_attention import packed_attention
+from multiexit_engine._native.packed_attention import biased_packed_attention, packed_attention
 from multiexit_engine._native.rows import embed, take_rows
 
 __all__ = [
+    "biased_packed_attention",
+    "biased_paged_attention",
     "code_hidden",
     "coded_head_statistics",
     "coded_head_tokens",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine import _C
-from multiexit_engine._native.tensors import DTYPES
+from multiexit_engine._native.tensors import DTYPES, by_place
 
 
 def layout_view(layout: Any) -> _C.Layout:
@@ -37,6 +37,32 @@ def paged_attention(
     window: int | None,
 ) -> Tensor:
     """See ``multiexit_engine.ops.paged_attention``."""
+    return _paged(query, key_cache, value_cache, layout, scale, window or 0, _C.DistanceBias())
+
+
+def biased_paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: Any,
+    scale: float,
+    bias: Tensor,
+) -> Tensor:
+    """See ``multiexit_engine.ops.biased_paged_attention``."""
+    table = by_place(bias)
+    view = _C.DistanceBias(table.data_ptr(), bias.shape[1] - 1, 0)
+    return _paged(query, key_cache, value_cache, layout, scale, 0, view)
+
+
+def _paged(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: Any,
+    scale: float,
+    window: int,
+    bias: _C.DistanceBias,
+) -> Tensor:
     query = query.contiguous()
     out = torch.empty_like(query)
     cache = _C.Cache(
@@ -49,7 +75,8 @@ def paged_attention(
         cache,
         layout_view(layout),
         scale,
-        window or 0,
+        window,
+        bias,
         out.data_ptr(),
     )
     return out

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from multiexit_engine import _C
 from multiexit_engine._native.attention import layout_view
-from multiexit_engine._native.tensors import ACTIVATIONS, DTYPES, address, matrix, vector
+from multiexit_engine._native.tensors import ACTIVATIONS, DTYPES, address, by_place, matrix, vector
 
 
 class _Views:
@@ -42,6 +42,7 @@ class _Views:
             head_dim=attention.head_dim,
             scale=attention.scale,
             window=window or 0,
+            bias=self._bias(attention),
             output=self._linear(attention.output),
             mlp_norm=self._norm(block.mlp_norm),
             up=self._linear(mlp.gate_up if is_gated else mlp.up),
@@ -50,6 +51,14 @@ class _Views:
             down=self._linear(mlp.down),
             cross=None if block.cross_attention is None else self._cross(block),
         )
+
+    def _bias(self, attention: Any) -> _C.DistanceBias:
+        bias: Tensor | None = attention.bias
+        if bias is None:
+            return _C.DistanceBias()
+        # a decoder has none for keys behind their query
+        after = 0 if hasattr(attention, "layer") else bias.shape[1] // 2
+        return _C.DistanceBias(self._keep(by_place(bias)), bias.shape[1] - 1 - after, after)
 
     def _cross(self, block: Any) -> _C.CrossAttention:
         cross = block.cross_attention
@@ -136,6 +145,7 @@ def packed_blocks(
         if block not in _views:
             _views[block] = _Views([block])
     views = [_views[block].blocks[0] for block in blocks]
+    assert texts.rows is None or blocks[0].attention.bias is None, "distances are of whole texts"
     hidden = hidden.contiguous()
     out = torch.empty(hidden.shape, dtype=torch.float32)
     rows = None if texts.rows is None else texts.rows.contiguous()

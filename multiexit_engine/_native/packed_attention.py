@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine import _C
-from multiexit_engine._native.tensors import DTYPES
+from multiexit_engine._native.tensors import DTYPES, by_place
 
 
 def packed_attention(
@@ -20,6 +20,27 @@ def packed_attention(
     scale: float,
 ) -> Tensor:
     """See ``multiexit_engine.ops.packed_attention``."""
+    return _packed(query, key, value, query_lens, key_lens, scale, _C.DistanceBias())
+
+
+def biased_packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, lens: Sequence[int], scale: float, bias: Tensor
+) -> Tensor:
+    """See ``multiexit_engine.ops.biased_packed_attention``."""
+    table, reach = by_place(bias), bias.shape[1] // 2
+    view = _C.DistanceBias(table.data_ptr(), reach, reach)
+    return _packed(query, key, value, lens, lens, scale, view)
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_lens: Sequence[int],
+    key_lens: Sequence[int],
+    scale: float,
+    bias: _C.DistanceBias,
+) -> Tensor:
     heads, head_dim = query.shape[1:]
     query, key, value = (_with_plain_rows(each) for each in (query, key, value))
     out = query.new_empty(query.shape)
@@ -37,6 +58,7 @@ def packed_attention(
         heads,
         head_dim,
         scale,
+        bias,
         out.data_ptr(),
     )
     return out

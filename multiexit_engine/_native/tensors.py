@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from multiexit_engine import _C
 from multiexit_engine.quantization import QuantizedWeight, Weight
@@ -19,6 +20,10 @@ ACTIVATIONS = {
     "silu": 4,
     "swish": 4,
 }
+
+
+# numbers that the extension may read on both sides of a head's own
+_MARGIN = 16
 
 
 def address(tensor: Tensor | None) -> int:
@@ -46,3 +51,8 @@ def vector(values: Tensor | None) -> Tensor | None:
     if values is None or (values.dtype is torch.float32 and values.is_contiguous()):
         return values
     return values.detach().float().contiguous()
+
+
+def by_place(bias: Tensor) -> Tensor:
+    """[heads, distances + margins] float32: biases for distances in the order of the keys."""
+    return pad(bias.detach().float().flip(1), (_MARGIN, _MARGIN), mode="replicate")

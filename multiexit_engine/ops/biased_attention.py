@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from multiexit_engine.batch import SequenceLayout
+from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 
 
@@ -92,3 +93,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
         scale=scale,
     )
     return mixed[0].transpose(0, 1)
+
+
+biased_paged_attention.backend(
+    "cpu",
+    "multiexit_engine._native:biased_paged_attention",
+    device="cpu",
+    supports=lambda query, key_cache, value_cache, *_: (
+        is_plain(query, key_cache) and is_streamable(key_cache, value_cache)
+    ),
+)
+biased_packed_attention.backend(
+    "cpu",
+    "multiexit_engine._native:biased_packed_attention",
+    device="cpu",
+    supports=lambda query, key, value, *_: is_plain(query, key, value),
+)

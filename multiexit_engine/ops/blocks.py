@@ -52,19 +52,15 @@ def decoder_blocks(
     return hidden
 
 
-def _has_no_bias(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
-    """Whether attention has no bias for distances, as T5's has: all blocks of a model, or none."""
-    return is_plain(hidden) and blocks[0].attention.bias is None
-
-
 def _has_matrices_to_stream(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
-    """Whether, besides, the GPU's kernels read the matrices: all of a model's, or none.
+    """Whether the GPU's kernels read the matrices: all of a model's, or none.
 
-    Codes take the type of their rows, which blocks with norms behind their parts keep in float32.
+    They read no biases for distances, as T5 has them. Codes take the type of their rows, which
+    blocks with norms behind their parts keep in float32.
     """
     weight, is_post_norm = blocks[0].attention.qkv.weight, blocks[0].is_post_norm
     is_read = not is_post_norm if isinstance(weight, QuantizedWeight) else is_dense(weight)
-    return is_read and _has_no_bias(hidden, blocks)
+    return is_read and is_plain(hidden) and blocks[0].attention.bias is None
 
 
 decoder_blocks.backend(
@@ -74,5 +70,8 @@ decoder_blocks.backend(
     supports=_has_matrices_to_stream,
 )
 decoder_blocks.backend(
-    "cpu", "multiexit_engine._native:decoder_blocks", device="cpu", supports=_has_no_bias
+    "cpu",
+    "multiexit_engine._native:decoder_blocks",
+    device="cpu",
+    supports=lambda hidden, *_: is_plain(hidden),
 )

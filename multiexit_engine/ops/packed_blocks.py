@@ -105,16 +105,15 @@ def packed_blocks(
     return hidden
 
 
-def _has_no_bias(hidden: Tensor, blocks: Sequence[Any], *_: object, **__: object) -> bool:
-    """Whether attention has no bias for distances, as T5's has: all blocks of a model, or none."""
-    return is_plain(hidden) and blocks[0].attention.bias is None
-
-
 def _has_matrices_to_stream(
     hidden: Tensor, blocks: Sequence[Any], *_: object, **__: object
 ) -> bool:
-    """Whether, besides, the GPU's kernels read the matrices: all of a model's, or none."""
-    return is_dense(blocks[0].attention.qkv.weight) and _has_no_bias(hidden, blocks)
+    """Whether the GPU's kernels read the matrices: all of a model's, or none.
+
+    They read no biases for distances, as T5 has them.
+    """
+    first = blocks[0].attention
+    return is_plain(hidden) and is_dense(first.qkv.weight) and first.bias is None
 
 
 packed_blocks.backend(
@@ -124,5 +123,8 @@ packed_blocks.backend(
     supports=_has_matrices_to_stream,
 )
 packed_blocks.backend(
-    "cpu", "multiexit_engine._native:packed_blocks", device="cpu", supports=_has_no_bias
+    "cpu",
+    "multiexit_engine._native:packed_blocks",
+    device="cpu",
+    supports=lambda hidden, *_, **__: is_plain(hidden),
 )

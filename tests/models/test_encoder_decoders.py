@@ -144,16 +144,17 @@ def test_decoder_logits_equal_transformers_however_targets_are_cut(pair, chunk):
         assert_equal_up_to_rounding(logits(ours, tap), wanted)
 
 
-@pytest.fixture(scope="module")
-def bart(tmp_path_factory):
+@pytest.fixture(scope="module", params=["bart", "t5", "t5 gated and untied"])
+def opened(request, tmp_path_factory):
     """Opens the same random checkpoint in any dtype."""
-    folder = save(transformers_model(*ENCODER_DECODERS["bart"]), tmp_path_factory.mktemp("bart"))
+    theirs = transformers_model(*ENCODER_DECODERS[request.param])
+    folder = save(theirs, tmp_path_factory.mktemp("checkpoint"))
     return lambda dtype: build_model(open_checkpoint(folder), CPU, dtype)
 
 
-def test_native_rows_of_bart_are_the_same_however_cut_and_beside_any_others(bart):
+def test_native_rows_are_the_same_however_cut_and_beside_any_others(opened):
     pytest.importorskip("multiexit_engine._C")
-    model = bart(torch.float32)
+    model = opened(torch.float32)
     whole = run_in_chunks(model, 40)
     for chunk in (3, 1):
         for one, other in zip(run_in_chunks(model, chunk), whole, strict=True):
@@ -163,9 +164,9 @@ def test_native_rows_of_bart_are_the_same_however_cut_and_beside_any_others(bart
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_native_bart_in_half_precision_is_as_near_to_float32_as_the_modules(bart, dtype):
+def test_native_half_precision_is_as_near_to_float32_as_the_modules(opened, dtype):
     pytest.importorskip("multiexit_engine._C")
-    model, exact = bart(dtype), bart(torch.float32)
+    model, exact = opened(dtype), opened(torch.float32)
     for own, rounded in zip(exact.parameters(), model.parameters(), strict=True):
         own.data = rounded.data.float()
     with use_backend("reference"):
@@ -173,6 +174,14 @@ def test_native_bart_in_half_precision_is_as_near_to_float32_as_the_modules(bart
     for one, other, true in zip(run_in_chunks(model, 3), reference, truth, strict=True):
         own_error = (one.float() - true).abs().mean()
         assert own_error <= 1.2 * (other.float() - true).abs().mean() + 1e-6
+
+
+def test_native_sources_are_the_same_beside_any_others(opened):
+    pytest.importorskip("multiexit_engine._C")
+    model = opened(torch.float32)
+    together = encode(model, SOURCES).split([len(source) for source in SOURCES])
+    for source, one in zip(SOURCES, together, strict=True):
+        assert torch.equal(encode(model, [source]), one)
 
 
 def test_one_pass_equals_transformers_without_its_causal_mask(pair):

@@ -82,3 +82,20 @@ def attention_truth(batch: PagedBatch, scale: float, window: int | None) -> Tens
                 heads.append(scores.softmax(0) @ values[first:stop, head // group])
             rows.append(torch.stack(heads))
     return torch.stack(rows)
+
+
+def biased_attention_truth(batch: PagedBatch, scale: float, bias: Tensor) -> Tensor:
+    """[tokens, heads, head_dim] float64, one query after the other; ``bias`` [heads, reach]."""
+    rows = []
+    lens = zip(batch.layout.query_lens, batch.layout.context_lens, strict=True)
+    for seq, (query_len, context) in enumerate(lens):
+        keys, values = batch.keys[seq].double(), batch.values[seq].double()
+        start = batch.layout.query_starts[seq]
+        for place in range(query_len):
+            stop = context - query_len + place + 1
+            query = batch.query[start + place].double().cpu()
+            scores = torch.einsum("khd,hd->hk", keys[:stop], query)
+            distance = torch.arange(stop - 1, -1, -1).clamp(max=bias.shape[1] - 1)
+            weights = (scores * scale + bias[:, distance].double()).softmax(-1)
+            rows.append(torch.einsum("hk,khd->hd", weights, values[:stop]))
+    return torch.stack(rows)
