@@ -62,22 +62,23 @@ class SequenceStatus(Enum):
     FINISHED = auto()
 
 
-# of a sequence that has checked nothing yet, worth so many checked drafts
+# what is expected where nothing has been checked
 PRIOR_ACCEPTANCE = 0.7
-PRIOR_WEIGHT = 4.0
-# checked drafts after which what was learned before counts half
-HALF_LIFE = 24.0
 
 
 @dataclass(slots=True)
 class Acceptance:
-    """How often the drafts of one sequence were accepted, the latest ones counting most.
+    """How often drafts were accepted, the latest ones counting most.
 
     Attributes:
+        half_life: checked drafts after which what was learned before counts half.
+        prior_weight: checked drafts that what was expected before any is worth.
         num_drafted: drafts that were checked since it began.
         num_accepted: those of them that were accepted.
     """
 
+    half_life: float = 24.0
+    prior_weight: float = 4.0
     num_drafted: int = 0
     num_accepted: int = 0
     _tried: float = 0.0
@@ -89,15 +90,18 @@ class Acceptance:
         self.num_accepted += num_accepted
         # drafts after the first wrong one tell nothing
         tried = min(num_accepted + 1, num_drafts)
-        kept = 0.5 ** (tried / HALF_LIFE)
+        kept = 0.5 ** (tried / self.half_life)
         self._tried = self._tried * kept + tried
         self._passed = self._passed * kept + num_accepted
 
     @property
     def rate(self) -> float:
         """Estimated chance that a draft is accepted when all before it were."""
-        passed = self._passed + PRIOR_ACCEPTANCE * PRIOR_WEIGHT
-        return passed / (self._tried + PRIOR_WEIGHT)
+        return self.rate_after(PRIOR_ACCEPTANCE)
+
+    def rate_after(self, prior: float) -> float:
+        """The same, if ``prior`` was what to expect before any draft was checked."""
+        return (self._passed + prior * self.prior_weight) / (self._tried + self.prior_weight)
 
 
 @dataclass(eq=False, slots=True)

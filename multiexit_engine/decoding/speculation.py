@@ -1,130 +1,178 @@
 """How many tokens to draft before a check: as many as pay, none where none does.
 
-Weighs a sequence's measured acceptance against the measured time of drafts, checks and plain
-steps. Knows nothing of models; since drafts never change tokens, it decides about speed alone.
+Weighs the measured acceptances of all sequences of a step against the measured time of drafts,
+checks and plain steps. Knows nothing of models; since drafts never change tokens, it decides about
+speed alone.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import deque
-from statistics import median
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
+from multiexit_engine.decoding.step_times import StepTimes
 from multiexit_engine.modes import MAX_DRAFT_LEN
 from multiexit_engine.request import Acceptance
 
 # a smaller gain is not worth the spread of the measurements
 LEAST_GAIN = 1.03
-# where drafts do not pay, all sequences draft one token in the same step after so many steps, to
-# see whether they do now: together, since one draft costs about as much as many. The interval
-# doubles while the answer is no
-ASK_INTERVALS = (64, 1024)
-# what an unmeasured check costs for each row more, as a share of the step
-ROW_COST = 0.02
-# what an unmeasured draft costs, as a share of the step
-DRAFT_COST = 0.4
-KEPT_TIMES = 9
+# plain steps that are measured before anything is drafted
+FIRST_STEPS = 3
+# Where drafts do not pay, all sequences draft one token in the same step after so many plain steps,
+# to see whether they do now: together, since one draft costs about as much as many. Where they pay,
+# one plain step after so many with drafts tells what there is to beat. Both intervals double while
+# the answer stays the same.
+ASK_INTERVALS = (16, 1024)
+COMPARE_INTERVALS = (16, 256)
+# of what all sequences together learn about acceptance, see ``Acceptance``
+OVERALL_HALF_LIFE, OVERALL_PRIOR_WEIGHT = 512.0, 12.0
 
 
-class Timings:
-    """Median seconds of something by the number of its rows."""
-
-    def __init__(self) -> None:
-        self._times: dict[int, deque[float]] = {}
-        self._medians: dict[int, float] = {}
-        self._counts: list[int] = []
-
-    def add(self, num_rows: int, seconds: float) -> None:
-        """Count one more measurement."""
-        if num_rows not in self._times:
-            self._times[num_rows] = deque(maxlen=KEPT_TIMES)
-            insort(self._counts, num_rows)
-        self._times[num_rows].append(seconds)
-        self._medians[num_rows] = median(self._times[num_rows])
-
-    def estimate(self, num_rows: int) -> float | None:
-        """Seconds for this many rows, from the measured counts next to it; None before any."""
-        if num_rows in self._medians:
-            return self._medians[num_rows]
-        if not self._counts:
-            return None
-        place = bisect_left(self._counts, num_rows)
-        if place == 0:
-            return self._medians[self._counts[0]]
-        low = self._counts[place - 1]
-        below = self._medians[low]
-        if place == len(self._counts):
-            return below * (1 + ROW_COST * (num_rows - low))
-        high = self._counts[place]
-        above = self._medians[high]
-        return below + (above - below) * (num_rows - low) / (high - low)
-
-
-class DraftPolicy:
-    """Draft lengths of one engine.
+class Wish(NamedTuple):
+    """What one sequence would like to draft.
 
     Attributes:
-        plain: steps in which nothing was drafted, by their sequences.
-        drafts: one draft of each of so many sequences.
-        checks: what steps with drafts took beside the drafts, by sequences and drafts together.
+        draft_len: a number, or "auto".
+        most: drafts that it could use, 0 or more.
+        acceptance: what became of its drafts so far.
+    """
+
+    draft_len: int | Literal["auto"]
+    most: int
+    acceptance: Acceptance
+
+
+class _Turns:
+    """Whose turn it is: plain steps, drafts, or a look at what the other one would give.
+
+    Attributes:
+        is_drafting: whether drafts paid when that was last weighed.
+        has_asked: whether the last step drafted one token each, to see whether drafts pay now.
     """
 
     def __init__(self) -> None:
-        self.plain = Timings()
-        self.drafts = Timings()
-        self.checks = Timings()
-        self._interval, self._longest_interval = ASK_INTERVALS
-        self._num_plain = 0
-        self._is_asking = False
-        self._is_refusing = False
-        self._is_drafting = False
+        self.is_drafting = False
+        self.has_asked = True
+        self._steps_left = 0
+        self._interval = ASK_INTERVALS[0]
 
-    def begin_step(self) -> None:
-        """The lengths asked for from now on are those of one more step."""
-        if self._is_drafting:
-            self._interval = ASK_INTERVALS[0]
-        elif self._is_asking and self._is_refusing:
-            self._interval = min(2 * self._interval, self._longest_interval)
-        self._num_plain = 0 if self._is_asking else self._num_plain + self._is_refusing
-        self._is_asking = self._num_plain >= self._interval
-        self._is_drafting = self._is_refusing = False
+    def goes_on(self) -> bool:
+        """Whether it is too early for a look at the other side; counts a step if so."""
+        if not self._steps_left:
+            return False
+        self._steps_left -= 1
+        return True
 
-    def draft_len(
-        self, wanted: int | Literal["auto"], acceptance: Acceptance, num_sequences: int
-    ) -> int:
-        """Tokens to draft for one of ``num_sequences`` sequences of the next step.
+    def wait(self) -> None:
+        """The answer is the old one: look again, later than the last time."""
+        self._steps_left = self._interval
+        longest = COMPARE_INTERVALS[1] if self.is_drafting else ASK_INTERVALS[1]
+        self._interval = min(2 * self._interval, longest)
 
-        A number is followed as it is. "auto" takes the length with the most tokens per second,
-        where it beats plain decoding; where none does, one draft at growing intervals asks again.
+    def turn(self, is_drafting: bool) -> None:
+        """What pays was weighed."""
+        self.has_asked = False
+        if is_drafting == self.is_drafting:
+            if not is_drafting:
+                self.wait()
+            return
+        self.is_drafting = is_drafting
+        self._interval = COMPARE_INTERVALS[0] if is_drafting else ASK_INTERVALS[0]
+        self.wait()
+
+
+class DraftPolicy:
+    """Draft lengths for the steps of one mix of modes.
+
+    Attributes:
+        times: what steps and drafts take.
+        acceptance: of all sequences together; what a new sequence is taken for.
+    """
+
+    def __init__(self) -> None:
+        self.times = StepTimes()
+        self.acceptance = Acceptance(OVERALL_HALF_LIFE, OVERALL_PRIOR_WEIGHT)
+        # that drafts do not pay for many sequences says nothing of few: by the binary digits of
+        # their number
+        self._turns: dict[int, _Turns] = {}
+
+    def rests(self, num_sequences: int) -> bool:
+        """Whether this is one of the plain steps between two questions; counts it if so."""
+        turns = self._turns.get(num_sequences.bit_length())
+        return turns is not None and not turns.is_drafting and turns.goes_on()
+
+    def lengths(self, wishes: Sequence[Wish], num_sequences: int) -> list[int]:
+        """Tokens to draft for some of the ``num_sequences`` sequences of the next step.
+
+        Numbers are followed as they are. For those with "auto" one number of rounds is chosen: a
+        round of drafts, and the check, cost about the same for few sequences as for all, so it is
+        the step's tokens per second that count. A sequence whose drafts are seldom accepted leaves
+        the rounds early. Where plain decoding is faster nobody drafts.
         """
-        if wanted != "auto":
-            return wanted
-        plain = self.plain.estimate(num_sequences)
-        if plain is None:
-            return 0
-        best, gain, last = 0, LEAST_GAIN, 0.0
-        rate, tokens = acceptance.rate, 1.0
-        for length in range(1, MAX_DRAFT_LEN + 1):
-            tokens += rate**length  # Leviathan et al. 2022, arXiv:2211.17192, eq. 1
-            found = tokens * plain / self._seconds(length, num_sequences, plain)
-            if found > gain:
-                best, gain = length, found
-            if found < last:
-                break  # longer ones gain less and less
-            last = found
-        if best:
-            self._is_drafting = True
-            return best
-        self._is_refusing = True
-        return int(self._is_asking)
+        fixed = [0 if wish.draft_len == "auto" else wish.draft_len for wish in wishes]
+        lengths = fixed if all(fixed) else self._chosen(wishes, fixed, num_sequences)
+        # only now: that a request ends soon says nothing of what drafts are worth
+        return [min(wish.most, length) for wish, length in zip(wishes, lengths, strict=True)]
 
-    def _seconds(self, length: int, num_sequences: int, plain: float) -> float:
-        draft = self.drafts.estimate(num_sequences)
-        num_rows = num_sequences * (1 + length)
-        check = self.checks.estimate(num_rows)
-        if draft is None:
-            draft = DRAFT_COST * plain
-        if check is None:
-            check = plain * (1 + ROW_COST * (num_rows - num_sequences))
-        return length * draft + check
+    def _chosen(self, wishes: Sequence[Wish], fixed: list[int], num_sequences: int) -> list[int]:
+        if self.rests(num_sequences):
+            return fixed
+        if self.times.plain.num_measured_near(num_sequences) < FIRST_STEPS:
+            return fixed
+        turns = self._turns.setdefault(num_sequences.bit_length(), _Turns())
+        if turns.is_drafting:
+            if not turns.goes_on():
+                turns.wait()
+                return fixed
+        elif not turns.has_asked:
+            turns.has_asked = True
+            return [own or 1 for own in fixed]
+        best = self._best(wishes, fixed, num_sequences)
+        turns.turn(best != fixed)
+        return best
+
+    def _best(self, wishes: Sequence[Wish], fixed: list[int], num_sequences: int) -> list[int]:
+        prior = self.acceptance.rate
+        rates = [wish.acceptance.rate_after(prior) for wish in wishes]
+        caps = self._caps(rates, num_sequences)
+        best, least = fixed, LEAST_GAIN * self._speed(fixed, rates, num_sequences)
+        last = 0.0
+        for rounds in range(1, MAX_DRAFT_LEN + 1):
+            lengths = [
+                min(rounds, cap) if wish.draft_len == "auto" else own
+                for wish, cap, own in zip(wishes, caps, fixed, strict=True)
+            ]
+            speed = self._speed(lengths, rates, num_sequences)
+            if speed > least:
+                best, least = lengths, speed
+            if speed < last or rounds >= max(caps):
+                break  # longer ones gain less and less
+            last = speed
+        return best
+
+    def _caps(self, rates: Sequence[float], num_sequences: int) -> list[int]:
+        """Drafts of each sequence that are worth the row that they add to a check."""
+        plain = self.times.seconds(num_sequences, 0, 0, 0)
+        worth = self.times.row_seconds(num_sequences) * num_sequences / plain
+        caps = []
+        for rate in rates:
+            cap, chance = 0, rate
+            while cap < MAX_DRAFT_LEN and chance >= worth:
+                cap, chance = cap + 1, chance * rate
+            caps.append(cap)
+        return caps
+
+    def _speed(self, lengths: Sequence[int], rates: Sequence[float], num_sequences: int) -> float:
+        """Expected tokens per second of a step.
+
+        Source: Leviathan et al. 2022, arXiv:2211.17192, eq. 1, summed over sequences.
+        """
+        tokens = float(num_sequences)
+        for length, rate in zip(lengths, rates, strict=True):
+            chance = 1.0
+            for _ in range(length):
+                chance *= rate
+                tokens += chance
+        num_drafting = sum(length > 0 for length in lengths)
+        rounds = max(lengths, default=0)
+        return tokens / self.times.seconds(num_sequences, rounds, num_drafting, sum(lengths))

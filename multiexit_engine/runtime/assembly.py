@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
-from multiexit_engine.decoding.speculation import DraftPolicy
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.runtime.core import EngineCore
 from multiexit_engine.runtime.detokenizer import Tokenizer
+from multiexit_engine.runtime.draft_lengths import DraftLengths
 from multiexit_engine.runtime.runner import ModelRunner
 from multiexit_engine.runtime.scheduler import Scheduler
 
@@ -27,6 +27,6 @@ def autoregressive_core(
         config.dtype,
         config.device,
     )
-    draft_policy = DraftPolicy()
-    runner = ModelRunner(model, kv_cache, config, draft_policy)
-    return EngineCore(config, Scheduler(config, draft_policy), runner, tokenizer)
+    draft_lengths = DraftLengths()
+    runner = ModelRunner(model, kv_cache, config, draft_lengths)
+    return EngineCore(config, Scheduler(config, draft_lengths), runner, tokenizer)

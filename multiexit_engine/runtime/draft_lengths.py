@@ -1,29 +1,101 @@
-"""How many tokens a scheduled sequence may draft.
+"""How many tokens the scheduled sequences may draft, and what came of it.
 
-Knows its request and the policy; nothing of what else the step computes or of blocks.
+Knows requests, steps and one policy for each mix of modes; nothing of blocks or of layers.
 """
 
 from __future__ import annotations
 
-from multiexit_engine.batch import ScheduledSequence
+from collections.abc import Sequence
+
+from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
 from multiexit_engine.config import EngineConfig
-from multiexit_engine.decoding.speculation import DraftPolicy
-from multiexit_engine.modes import SelfSpeculative
+from multiexit_engine.decoding.speculation import DraftPolicy, Wish
+from multiexit_engine.modes import DecodingMode, EarlyExit, SelfSpeculative
+
+# mixes of modes whose times are remembered, those that came last
+MAX_MIXES = 64
 
 
-def num_drafts_of(
-    chunk: ScheduledSequence, num_sequences: int, policy: DraftPolicy, config: EngineConfig
-) -> int:
-    """Drafts that a sequence could use: none before its first token, none beyond its end."""
+class DraftLengths:
+    """Draft lengths of one engine.
+
+    Steps are compared with steps of the same mix of modes only: what one with a contrast in it
+    takes says nothing of one without.
+    """
+
+    def __init__(self) -> None:
+        self._policies: dict[frozenset[DecodingMode], DraftPolicy] = {}
+
+    def of(self, chunks: Sequence[ScheduledSequence], config: EngineConfig) -> list[int]:
+        """Drafts that each of a step's chunks should make.
+
+        None before a sequence's first token, none beyond its end.
+        """
+        lengths = [0] * len(chunks)
+        modes = _modes(chunks)
+        drafting = [mode for mode in modes if isinstance(mode, SelfSpeculative)]
+        if not drafting:
+            return lengths
+        policy = self._policy(modes)
+        if all(mode.draft_len == "auto" for mode in drafting) and policy.rests(len(chunks)):
+            return lengths
+        wishes = {
+            place: Wish(mode.draft_len, most, chunk.sequence.acceptance)
+            for place, chunk in enumerate(chunks)
+            if isinstance(mode := chunk.sequence.request.decoding, SelfSpeculative)
+            and (most := _most_drafts(chunk, config)) > 0
+        }
+        if wishes:
+            found = policy.lengths(list(wishes.values()), len(chunks))
+            for place, length in zip(wishes, found, strict=True):
+                lengths[place] = length
+        return lengths
+
+    def record(self, batch: ScheduledBatch, seconds: Sequence[float], output: StepOutput) -> None:
+        """Learn from a step in which every sequence got its next tokens.
+
+        Args:
+            batch: the step.
+            seconds: what its drafts took, and the rest.
+            output: what it gave.
+        """
+        if any(item.num_tokens > 1 or _is_early(item) for item in batch.scheduled):
+            return
+        policy = self._policy(_modes(batch.scheduled))
+        drafting, rest = seconds
+        lengths = [item.num_drafts for item in batch.scheduled]
+        if not any(lengths):
+            policy.times.plain.add(len(lengths), rest)
+            return
+        # rounds of fewer sequences cost about as much as the first one: they read the same weights
+        policy.times.drafts.add(sum(map(bool, lengths)), drafting / max(lengths))
+        policy.times.checks.add(batch.num_tokens, rest)
+        for _, checked in output.checked:
+            policy.acceptance.record(checked.num_drafts, len(checked.tokens) - 1)
+
+    def _policy(self, mix: frozenset[DecodingMode]) -> DraftPolicy:
+        policy = self._policies.pop(mix, None) or DraftPolicy()
+        self._policies[mix] = policy
+        if len(self._policies) > MAX_MIXES:
+            del self._policies[next(iter(self._policies))]
+        return policy
+
+
+def _modes(chunks: Sequence[ScheduledSequence]) -> frozenset[DecodingMode]:
+    # requests that came together share one mode, whose fields need be hashed only once
+    modes = [chunk.sequence.request.decoding for chunk in chunks]
+    return frozenset({id(mode): mode for mode in modes}.values())
+
+
+def _most_drafts(chunk: ScheduledSequence, config: EngineConfig) -> int:
     sequence, request = chunk.sequence, chunk.sequence.request
-    mode = request.decoding
-    if not isinstance(mode, SelfSpeculative) or request.score_from is not None:
-        return 0
     if chunk.num_tokens > 1 or not chunk.reaches_end or not sequence.num_output_tokens:
         return 0
-    most = min(
-        request.sampling.max_new_tokens - sequence.num_output_tokens,
-        config.max_model_len - sequence.num_tokens,
-    )
-    length = policy.draft_len(mode.draft_len, sequence.acceptance, num_sequences)
-    return min(length, most - 1)
+    if request.score_from is not None:
+        return 0
+    left = request.sampling.max_new_tokens - sequence.num_output_tokens
+    return min(left, config.max_model_len - sequence.num_tokens) - 1
+
+
+def _is_early(item: ScheduledSequence) -> bool:
+    return isinstance(item.sequence.request.decoding, EarlyExit)

@@ -16,7 +16,6 @@ from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.plan import ExitPlanner, plan_segments
-from multiexit_engine.decoding.speculation import DraftPolicy
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import EarlyExit, Exit
@@ -24,6 +23,7 @@ from multiexit_engine.request import ChosenToken, ScoredToken
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.chosen_rows import Choice
 from multiexit_engine.runtime.decode_steps import DecodeSteps, LaunchedStep
+from multiexit_engine.runtime.draft_lengths import DraftLengths
 from multiexit_engine.runtime.drafting import Drafter, Drafts
 from multiexit_engine.runtime.early_exits import EarlyExits, EarlyRows
 from multiexit_engine.runtime.exit_readings import ExitReadings, read_exits
@@ -40,7 +40,7 @@ class ModelRunner:
     """Computes scheduled batches on one model and one KV cache.
 
     Attributes:
-        draft_policy: is told what steps and drafts take.
+        draft_lengths: is told what steps and drafts take.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class ModelRunner:
         model: MultiExitModel,
         kv_cache: PagedKVCache,
         config: EngineConfig,
-        draft_policy: DraftPolicy,
+        draft_lengths: DraftLengths,
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.config = config
-        self.draft_policy = draft_policy
+        self.draft_lengths = draft_lengths
         self._states = ExitStates(
             config.num_kv_blocks,
             config.block_size,
@@ -83,7 +83,7 @@ class ModelRunner:
     def finish(self, step: LaunchedStep) -> StepOutput:
         """Wait for a launched step."""
         output = step.wait()
-        self._record_times(step.batch, step.clock)
+        self.draft_lengths.record(step.batch, step.clock.seconds(), output)
         return output
 
     def run(self, batch: ScheduledBatch) -> StepOutput:
@@ -116,7 +116,7 @@ class ModelRunner:
         _hand_out([*chosen, *early.chosen], drafts, output)
         _hand_out_scores([pair for part in coming_scores for pair in part.read(output)], output)
         clock.mark()
-        self._record_times(batch, clock)
+        self.draft_lengths.record(batch, clock.seconds(), output)
         return output
 
     @torch.inference_mode()
@@ -185,19 +185,6 @@ class ModelRunner:
             early.look(segment.stop, flight)
             flight.join(segment.stop)
 
-    def _record_times(self, batch: ScheduledBatch, clock: StepClock) -> None:
-        """Tell the draft policy of a step in which every sequence got its next tokens."""
-        if any(item.num_tokens > 1 or _is_early(item) for item in batch.scheduled):
-            return
-        drafting, rest = clock.seconds()
-        lengths = [item.num_drafts for item in batch.scheduled]
-        if not any(lengths):
-            self.draft_policy.plain.add(len(lengths), rest)
-            return
-        # rounds of fewer sequences cost about as much as the first one: they read the same weights
-        self.draft_policy.drafts.add(sum(map(bool, lengths)), drafting / max(lengths))
-        self.draft_policy.checks.add(batch.num_tokens, rest)
-
 
 def _decode_steps(
     model: MultiExitModel, kv_cache: PagedKVCache, chooser: TokenChooser, config: EngineConfig
@@ -221,10 +208,6 @@ def _first_rows(item: ScheduledSequence) -> ScheduledSequence:
     if not item.num_drafts:
         return item
     return ScheduledSequence(item.sequence, item.stop - 1 + item.num_drafts, 1)
-
-
-def _is_early(item: ScheduledSequence) -> bool:
-    return isinstance(item.sequence.request.decoding, EarlyExit)
 
 
 def _with_fixed_heads(rows: Sequence[LogitRow]) -> list[LogitRow]:

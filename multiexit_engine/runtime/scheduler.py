@@ -14,10 +14,9 @@ from types import MappingProxyType
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.cache.block_manager import BlockManager
 from multiexit_engine.config import EngineConfig
-from multiexit_engine.decoding.speculation import DraftPolicy
 from multiexit_engine.outputs import FinishReason
 from multiexit_engine.request import Joining, Request, Sequence, SequenceStatus
-from multiexit_engine.runtime.draft_lengths import num_drafts_of
+from multiexit_engine.runtime.draft_lengths import DraftLengths
 from multiexit_engine.runtime.limits import check_fits
 from multiexit_engine.runtime.queues import Queues, Unit
 from multiexit_engine.runtime.step_plan import StepPlan
@@ -37,9 +36,9 @@ class Scheduler:
     tokens, forks, replaces or finishes sequences. Not thread-safe.
     """
 
-    def __init__(self, config: EngineConfig, draft_policy: DraftPolicy | None = None) -> None:
+    def __init__(self, config: EngineConfig, draft_lengths: DraftLengths | None = None) -> None:
         self._config = config
-        self._draft_policy = draft_policy or DraftPolicy()
+        self._draft_lengths = draft_lengths or DraftLengths()
         self._blocks = BlockManager(config.num_kv_blocks, config.block_size, config.prefix_caching)
         self._queues = Queues(config.max_batch_size)
         self._arrivals = count()
@@ -261,9 +260,9 @@ class Scheduler:
 
     def _add_drafts(self, step: StepPlan) -> None:
         """Let sequences draft with the tokens and blocks that nobody else wants in this step."""
-        self._draft_policy.begin_step()
-        for unit, chunk in step.chunks():
-            wanted = num_drafts_of(chunk, step.num_chunks, self._draft_policy, self._config)
+        chunks = step.chunks()
+        lengths = self._draft_lengths.of([chunk for _, chunk in chunks], self._config)
+        for (unit, chunk), wanted in zip(chunks, lengths, strict=True):
             stop = chunk.stop
             for num_drafts in range(min(wanted, step.num_tokens_left), 0, -1):
                 table = chunk.sequence.block_table

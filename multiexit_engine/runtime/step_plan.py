@@ -43,10 +43,6 @@ class StepPlan:
         self._unread.append(sequence)
         self.num_source_tokens_left -= len(sequence.request.source_token_ids)
 
-    @property
-    def num_chunks(self) -> int:
-        return sum(map(len, self._chunks.values()))
-
     def chunks(self) -> list[tuple[Unit, ScheduledSequence]]:
         """Every chunk with its unit, in the order in which they were planned."""
         return [(unit, chunk) for unit, chunks in self._chunks.items() for chunk in chunks]

@@ -1,16 +1,28 @@
+import random
+
 import pytest
 
-from multiexit_engine.decoding.speculation import ASK_INTERVALS, DraftPolicy, Timings
+from multiexit_engine.decoding.speculation import (
+    ASK_INTERVALS,
+    COMPARE_INTERVALS,
+    FIRST_STEPS,
+    DraftPolicy,
+    Wish,
+)
+from multiexit_engine.decoding.step_times import KNOWN_TIMES
 from multiexit_engine.request import Acceptance
 
 
-def policy(plain=1.0, draft=0.2, check=1.05):
+def policy(plain=1.0, draft=0.2, check=1.05, row=0.0):
     made = DraftPolicy()
-    for sequences in (1, 8):
-        made.plain.add(sequences, plain)
-        made.drafts.add(sequences, draft)
+    for sequences in (1, 2, 3, 8):
+        for _ in range(FIRST_STEPS):
+            made.times.plain.add(sequences, plain)
+        for _ in range(KNOWN_TIMES):
+            made.times.drafts.add(sequences, draft)
         for length in range(1, 17):
-            made.checks.add(sequences * (1 + length), check)
+            for _ in range(KNOWN_TIMES):
+                made.times.checks.add(sequences * (1 + length), check + row * sequences * length)
     return made
 
 
@@ -21,64 +33,162 @@ def acceptance(rate, checks=50):
     return made
 
 
+def wishes(*rates, most=16, draft_len="auto"):
+    return [Wish(draft_len, most, acceptance(rate)) for rate in rates]
+
+
+def lengths(made, *rates):
+    return made.lengths(wishes(*rates), len(rates))
+
+
 def test_a_number_is_followed_whatever_it_costs():
-    assert policy(draft=100.0).draft_len(3, acceptance(0.0), 1) == 3
+    assert policy(draft=100.0).lengths(wishes(0.0, draft_len=3), 1) == [3]
 
 
-def test_nothing_is_drafted_before_a_plain_step_was_timed():
-    assert DraftPolicy().draft_len("auto", Acceptance(), 1) == 0
+def test_nobody_drafts_beyond_the_end_of_a_request():
+    assert policy().lengths(wishes(0.9, most=1), 1) == [1]
+    assert policy().lengths(wishes(0.9, most=2, draft_len=5), 1) == [2]
+
+
+def test_nothing_is_drafted_before_plain_steps_were_timed():
+    assert lengths(DraftPolicy(), 0.9) == [0]
 
 
 def test_better_drafts_are_longer():
-    lengths = [policy().draft_len("auto", acceptance(rate), 1) for rate in (0.2, 0.6, 0.9)]
-    assert lengths == sorted(lengths) and lengths[-1] > lengths[0]
+    found = [lengths(policy(), rate)[0] for rate in (0.2, 0.6, 0.9)]
+    assert found == sorted(found) and found[-1] > found[0]
 
 
 def test_drafts_that_cost_more_than_they_save_are_not_made():
-    assert policy(draft=0.9).draft_len("auto", acceptance(0.5), 1) == 0
-    assert policy(check=3.0).draft_len("auto", acceptance(0.5), 8) == 0
+    assert lengths(policy(draft=0.9), 0.5) == [0]
+    assert lengths(policy(check=3.0), *[0.5] * 8) == [0] * 8
 
 
-def steps_with_drafts(made, acceptances, num_steps):
+def test_sequences_of_one_step_draft_the_same_number_of_tokens():
+    (length,) = set(lengths(policy(), *[0.7, 0.75, 0.8, 0.85, 0.9, 0.8, 0.8, 0.8]))
+    assert length > 1
+
+
+def test_the_best_sequences_alone_do_not_make_a_long_round_pay():
+    alone = lengths(policy(draft=0.35), 0.95)[0]
+    among_others = lengths(policy(draft=0.35), 0.95, *[0.3] * 7)[0]
+    assert among_others < alone
+
+
+def test_a_sequence_whose_drafts_fail_adds_no_rows_where_rows_cost():
+    found = lengths(policy(row=0.05), *[0.95] * 7, 0.02)
+    assert found[0] > 0
+    assert found[-1] == 0
+
+
+def steps_with_drafts(made, rates, num_steps):
     """The steps in which sequences draft, and how many tokens each of them."""
     found = {}
     for step in range(num_steps):
-        made.begin_step()
-        lengths = [made.draft_len("auto", own, len(acceptances)) for own in acceptances]
-        if any(lengths):
-            found[step] = lengths
+        drafted = lengths(made, *rates)
+        if any(drafted):
+            found[step] = drafted
     return found
 
 
 def test_where_drafts_do_not_pay_all_sequences_ask_again_together():
-    poor = [acceptance(0.0), acceptance(0.1), acceptance(0.2)]
-    found = steps_with_drafts(policy(draft=0.9), poor, 500)
-    assert list(found.values()) == [[1, 1, 1]] * len(found)
+    found = steps_with_drafts(policy(draft=0.9), [0.0, 0.1, 0.2], 200)
+    assert found and set(map(tuple, found.values())) == {(1, 1, 1)}
 
 
 def test_the_intervals_between_questions_double_up_to_the_longest():
     shortest, longest = ASK_INTERVALS
-    found = list(steps_with_drafts(policy(draft=0.9), [acceptance(0.0)], 9000))
-    gaps = [later - earlier - 1 for earlier, later in zip(found, found[1:], strict=False)]
-    assert found[0] == shortest
-    assert gaps == [min(shortest * 2 ** (i + 1), longest) for i in range(len(gaps))]
-    assert gaps[-1] == longest
+    found = list(steps_with_drafts(policy(draft=0.9), [0.0], 9000))
+    gaps = [later - earlier for earlier, later in zip(found, found[1:], strict=False)]
+    assert found[0] == shortest + 1
+    # the answer takes one step, the next question another
+    assert gaps == [min(shortest * 2 ** (i + 1), longest) + 2 for i in range(len(gaps))]
+    assert gaps[-1] == longest + 2
 
 
-def test_after_drafts_that_paid_the_intervals_are_short_again():
-    made, poor = policy(draft=0.9), acceptance(0.0)
-    steps_with_drafts(made, [poor], 2000)
-    made.drafts = policy(draft=0.1).drafts
-    assert steps_with_drafts(made, [acceptance(0.9)], 2)
-    made.drafts = policy(draft=0.9).drafts
-    (asked, *_) = steps_with_drafts(made, [poor], 2 * ASK_INTERVALS[0])
-    assert asked <= ASK_INTERVALS[0] + 1
+def test_where_drafts_pay_plain_steps_are_compared_at_growing_intervals():
+    made = policy()
+    drafted = steps_with_drafts(made, [0.9], 3000)
+    plain = sorted(set(range(3000)) - set(drafted))
+    gaps = [later - earlier - 1 for earlier, later in zip(plain, plain[1:], strict=False)]
+    assert gaps == [
+        min(COMPARE_INTERVALS[0] * 2 ** (i + 1), COMPARE_INTERVALS[1]) for i in range(len(gaps))
+    ]
 
 
-def test_nobody_is_asked_while_nobody_wants_drafts():
-    made = policy(draft=0.9)
-    steps_with_drafts(made, [], 1000)
-    assert not steps_with_drafts(made, [acceptance(0.0)], ASK_INTERVALS[0])
+def test_drafting_goes_on_in_the_next_request_when_one_ends_in_single_drafts():
+    made = policy(draft=0.3)
+    assert lengths(made, 0.9)[0] > 1
+    for most in (3, 2, 1, 1, 1):
+        assert made.lengths(wishes(0.9, most=most), 1) == [most]
+    assert lengths(made, 0.9)[0] > 1
+
+
+def test_few_sequences_without_drafts_do_not_stop_many():
+    made = policy()
+    assert any(lengths(made, *[0.9] * 8))
+    assert lengths(made, 0.0) == [0]
+    assert all(lengths(made, *[0.9] * 8))
+
+
+def test_a_new_sequence_is_taken_for_what_the_others_were():
+    poor, good = policy(draft=0.3), policy(draft=0.3)
+    for _ in range(300):
+        poor.acceptance.record(2, 0)
+        good.acceptance.record(2, 2)
+    new = [Wish("auto", 16, Acceptance())]
+    assert poor.lengths(new, 1) == [0]
+    assert good.lengths(new, 1)[0] > 2
+
+
+def simulated_speed(rate, size, draft, row, num_steps, seed=0, spread=0.05):
+    """Tokens per second of "auto" over those of plain decoding, on an imagined machine."""
+    draw = random.Random(seed)
+    made = DraftPolicy()
+    sequences = [Acceptance() for _ in range(size)]
+    seconds, tokens = 0.0, 0
+
+    def take(expected):
+        spent = expected * draw.lognormvariate(0.0, spread)
+        nonlocal seconds
+        seconds += expected
+        return spent
+
+    for _ in range(num_steps):
+        drafted = made.lengths([Wish("auto", 16, own) for own in sequences], size)
+        tokens += size
+        if not any(drafted):
+            made.times.plain.add(size, take(1.0))
+            continue
+        rounds = max(drafted)
+        made.times.drafts.add(sum(map(bool, drafted)), take(rounds * draft) / rounds)
+        made.times.checks.add(size + sum(drafted), take(1.0 + row * sum(drafted)))
+        for own, length in zip(sequences, drafted, strict=True):
+            right = 0
+            while right < length and draw.random() < rate:
+                right += 1
+            tokens += right
+            if length:
+                own.record(length, right)
+                made.acceptance.record(length, right)
+    return tokens / size / seconds
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize(("draft", "row"), [(0.25, 0.02), (0.7, 0.05), (0.25, 0.1), (1.0, 0.0)])
+def test_auto_is_never_slower_than_plain_decoding_by_three_percent(size, rate, draft, row):
+    assert simulated_speed(rate, size, draft, row, 1500) > 0.97
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+@pytest.mark.parametrize("rate", [0.6, 0.8, 0.9])
+def test_auto_comes_near_the_best_fixed_length(size, rate):
+    draft, row = 0.25, 0.016
+    best = max(
+        sum(rate**j for j in range(k + 1)) / (k * draft + 1 + row * k * size) for k in range(17)
+    )
+    assert simulated_speed(rate, size, draft, row, 1500) > 0.96 * best
 
 
 def test_the_rate_follows_the_latest_checks():
@@ -95,16 +205,3 @@ def test_drafts_after_the_first_wrong_one_do_not_count_as_tried():
     for _ in range(100):
         made.record(16, 1)
     assert made.rate == pytest.approx(0.5, abs=0.03)
-
-
-def test_times_between_measured_counts_are_interpolated():
-    times = Timings()
-    assert times.estimate(4) is None
-    times.add(2, 1.0)
-    assert times.estimate(1) == 1.0
-    assert 1.0 < times.estimate(4) < 1.1
-    times.add(6, 3.0)
-    assert times.estimate(4) == pytest.approx(2.0)
-    for seconds in (1.1, 0.9, 50.0):
-        times.add(2, seconds)
-    assert times.estimate(2) == pytest.approx(1.05)
