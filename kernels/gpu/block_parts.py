@@ -12,6 +12,7 @@ from torch import Tensor
 
 from multiexit_engine.kernels.norms import norm as norm_rows
 from multiexit_engine.kernels.products import Norm, product
+from multiexit_engine.kernels.row_lists import RowList
 
 
 class PartNorm:
@@ -34,11 +35,15 @@ def added(hidden: Tensor, x: Tensor, matrix: Any) -> Tensor:
     return product(x, matrix.weight, matrix.bias, residual=hidden, dtype=torch.float32)
 
 
-def inner(hidden: Tensor, norm: Norm | None, mlp: Any) -> Tensor:
+def inner(hidden: Tensor, norm: Norm | None, mlp: Any, listed: RowList | None = None) -> Tensor:
     """[rows, inner width]: all of a feed-forward layer but its last matrix."""
     gate_up = getattr(mlp, "gate_up", None)
     if gate_up is None:
-        return product(hidden, mlp.up.weight, mlp.up.bias, norm_before=norm, activation=mlp.kind)
+        return product(
+            hidden, mlp.up.weight, mlp.up.bias,
+            norm_before=norm, activation=mlp.kind, listed=listed,
+        )  # fmt: skip
     return product(
-        hidden, gate_up.weight, gate_up.bias, norm_before=norm, activation=mlp.kind, gated=True
-    )
+        hidden, gate_up.weight, gate_up.bias,
+        norm_before=norm, activation=mlp.kind, gated=True, listed=listed,
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 from multiexit_engine.kernels.head_tiles import tile_logits
 from multiexit_engine.kernels.heads import head_config
 from multiexit_engine.kernels.launch import options
+from multiexit_engine.kernels.row_lists import RowList, rows_at
 
 _NO_TOKEN = tl.constexpr(2147483647)
 _NUM_FIELDS = 4
@@ -35,6 +36,23 @@ def head_statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, shortlist: int | None = None
 ) -> HeadStatistics:
     """See ``multiexit_engine.ops.heads``. Two launches; scratch of 20 bytes a row and tile."""
+    return _statistics(hidden, weight, bias, shortlist, None)
+
+
+def listed_head_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, listed: RowList
+) -> HeadStatistics:
+    """See ``multiexit_engine.ops.row_lists``. Two launches."""
+    return _statistics(hidden, weight, bias, None, listed)
+
+
+def _statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shortlist: int | None,
+    listed: RowList | None,
+) -> HeadStatistics:
     rows, width = hidden.shape
     vocab, device = weight.shape[0] if shortlist is None else shortlist, hidden.device
     if not 1 <= vocab <= weight.shape[0]:
@@ -43,6 +61,7 @@ def head_statistics(
         )
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     numbers = torch.empty(_NUM_FIELDS, rows, dtype=torch.float32, device=device)
+    which = (None, None) if listed is None else (listed.rows, listed.count)
     if rows:
         config = head_config(rows, hidden.dtype)
         num_tiles = triton.cdiv(vocab, config.block_v)
@@ -50,14 +69,15 @@ def head_statistics(
         fields = torch.empty(shape, dtype=torch.float32, device=device)
         best = torch.empty(shape[1:], dtype=torch.int32, device=device)
         statistics_kernel[(triton.cdiv(rows, config.block_r), num_tiles)](
-            hidden, weight, bias, fields, best, rows, vocab, width,
-            EVEN=width % config.block_k == 0, HAS_BIAS=bias is not None, BLOCK_V=config.block_v,
-            BLOCK_R=config.block_r, BLOCK_K=config.block_k, STAGES=config.num_stages,
+            hidden, weight, bias, fields, best, *which, rows, vocab, width,
+            LISTED=listed is not None, EVEN=width % config.block_k == 0,
+            HAS_BIAS=bias is not None, BLOCK_V=config.block_v, BLOCK_R=config.block_r,
+            BLOCK_K=config.block_k, STAGES=config.num_stages,
             **options(config.num_warps, config.max_registers),
         )  # fmt: skip
         statistics_finish_kernel[(rows,)](
-            fields, best, tokens, numbers, rows, num_tiles, vocab,
-            TILES=triton.next_power_of_2(num_tiles), **options(4),
+            fields, best, tokens, numbers, *which, rows, num_tiles, vocab,
+            LISTED=listed is not None, TILES=triton.next_power_of_2(num_tiles), **options(4),
         )  # fmt: skip
     return HeadStatistics(tokens, *numbers)
 
@@ -69,9 +89,12 @@ def statistics_kernel(
     bias_ptr,
     tile_stat_ptr,
     tile_token_ptr,
+    row_ptr,
+    count_ptr,
     num_rows,
     vocab,
     width,
+    LISTED: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -82,14 +105,18 @@ def statistics_kernel(
     """One tile of the vocabulary for one block of rows.
 
     Writes for each row and tile the largest logit, the next one, the sum of e = exp(logit -
-    largest), the sum of e * (logit - largest), and the first token with the largest logit.
+    largest), the sum of e * (logit - largest), and the first token with the largest logit. LISTED:
+    of the rows of a list; a block that the list does not reach reads no weight.
     """
+    if LISTED:  # noqa: SIM102 - without a list there is no count
+        if tl.program_id(0) * BLOCK_R >= tl.load(count_ptr):
+            return
     tile = tl.program_id(1)
     num_tiles = tl.num_programs(1)
     entries = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    places = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows, row_mask = rows_at(places, row_ptr, count_ptr, num_rows, LISTED)
     entry_mask = entries < vocab
-    row_mask = rows < num_rows
     logits = tile_logits(
         hidden_ptr, head_weight_ptr, rows, row_mask, entries, entry_mask,
         width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
@@ -120,13 +147,20 @@ def statistics_finish_kernel(
     tile_token_ptr,
     token_ptr,
     number_ptr,
+    row_ptr,
+    count_ptr,
     num_rows,
     num_tiles,
     vocab,
+    LISTED: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Join the tiles of one row; a row with NaN or +inf among its logits has NaN in all sums."""
     row = tl.program_id(0).to(tl.int64)
+    if LISTED:
+        if row >= tl.load(count_ptr):
+            return
+        row = tl.load(row_ptr + row).to(tl.int64)
     tiles = tl.arange(0, TILES)
     mask = tiles < num_tiles
     place = row * num_tiles + tiles

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from multiexit_engine.kernels.launch import INTERPRETED, options
+from multiexit_engine.kernels.row_lists import RowList, rows_at
 
 # The tile in which every kernel sums a row, so that all of them find the same bits.
 NORM_ROWS = tl.constexpr(16)
@@ -69,43 +70,64 @@ def norm_kernel(
     gain_ptr,
     shift_ptr,
     output_ptr,
+    row_ptr,
+    count_ptr,
     num_rows,
     rows_each,
     width,
     x_stride,
     eps,
+    LISTED: tl.constexpr,
     IS_LAYER: tl.constexpr,
 ):
-    """``rows_each`` rows of the tile's sixteen, the others masked."""
+    """``rows_each`` rows of the tile's sixteen, the others masked; the output may be x."""
+    if LISTED:  # noqa: SIM102 - without a list there is no count
+        if tl.program_id(0) * rows_each >= tl.load(count_ptr):
+            return
     lanes = tl.arange(0, NORM_ROWS)
-    rows = tl.program_id(0) * rows_each + lanes
-    row_mask = (lanes < rows_each) & (rows < num_rows)
+    places = tl.program_id(0) * rows_each + lanes
+    rows, row_mask = rows_at(places, row_ptr, count_ptr, num_rows, LISTED)
+    row_mask = row_mask & (lanes < rows_each)
     center, scale = row_moments(x_ptr, rows, row_mask, width, x_stride, eps, IS_LAYER)
     columns = tl.arange(0, NORM_COLUMNS)
-    places = rows.to(tl.int64)[:, None]
+    row = rows.to(tl.int64)[:, None]
     for k in range(0, width, NORM_COLUMNS):
         inside = k + columns < width
         mask = row_mask[:, None] & inside[None, :]
-        x = tl.load(x_ptr + places * x_stride + (k + columns)[None, :], mask=mask, other=0.0)
+        x = tl.load(x_ptr + row * x_stride + (k + columns)[None, :], mask=mask, other=0.0)
         gain = tl.load(gain_ptr + k + columns, mask=inside, other=0.0)  # [NORM_COLUMNS]
         shift = gain
         if IS_LAYER:
             shift = tl.load(shift_ptr + k + columns, mask=inside, other=0.0)
         x = normalised(x, center, scale, gain, shift, IS_LAYER)
-        target = output_ptr + places * width + (k + columns)[None, :]
+        target = output_ptr + row * width + (k + columns)[None, :]
         tl.store(target, x.to(output_ptr.dtype.element_ty), mask=mask)
 
 
-def norm(x: Tensor, gain: Tensor, shift: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    """[rows, width] in ``dtype``: LayerNorm with a shift, RMSNorm without. One launch."""
+def norm(
+    x: Tensor,
+    gain: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    listed: RowList | None = None,
+    output: Tensor | None = None,
+) -> Tensor:
+    """[rows, width] in ``dtype``: LayerNorm with a shift, RMSNorm without. One launch.
+
+    Of ``listed`` rows only, where there is a list; into ``output``, which may be x, where given.
+    """
     rows, width = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    output = torch.empty(rows, width, dtype=dtype, device=x.device)
+    if output is None:
+        output = torch.empty(rows, width, dtype=dtype, device=x.device)
     if rows:
         rows_each = min(NORM_ROWS.value, triton.cdiv(rows, _PROGRAMS))
         norm_kernel[(triton.cdiv(rows, rows_each),)](
-            x, gain, shift, output, rows, rows_each, width, x.stride(0), eps,
-            IS_LAYER=shift is not None, **options(_NUM_WARPS),
+            x, gain, shift, output,
+            *((None, None) if listed is None else (listed.rows, listed.count)),
+            rows, rows_each, width, x.stride(0), eps,
+            LISTED=listed is not None, IS_LAYER=shift is not None, **options(_NUM_WARPS),
         )  # fmt: skip
     return output
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from multiexit_engine.kernels.attention import AttentionConfig, long_config
 from multiexit_engine.kernels.attention_tiles import attend, sequence_of_block
 from multiexit_engine.kernels.launch import options
+from multiexit_engine.kernels.row_lists import RowList
 
 # the keys of a sequence are one page of this many
 ONE_PAGE = 1 << 30
@@ -49,6 +50,9 @@ class PackedStarts(NamedTuple):
         starts = torch.tensor(
             [[0, *accumulate(query_lens)], [0, *accumulate(key_lens)]], dtype=torch.int32
         )
+        if device.type == "cuda":
+            # memory that is not pinned may be copied only when the device has done all before
+            starts = starts.pin_memory()
         return cls(*starts.to(device, non_blocking=True))
 
 
@@ -67,11 +71,17 @@ def packed_attention(
 
 
 def attend_packed(
-    query: Tensor, key: Tensor, value: Tensor, starts: PackedStarts, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: PackedStarts,
+    scale: float,
+    listed: RowList | None = None,
 ) -> Tensor:
     """The same where the device knows already how the sequences lie.
 
-    Queries, keys and values may be columns of wider rows: they are read where they lie.
+    Queries, keys and values may be columns of wider rows: they are read where they lie. Of
+    listed queries ``starts`` counts the places; the result has nothing in the other rows.
     """
     rows, heads, head_dim = query.shape
     if query.stride(2) != 1 or query.stride(1) != head_dim:
@@ -85,9 +95,10 @@ def attend_packed(
     table = torch.zeros(1, dtype=torch.int32, device=query.device)
     num_seqs = len(starts.queries) - 1
     packed_kernel[(heads, rows // config.block_m + num_seqs)](
-        query, key, value, table, starts.queries, starts.keys, output, scale,
-        num_seqs, query.stride(0),
-        HEADS=heads, KEY_HEADS=key.stride(0) // head_dim, HEAD_DIM=head_dim, ONE_PAGE=ONE_PAGE,
+        query, key, value, table, starts.queries, starts.keys, output,
+        None if listed is None else listed.rows, scale, num_seqs, query.stride(0),
+        LISTED=listed is not None, HEADS=heads, KEY_HEADS=key.stride(0) // head_dim,
+        HEAD_DIM=head_dim, ONE_PAGE=ONE_PAGE,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         STAGES=config.num_stages, **options(config.num_warps, config.max_registers),
@@ -112,9 +123,11 @@ def packed_kernel(
     query_start_ptr,
     key_start_ptr,
     output_ptr,
+    row_ptr,
     scale,
     num_seqs,
     query_stride,
+    LISTED: tl.constexpr,
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -126,7 +139,8 @@ def packed_kernel(
 ):
     """One block of queries of one sequence and head over all keys of the sequence.
 
-    KEY_HEADS: how many heads a row of keys and a row of values are wide in memory.
+    KEY_HEADS: how many heads a row of keys and a row of values are wide in memory. LISTED: the
+    queries are rows of a list, whose places ``query_start`` counts; outputs lie where they do.
     """
     head = tl.program_id(0)
     number = tl.program_id(1)
@@ -144,6 +158,8 @@ def packed_kernel(
     row_mask = index < num_queries
     mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
     row = first.to(tl.int64) + index
+    if LISTED:
+        row = tl.load(row_ptr + row, mask=row_mask, other=0).to(tl.int64)
     query = tl.load(  # [BLOCK_M, BLOCK_D]
         query_ptr + (row * query_stride + head * HEAD_DIM)[:, None] + dims[None, :],
         mask=mask,

@@ -12,6 +12,7 @@ import triton.language as tl
 from multiexit_engine.kernels.activations import activate
 from multiexit_engine.kernels.code_tiles import multiplied_codes
 from multiexit_engine.kernels.norms import normalised, row_moments
+from multiexit_engine.kernels.row_lists import rows_at
 
 
 @triton.jit
@@ -113,6 +114,8 @@ def product_kernel(
     output_ptr,
     partial_ptr,
     ticket_ptr,
+    row_ptr,
+    count_ptr,
     num_rows,
     out_features,
     width,
@@ -122,6 +125,7 @@ def product_kernel(
     code_stride,
     num_groups,
     eps,
+    LISTED: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     NORM: tl.constexpr,
@@ -138,15 +142,19 @@ def product_kernel(
 ):
     """One tile of outputs for one block of rows, over one part of the columns.
 
-    GATED: the first half of a tile are gates, the other the numbers that
-    they let through; ``out_features`` counts what comes out. BITS: of the codes of a quantized
+    GATED: the first half of a tile are gates, the other the numbers that they let through;
+    ``out_features`` counts what comes out. LISTED: the rows are those of a list, in ``x`` as in the
+    output; a block that the list does not reach reads no weight. BITS: of the codes of a quantized
     matrix, whose GROUP columns share a scale; 0 for a plain one.
     """
     part = tl.program_id(0)
     tile = tl.program_id(1)
     block = tl.program_id(2)
-    rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_mask = rows < num_rows
+    if LISTED:  # noqa: SIM102 - without a list there is no count
+        if block * BLOCK_R >= tl.load(count_ptr):
+            return
+    places = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows, row_mask = rows_at(places, row_ptr, count_ptr, num_rows, LISTED)
     lanes = tl.arange(0, BLOCK_V)
     if GATED:
         HALF: tl.constexpr = BLOCK_V // 2
@@ -189,7 +197,7 @@ def product_kernel(
         total = activate(total, FORM)
         outs = entries
     mask = (outs < out_features)[:, None] & row_mask[None, :]
-    places = rows.to(tl.int64)[None, :] * out_features + outs[:, None]
+    cells = rows.to(tl.int64)[None, :] * out_features + outs[:, None]
     if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    tl.store(output_ptr + places, total.to(output_ptr.dtype.element_ty), mask=mask)
+        total += tl.load(residual_ptr + cells, mask=mask, other=0.0).to(tl.float32)
+    tl.store(output_ptr + cells, total.to(output_ptr.dtype.element_ty), mask=mask)

@@ -21,6 +21,7 @@ from multiexit_engine.kernels.activations import FORMS
 from multiexit_engine.kernels.launch import kept_scratch, options
 from multiexit_engine.kernels.norms import norm
 from multiexit_engine.kernels.product_tiles import product_kernel
+from multiexit_engine.kernels.row_lists import RowList
 
 # More rows are PyTorch's.
 MAX_ROWS = 64
@@ -32,6 +33,7 @@ _PROGRAMS = 512
 _MIN_SPLIT = 256
 _STEP = 128
 _MAX_SPLITS = 16
+_KEPT_TICKETS = 16 * _PROGRAMS
 
 
 # Loads in flight of codes, of which a step has few.
@@ -108,6 +110,8 @@ def product(
     gated: bool = False,
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    listed: RowList | None = None,
+    output: Tensor | None = None,
 ) -> Tensor:
     """``residual + activation(norm(x) @ weight.T + bias)``, in one launch up to 64 rows.
 
@@ -121,19 +125,26 @@ def product(
         gated: the first half of the outputs, activated, times the second: half as many.
         residual: [rows, outputs], of any float dtype.
         dtype: of the result; that of the weights, or of the rows that meet codes, by default.
+        listed: the rows that are multiplied; all by default. With a list any number of rows is
+            multiplied here, and a row has the bits that it has among few rows.
+        output: [rows, outputs] contiguous, to be written to; may be ``residual``. New by default.
 
     Returns:
-        [rows, outputs].
+        [rows, outputs]; rows that are not listed are as ``output`` had them.
     """
     rows = x.shape[0]
-    x, norm_before = ready(x, weight, norm_before)
+    if listed is None:
+        x, norm_before = ready(x, weight, norm_before)
+    else:
+        assert norm_before is None, "a norm of listed rows is a launch of its own"
     dtype = dtype or (weight.dtype if isinstance(weight, Tensor) else x.dtype)
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    if rows > MAX_ROWS and isinstance(weight, Tensor):
+    if rows > MAX_ROWS and isinstance(weight, Tensor) and listed is None:
         return _wide(x, weight, bias, activation, gated, residual, dtype)
-    output = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    if output is None:
+        output = torch.empty(rows, outputs, dtype=dtype, device=x.device)
     if rows:
-        _launch(x, weight, bias, norm_before, activation, gated, residual, output)
+        _launch(x, weight, bias, norm_before, activation, gated, residual, output, listed)
     return output
 
 
@@ -172,14 +183,16 @@ class Cut(NamedTuple):
     options: dict[str, int]
 
 
-def cut(x: Tensor, out_features: int, dtype: torch.dtype, is_paired: bool) -> Cut:
+def cut(
+    x: Tensor, out_features: int, dtype: torch.dtype, is_paired: bool, is_listed: bool = False
+) -> Cut:
     """How a product in ``dtype`` is launched.
 
-    ``is_paired``: both halves of a tile make one output.
+    ``is_paired``: both halves of a tile make one output. ``is_listed``: some of the rows only.
     """
     rows, width = x.shape
     tile = tile_for(rows, dtype)
-    splits = splits_for(out_features, width) if rows <= MAX_ROWS else 1
+    splits = splits_for(out_features, width) if rows <= MAX_ROWS or is_listed else 1
     pairs = 2 if is_paired else 1
     tiles = triton.cdiv(out_features // pairs, tile.block_v // pairs)
     blocks = triton.cdiv(rows, tile.block_r)
@@ -187,9 +200,7 @@ def cut(x: Tensor, out_features: int, dtype: torch.dtype, is_paired: bool) -> Cu
     if splits > 1:
         cells = blocks * tiles * splits * tile.block_v * tile.block_r
         partial = torch.empty(cells, dtype=torch.float32, device=x.device)
-        # at most 4 blocks of rows, and of matrices with more tiles sums are not cut
-        ticket = kept_scratch("products", [0.0], 4 * 2 * _PROGRAMS, x.device)
-        ticket = ticket.view(torch.int32)
+        ticket = _tickets(blocks * tiles, x.device)
     constants = {
         "SPLIT": splits > 1, "EVEN": width % tile.block_k == 0, "BLOCK_V": tile.block_v,
         "BLOCK_R": tile.block_r, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages,
@@ -198,6 +209,13 @@ def cut(x: Tensor, out_features: int, dtype: torch.dtype, is_paired: bool) -> Cu
     step = triton.cdiv(width, splits * _STEP) * _STEP
     launch = options(tile.num_warps, tile.max_registers)
     return Cut((splits, tiles, blocks), step, partial, ticket, constants, launch)
+
+
+def _tickets(count: int, device: torch.device) -> Tensor:
+    """int32 counters that stand at 0: kept ones, unless rows of a list are very many."""
+    if count > _KEPT_TICKETS:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    return kept_scratch("products", [0.0], _KEPT_TICKETS, device).view(torch.int32)
 
 
 def norm_kind(norm_before: Norm | None) -> str:
@@ -231,22 +249,24 @@ def _launch(
     gated: bool,
     residual: Tensor | None,
     output: Tensor,
+    listed: RowList | None,
 ) -> None:
     rows, width = x.shape
     if isinstance(weight, Tensor):
-        how = cut(x, weight.shape[0], weight.dtype, gated)
+        how = cut(x, weight.shape[0], weight.dtype, gated, listed is not None)
         stored, scales, bits, group = weight, None, 0, 0
     else:
-        how = cut(x, weight.shape[0], x.dtype, gated)
+        how = cut(x, weight.shape[0], x.dtype, gated, listed is not None)
         how.constants["STAGES"] = CODE_STAGES
         stored, scales = weight.codes, weight.scales
         bits, group = weight.quantization.bits, weight.quantization.group_size
     gain, shift, eps = norm_before or (None, None, 0.0)
     product_kernel[how.grid](
         x, stored, scales, bias, gain, shift, residual, output, how.partial, how.ticket,
-        rows, output.shape[1], width, how.step, how.grid[0], x.stride(0),
-        stored.stride(0), 0 if scales is None else scales.stride(0), eps,
-        BITS=bits, GROUP=group,
+        *((None, None) if listed is None else (listed.rows, listed.count)),
+        rows, output.shape[1], width, how.step, how.grid[0], x.stride(0), stored.stride(0),
+        0 if scales is None else scales.stride(0), eps,
+        LISTED=listed is not None, BITS=bits, GROUP=group,
         NORM=norm_kind(norm_before), FORM=FORMS[activation] if activation else "none", GATED=gated,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         **how.constants, **how.options,

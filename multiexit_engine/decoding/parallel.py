@@ -28,7 +28,17 @@ def sure_rows(found: HeadStatistics, modes: Sequence[Parallel]) -> Tensor:
     device = found.entropy.device
     thresholds = to_device([mode.threshold for mode in modes], device)
     by_entropy = to_device([mode.measure == "entropy" for mode in modes], device)
-    thresholds = thresholds.to(found.entropy.dtype)
+    return is_sure(found, thresholds.to(found.entropy.dtype), by_entropy)
+
+
+def is_sure(found: HeadStatistics, thresholds: Tensor, by_entropy: Tensor) -> Tensor:
+    """``sure_rows`` of modes that the device knows.
+
+    Args:
+        found: of the rows.
+        thresholds: [rows] in the dtype of ``found``.
+        by_entropy: [rows] bool, whether a row's measure is the entropy.
+    """
     return torch.where(by_entropy, found.entropy <= thresholds, found.log_probs.exp() >= thresholds)
 
 
@@ -63,10 +73,10 @@ def certain_rows(
     # no entropy is below that of a row whose tokens all have its greatest probability
     least = torch.maximum(entropy - change, -best - wide)
     by_best = (best - wide).exp() >= thresholds
-    is_sure = torch.where(by_entropy, entropy + change <= thresholds, by_best)
-    is_unsure = torch.where(by_entropy, least > thresholds, (best + wide).exp() < thresholds)
+    sure = torch.where(by_entropy, entropy + change <= thresholds, by_best)
+    unsure = torch.where(by_entropy, least > thresholds, (best + wide).exp() < thresholds)
     is_known = errors.isfinite() & entropy.isfinite()
-    return is_sure & is_known, is_unsure & is_known
+    return sure & is_known, unsure & is_known
 
 
 def rows_to_refine(log_probs: Sequence[float], turn: int, num_turns: int) -> list[int]:

@@ -26,8 +26,14 @@ from multiexit_engine.models.encoder_decoder import EncoderDecoderModel
 from multiexit_engine.ops import (
     PackedSources,
     PackedTexts,
+    RaggedSources,
+    RaggedTexts,
+    RowList,
+    are_rows_ragged,
     linear,
+    listed_linear,
     packed_blocks,
+    ragged_blocks,
     take_rows,
 )
 from multiexit_engine.quantization import row_span
@@ -86,21 +92,26 @@ class ElmerModel(EncoderDecoderModel):
         self._starts.move_to_end(length)
         return self._starts[length]
 
-    def cross_span(self, encoded: Tensor, span: range) -> Tensor:
+    def cross_span(self, encoded: Tensor, span: range, listed: RowList | None = None) -> Tensor:
         """Keys and values of a span of 0-based decoder layers, in one product.
 
         Args:
             encoded: [rows, hidden] of ``encode``.
             span: the layers.
+            listed: the rows that are read; all by default.
 
         Returns:
-            [rows, len(span), 2, heads, head_dim], keys before values.
+            [rows, len(span), 2, heads, head_dim], keys before values; anything for other rows.
         """
         config = self.config
         width = 2 * config.num_kv_heads * config.head_dim
         rows = span.start * width, span.stop * width
         bias = None if self.cross.bias is None else self.cross.bias[slice(*rows)]
-        product = linear(encoded, row_span(self.cross.weight, *rows), bias)
+        weight = row_span(self.cross.weight, *rows)
+        if listed is None:
+            product = linear(encoded, weight, bias)
+        else:
+            product = listed_linear(encoded, weight, bias, listed)
         return product.view(-1, len(span), 2, config.num_kv_heads, config.head_dim)
 
     def run(
@@ -127,6 +138,16 @@ class ElmerModel(EncoderDecoderModel):
         return packed_blocks(
             hidden, self._layers[span.start : span.stop], texts, sources, is_attended
         )
+
+    def are_waits_spared(self, hidden: Tensor) -> bool:
+        """Whether ``run_ragged`` is the faster way to let rows such as these leave."""
+        return are_rows_ragged(hidden, self._layers)
+
+    def run_ragged(
+        self, hidden: Tensor, span: range, texts: RaggedTexts, sources: RaggedSources
+    ) -> Tensor:
+        """``run`` where the device alone knows which rows go on; see ``ragged_blocks``."""
+        return ragged_blocks(hidden, self._layers[span.start : span.stop], texts, sources)
 
     def feed_back(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """What the next layer reads of states and what they predict.

@@ -24,6 +24,12 @@ from multiexit_engine.ops.linear import linear, linear_activation
 from multiexit_engine.ops.norm import layer_norm, rms_norm
 from multiexit_engine.ops.packed_attention import packed_attention
 from multiexit_engine.ops.packed_blocks import PackedSources, PackedTexts, packed_blocks
+from multiexit_engine.ops.ragged_blocks import (
+    RaggedSources,
+    RaggedTexts,
+    are_rows_ragged,
+    ragged_blocks,
+)
 from multiexit_engine.ops.registry import (
     NATIVE,
     REFERENCE,
@@ -34,6 +40,12 @@ from multiexit_engine.ops.registry import (
     use_backend,
 )
 from multiexit_engine.ops.rotary import rotary
+from multiexit_engine.ops.row_lists import (
+    RowList,
+    compact_rows,
+    listed_head_statistics,
+    listed_linear,
+)
 from multiexit_engine.ops.rows import embed, take_rows
 from multiexit_engine.ops.sampling import gumbel_noise, sample_tokens
 from multiexit_engine.ops.tokens import contrast_tokens, head_tokens, shared_head_tokens
@@ -46,7 +58,11 @@ __all__ = [
     "Op",
     "PackedSources",
     "PackedTexts",
+    "RaggedSources",
+    "RaggedTexts",
+    "RowList",
     "are_codes_fast",
+    "are_rows_ragged",
     "assume_device",
     "biased_packed_attention",
     "biased_paged_attention",
@@ -54,6 +70,7 @@ __all__ = [
     "code_hidden",
     "coded_head_statistics",
     "coded_head_tokens",
+    "compact_rows",
     "contrast_heads",
     "contrast_logits",
     "contrast_tokens",
@@ -69,10 +86,13 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_activation",
+    "listed_head_statistics",
+    "listed_linear",
     "logit_errors",
     "packed_attention",
     "packed_blocks",
     "paged_attention",
+    "ragged_blocks",
     "register_op",
     "relative_top_logits",
     "rms_norm",

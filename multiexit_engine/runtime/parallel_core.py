@@ -22,6 +22,7 @@ from multiexit_engine.params import Parallel
 from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
 from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
 from multiexit_engine.runtime.parallel_pass import Answer, LayerRows, ParallelBatch
+from multiexit_engine.runtime.ragged_pass import new_batch
 
 
 class ParallelCore:
@@ -174,7 +175,7 @@ class ParallelCore:
             for place, request in enumerate(requests)
         ]
         with torch.inference_mode(), self._backend():
-            batch = ParallelBatch(
+            batch = new_batch(
                 self.model,
                 [request.prompt_token_ids for request in requests],
                 [answer for own in answers for answer in own],

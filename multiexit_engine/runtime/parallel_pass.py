@@ -34,7 +34,7 @@ from multiexit_engine.ops import (
     take_rows,
 )
 from multiexit_engine.parallel_mode import Parallel
-from multiexit_engine.transfer import to_device
+from multiexit_engine.transfer import to_device, to_host
 
 
 @dataclass(eq=False)
@@ -146,7 +146,7 @@ class ParallelBatch:
             rows = self._leave(stop, rows)
             layer = stop
         self._read_untested()
-        self._hand_out()
+        self._hand_out(*to_host([self._token_ids, self._log_probs]))
 
     def _next_stop(self, layer: int, rows: list[int]) -> int:
         """The next layer, from 1-based ``layer`` on, after which rows may leave or are fed back."""
@@ -304,8 +304,7 @@ class ParallelBatch:
                 found = find(*self._model.predict(self._states(own)))
                 self._token_ids[index], self._log_probs[index] = found
 
-    def _hand_out(self) -> None:
-        token_ids, log_probs = self._token_ids.tolist(), self._log_probs.tolist()
+    def _hand_out(self, token_ids: list[int], log_probs: list[float]) -> None:
         for i, answer in enumerate(self._answers):
             own = slice(self._first[i], self._first[i] + answer.length)
             answer.token_ids = token_ids[own]

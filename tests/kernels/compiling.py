@@ -29,6 +29,7 @@ from multiexit_engine.kernels import (
     heads,
     kv,
     packed_attention,
+    row_lists,
 )
 from multiexit_engine.kernels.launch import options
 from tests.kernels.shipped_layers import POINTERS, layers
@@ -53,7 +54,8 @@ TYPES = {
     **dict.fromkeys(("candidate_logit_ptr", "candidate_score_ptr", "logprob_ptr"), "*fp32"),
     **dict.fromkeys(("partial_ptr", "weight_ptr", "number_ptr"), "*fp32"),
     **dict.fromkeys(("seed_ptr", "position_ptr", "token_ptr", "slot_ptr"), "*i64"),
-    **dict.fromkeys(("count_ptr", "listed_ptr", "tile_token_ptr"), "*i32"),
+    **dict.fromkeys(("count_ptr", "listed_ptr", "tile_token_ptr", "row_ptr", "before_ptr"), "*i32"),
+    "flag_ptr": "*u8",
     **dict.fromkeys(("table_ptr", "start_ptr", "context_ptr"), "*i32"),
     **dict.fromkeys(("query_start_ptr", "key_start_ptr", "group_ptr", "ticket_ptr"), "*i32"),
     **dict.fromkeys(("lower_table_ptr", "least_ptr"), "*i64"),
@@ -92,40 +94,9 @@ def shipped(capability: int) -> Iterator[Shipped]:
         for rows in (1, 16, 32, 64):
             for lowers, edited in HEADS:
                 yield _head(rows, dtype, lowers, edited, overlap)
-            config = heads.head_config(rows, dtype)
-            yield Shipped(
-                f"statistics rows={rows}",
-                head_statistics.statistics_kernel,
-                dtype,
-                {
-                    "bias_ptr": None,
-                    "EVEN": 1024 % config.block_k == 0,
-                    "HAS_BIAS": False,
-                    "BLOCK_V": config.block_v,
-                    "BLOCK_R": config.block_r,
-                    "BLOCK_K": config.block_k,
-                    "STAGES": config.num_stages,
-                },
-                options(config.num_warps, config.max_registers),
-            )
+            yield from (_statistics(rows, dtype, is_listed) for is_listed in (True, False))
         for head_dim in (64, 128):
-            tiles = packed_attention.packed_config(head_dim, dtype)
-            yield Shipped(
-                f"packed heads=16x{head_dim}",
-                packed_attention.packed_kernel,
-                dtype,
-                {
-                    "HEADS": 16,
-                    "KEY_HEADS": 48,
-                    "HEAD_DIM": head_dim,
-                    "ONE_PAGE": packed_attention.ONE_PAGE,
-                    "BLOCK_M": tiles.block_m,
-                    "BLOCK_N": tiles.block_n,
-                    "BLOCK_D": head_dim,
-                    "STAGES": tiles.num_stages,
-                },
-                options(tiles.num_warps, tiles.max_registers),
-            )
+            yield from (_packed(head_dim, dtype, is_listed) for is_listed in (True, False))
         for num_heads, kv_heads, head_dim, window in (
             (16, 16, 64, 0),
             (12, 12, 64, 256),
@@ -135,6 +106,9 @@ def shipped(capability: int) -> Iterator[Shipped]:
         ):
             yield from _attention(dtype, num_heads, kv_heads, head_dim, window, overlap)
     yield from _finishes(overlap)
+    yield Shipped(
+        "compact", row_lists.compact_kernel, DTYPES[0], {"BLOCK": row_lists._BLOCK}, options(4)
+    )
     yield Shipped(
         "write kv", kv._write_kernel, DTYPES[0], {"WIDTH": 1024, "BLOCK": 1024}, options(4)
     )
@@ -174,16 +148,62 @@ def _head(rows: int, dtype: torch.dtype, lowers: str, edited: bool, overlap: boo
     )
 
 
+def _statistics(rows: int, dtype: torch.dtype, is_listed: bool) -> Shipped:
+    config = heads.head_config(rows, dtype)
+    return Shipped(
+        f"statistics rows={rows} listed={is_listed}",
+        head_statistics.statistics_kernel,
+        dtype,
+        {
+            "bias_ptr": None,
+            **({} if is_listed else {"row_ptr": None, "count_ptr": None}),
+            "LISTED": is_listed,
+            "EVEN": 1024 % config.block_k == 0,
+            "HAS_BIAS": False,
+            "BLOCK_V": config.block_v,
+            "BLOCK_R": config.block_r,
+            "BLOCK_K": config.block_k,
+            "STAGES": config.num_stages,
+        },
+        options(config.num_warps, config.max_registers),
+    )
+
+
+def _packed(head_dim: int, dtype: torch.dtype, is_listed: bool) -> Shipped:
+    """Keys and values lie in rows of queries, keys and values."""
+    tiles = packed_attention.packed_config(head_dim, dtype)
+    return Shipped(
+        f"packed heads=16x{head_dim} listed={is_listed}",
+        packed_attention.packed_kernel,
+        dtype,
+        {
+            **({} if is_listed else {"row_ptr": None}),
+            "LISTED": is_listed,
+            "HEADS": 16,
+            "KEY_HEADS": 48,
+            "HEAD_DIM": head_dim,
+            "ONE_PAGE": packed_attention.ONE_PAGE,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_D": head_dim,
+            "STAGES": tiles.num_stages,
+        },
+        options(tiles.num_warps, tiles.max_registers),
+    )
+
+
 def _finishes(overlap: bool) -> Iterator[Shipped]:
     tail = {"TILES": 4096, "OVERLAP": overlap}
     yield Shipped("head finish", head_finish.head_finish_kernel, DTYPES[0], tail, options(4))
-    yield Shipped(
-        "statistics finish",
-        head_statistics.statistics_finish_kernel,
-        DTYPES[0],
-        {"TILES": 4096},
-        options(4),
-    )
+    for is_listed in (True, False):
+        unlisted: dict[str, Any] = {} if is_listed else {"row_ptr": None, "count_ptr": None}
+        yield Shipped(
+            f"statistics finish listed={is_listed}",
+            head_statistics.statistics_finish_kernel,
+            DTYPES[0],
+            {"TILES": 4096, "LISTED": is_listed, **unlisted},
+            options(4),
+        )
     for lowers, edited in HEADS[1:]:
         unused = () if edited else EDITS
         unused += () if lowers == "own" else ("group_ptr", "least_ptr")

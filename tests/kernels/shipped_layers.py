@@ -20,6 +20,12 @@ PRODUCTS = {
     "bias, residual, split": {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SPLIT": True},
     "gated": {"GATED": True, "FORM": "silu"},
     "gated, split": {"GATED": True, "FORM": "silu", "SPLIT": True},
+    "listed, bias, erf, split": {
+        "LISTED": True, "HAS_BIAS": True, "FORM": "erf", "SPLIT": True,
+    },
+    "listed, bias, residual, split": {
+        "LISTED": True, "HAS_BIAS": True, "HAS_RESIDUAL": True, "SPLIT": True,
+    },
     "layer norm, bias": {"NORM": "layer", "HAS_BIAS": True},
     "layer norm, bias, gelu, split": {
         "NORM": "layer", "HAS_BIAS": True, "FORM": "tanh", "SPLIT": True,
@@ -40,9 +46,13 @@ _Item = tuple[str, Any, torch.dtype, dict[str, Any], dict[str, int], dict[str, s
 def layers(dtype: torch.dtype) -> Iterator[_Item]:
     """Name, kernel, dtype, constants, options, types of arguments that are not of ``dtype``."""
     for is_layer in (True, False):
-        constants = {"IS_LAYER": is_layer, **({} if is_layer else {"shift_ptr": None})}
-        name = f"norm layer={is_layer}"
-        yield name, norms.norm_kernel, dtype, constants, options(4), {"x_ptr": "*fp32"}
+        for listed in (True, False):
+            constants = {
+                "IS_LAYER": is_layer, "LISTED": listed,
+                **_without({"shift_ptr": is_layer, "row_ptr": listed, "count_ptr": listed}),
+            }  # fmt: skip
+            name = f"norm layer={is_layer} listed={listed}"
+            yield name, norms.norm_kernel, dtype, constants, options(4), {"x_ptr": "*fp32"}
     for rows in (1, 16, 32, 64):
         is_normed = rows == 1 and dtype != torch.float32
         for name, has in PRODUCTS.items():
@@ -97,7 +107,7 @@ def _product(name: str, rows: int, dtype: torch.dtype, has: dict[str, Any]) -> _
     tile, launch = _tile(rows, dtype)
     constants = {
         "NORM": "none", "FORM": "none", "GATED": False, "HAS_BIAS": False, "HAS_RESIDUAL": False,
-        "SPLIT": False, "BITS": 0, "GROUP": 0, **tile, **has,
+        "SPLIT": False, "LISTED": False, "BITS": 0, "GROUP": 0, **tile, **has,
     }  # fmt: skip
     needed = {
         "scale_ptr": constants["BITS"] > 0,
@@ -107,6 +117,8 @@ def _product(name: str, rows: int, dtype: torch.dtype, has: dict[str, Any]) -> _
         "residual_ptr": constants["HAS_RESIDUAL"],
         "partial_ptr": constants["SPLIT"],
         "ticket_ptr": constants["SPLIT"],
+        "row_ptr": constants["LISTED"],
+        "count_ptr": constants["LISTED"],
     }
     stored = {8: "*i8", 4: "*u8"}.get(constants["BITS"], POINTERS[dtype])
     types = {"weight_ptr": stored, "scale_ptr": "*bf16", "residual_ptr": "*fp32"}
