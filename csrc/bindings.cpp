@@ -257,10 +257,15 @@ PYBIND11_MODULE(_C, m) {
         return Layout{tokens, sequences, at<int32_t>(starts), at<int32_t>(contexts),
                       at<int32_t>(tables), table_stride, longest_context};
       }));
+  py::class_<CopiedRows>(m, "CopiedRows")
+      .def(py::init([](int64_t count, Address states, Address positions, Address slots) {
+        return CopiedRows{count, at(states), at<int64_t>(positions), at<int64_t>(slots)};
+      }));
   py::class_<Rows>(m, "Rows").def(
       py::init([](const Layout& layout, Address positions, Address slots,
-                  std::optional<Layout> sources) {
-        return Rows{layout, at<int64_t>(positions), at<int64_t>(slots), std::move(sources)};
+                  std::optional<Layout> sources, std::optional<CopiedRows> copied) {
+        return Rows{layout, at<int64_t>(positions), at<int64_t>(slots), std::move(sources),
+                    copied};
       }));
   py::class_<CrossAttention>(m, "CrossAttention")
       .def(py::init([](const Norm& norm, const Linear& query, const Linear& output, float scale) {

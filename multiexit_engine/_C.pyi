@@ -31,9 +31,17 @@ class Layout:
         longest_context: int,
     ) -> None: ...
 
+class CopiedRows:
+    def __init__(self, count: int, states: int, positions: int, slots: int) -> None: ...
+
 class Rows:
     def __init__(
-        self, layout: Layout, positions: int, slots: int, sources: Layout | None
+        self,
+        layout: Layout,
+        positions: int,
+        slots: int,
+        sources: Layout | None,
+        copied: CopiedRows | None,
     ) -> None: ...
 
 class DistanceBias:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -187,6 +187,20 @@ class SequenceLayout:
         )
 
 
+class CopiedRows(NamedTuple):
+    """Rows that only give keys and values, in every layer that runs from the same state.
+
+    Attributes:
+        states: [rows, hidden], the residual stream where they left it.
+        positions: [rows] int64.
+        slot_mapping: [rows] int64.
+    """
+
+    states: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+
+
 @dataclass(frozen=True)
 class ForwardBatch:
     """The tensors of one step, flat over its sequences.
@@ -198,6 +212,8 @@ class ForwardBatch:
         layout: where each sequence lies.
         sources: where each token's source lies in the cache, every token being a sequence of its
             own whose one query sees all of it; None for a decoder-only model.
+        copied: rows of these sequences, before their tokens, whose keys and values are written
+            first in each layer.
     """
 
     token_ids: Tensor
@@ -205,6 +221,7 @@ class ForwardBatch:
     slot_mapping: Tensor
     layout: SequenceLayout
     sources: SequenceLayout | None = None
+    copied: CopiedRows | None = None
 
     @property
     def num_tokens(self) -> int:

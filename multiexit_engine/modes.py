@@ -221,8 +221,9 @@ class EarlyExit:
             keep this share of full depth's tokens.
         kv: what a row that left gives the deeper layers. "recompute": it runs through them later,
             with the first row that goes there, so the cache is that of full depth. "copy": each of
-            them computes keys and values at once from the state in which the row left, as if the
-            layers between had changed nothing; cheaper, and a second approximation.
+            them computes, in the pass of that row, keys and values alone from the state in which
+            the row left, as if the layers between had changed nothing; cheaper, and a second
+            approximation.
 
     Source: Schuster et al. 2022, arXiv:2207.07061 (measures, and section 3.4, copied states); Zhou
         et al. 2020, arXiv:2006.04152 (patience); Chen et al. 2023, arXiv:2312.04916, section 4

@@ -40,11 +40,20 @@ struct Block {
   std::optional<CrossAttention> cross;
 };
 
+// Rows that only give keys and values, in every block from the same state.
+struct CopiedRows {
+  int64_t count;
+  const float* states;       // [count, hidden]
+  const int64_t* positions;  // [count]
+  const int64_t* slots;      // [count]
+};
+
 struct Rows {
   Layout layout;
   const int64_t* positions;  // [tokens]
   const int64_t* slots;      // [tokens]
   std::optional<Layout> sources;  // every token a sequence of its own; for cross-attention
+  std::optional<CopiedRows> copied;
 };
 
 // Blocks that follow each other, each with its part of the cache.

@@ -14,6 +14,16 @@ struct Linear {
   const float* bias;  // [rows] or null
 };
 
+// Some rows of a weight, with their bias.
+inline Linear part_of(const Linear& linear, int64_t first, int64_t count) {
+  Linear part = linear;
+  part.weight.data = linear.weight.row(first);
+  part.weight.rows = count;
+  if (linear.weight.scales) part.weight.scales += first * linear.weight.groups();
+  if (linear.bias) part.bias += first;
+  return part;
+}
+
 // Weight rows that a thread takes at once: about 64 KB, but enough to keep a pass over many tokens
 // worth its start.
 inline int64_t rows_of_chunk(const Matrix& weight, int64_t tokens) {

@@ -13,16 +13,6 @@ int64_t sum_of(const std::vector<int64_t>& counts) {
   return std::accumulate(counts.begin(), counts.end(), int64_t{0});
 }
 
-// Some rows of a weight, with their bias.
-Linear part_of(const Linear& linear, int64_t first, int64_t count) {
-  Linear part = linear;
-  part.weight.data = linear.weight.row(first);
-  part.weight.rows = count;
-  if (linear.weight.scales) part.weight.scales += first * linear.weight.groups();
-  if (linear.bias) part.bias += first;
-  return part;
-}
-
 // The texts some of whose rows go on, and all their rows.
 struct Alive {
   explicit Alive(const PackedLens& all) {

@@ -116,11 +116,13 @@ def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: 
     # float32 between spans, too: where the layers are cut must not round anything
     hidden = hidden.float().contiguous()
     out = torch.empty_like(hidden)
+    kept, copied = _copied(batch.copied)
     rows = _C.Rows(
         layout_view(batch.layout),
         batch.positions.data_ptr(),
         batch.slot_mapping.data_ptr(),
         None if batch.sources is None else layout_view(batch.sources),
+        copied,
     )
     _C.decoder_blocks(
         torch.get_num_threads(),
@@ -130,7 +132,17 @@ def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: 
         out.data_ptr(),
         DTYPES[hidden.dtype],
     )
+    del kept  # not before: the extension reads it
     return out
+
+
+def _copied(rows: Any) -> tuple[Tensor | None, _C.CopiedRows | None]:
+    """The extension's view of CopiedRows, and the states that must outlive it."""
+    if rows is None:
+        return None, None
+    states = rows.states.float().contiguous()
+    places = address(rows.positions), address(rows.slot_mapping)
+    return states, _C.CopiedRows(len(states), address(states), *places)
 
 
 def packed_blocks(

@@ -98,6 +98,6 @@ class DecoderBlock(Block):
     def write_kv(
         self, hidden: Tensor, kv_cache: PagedKVCache, positions: Tensor, slot_mapping: Tensor
     ) -> None:
-        """Write keys and values of its layer only; see ``MultiExitModel.write_kv``."""
+        """Write keys and values of its layer only; see ``CopiedRows``."""
         read = self._before(self.attention_norm, hidden).to(kv_cache.dtype)
         self.attention.write_kv(read, kv_cache, positions, slot_mapping)

@@ -66,7 +66,8 @@ class MultiExitModel(nn.Module):
             hidden: [tokens, hidden], output of block ``start`` counted from 1, or ``embed``'s.
             start: first block.
             stop: end of the span.
-            kv_cache: keys and values of these layers are written for all tokens of ``batch``.
+            kv_cache: keys and values of these layers are written for all tokens of ``batch`` and
+                its copied rows.
             batch: the tokens.
 
         Returns:
@@ -76,33 +77,6 @@ class MultiExitModel(nn.Module):
         if start == stop:
             return hidden
         return decoder_blocks(hidden, self._order[start:stop], kv_cache, batch)
-
-    def write_kv(
-        self,
-        hidden: Tensor,
-        start: int,
-        stop: int,
-        kv_cache: PagedKVCache,
-        positions: Tensor,
-        slot_mapping: Tensor,
-    ) -> None:
-        """Write what the 0-based blocks ``start`` to ``stop - 1`` make of one state of each row.
-
-        Each block's keys and values are computed from the same state, as if no block before it had
-        changed it: the block's own norm, where it begins with one, and projection.
-
-        Args:
-            hidden: [tokens, hidden], output of block ``start`` counted from 1.
-            start: first block.
-            stop: end of the span.
-            kv_cache: keys and values of these layers are written.
-            positions: [tokens] int64, 0-based in each sequence.
-            slot_mapping: [tokens] int64, ``block * block_size + offset`` of each token.
-
-        Source: Schuster et al. 2022, arXiv:2207.07061, section 3.4.
-        """
-        for block in self._order[start:stop]:
-            block.write_kv(hidden, kv_cache, positions, slot_mapping)
 
 
 def load_original_head(config: ModelConfig, loader: TensorLoader, tokens: Tensor) -> Weight:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class KVCache(Protocol):
 @register_op
 def decoder_blocks(
     hidden: Tensor,
-    blocks: Sequence[Callable[..., Tensor]],
+    blocks: Sequence[Any],
     kv_cache: KVCache,
     batch: ForwardBatch,
 ) -> Tensor:
@@ -38,29 +38,37 @@ def decoder_blocks(
         blocks: at least one ``layers.block.DecoderBlock``, or block of an encoder-decoder, whose
             parts a backend reads; its weights and the cache stay where they are from the first
             call on.
-        kv_cache: the keys and values of these layers are written for all tokens of ``batch``.
+        kv_cache: the keys and values of these layers are written for all tokens of ``batch`` and
+            its copied rows.
         batch: the tokens.
 
     Returns:
         A new tensor of the shape of ``hidden``, in its dtype or in float32.
 
     Source: Radford et al. 2019, "Language models are unsupervised multitask learners", 2.3; for
-        encoder-decoders Vaswani et al. 2017, arXiv:1706.03762, 3.1.
+        encoder-decoders Vaswani et al. 2017, arXiv:1706.03762, 3.1; for copied rows Schuster et al.
+        2022, arXiv:2207.07061, section 3.4.
     """
+    copied = batch.copied
     for block in blocks:
+        if copied is not None:
+            block.write_kv(copied.states, kv_cache, copied.positions, copied.slot_mapping)
         hidden = block(hidden, kv_cache, batch)
     return hidden
 
 
-def _has_matrices_to_stream(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
+def _has_matrices_to_stream(
+    hidden: Tensor, blocks: Sequence[Any], kv_cache: KVCache, batch: ForwardBatch
+) -> bool:
     """Whether the GPU's kernels read the matrices: all of a model's, or none.
 
-    They read no biases for distances, as T5 has them. Codes take the type of their rows, which
-    blocks with norms behind their parts keep in float32.
+    They know no copied rows, and no biases for distances, as T5 has them. Codes take the type of
+    their rows, which blocks with norms behind their parts keep in float32.
     """
     weight, is_post_norm = blocks[0].attention.qkv.weight, blocks[0].is_post_norm
     is_read = not is_post_norm if isinstance(weight, QuantizedWeight) else is_dense(weight)
-    return is_read and is_plain(hidden) and blocks[0].attention.bias is None
+    is_known = batch.copied is None and blocks[0].attention.bias is None
+    return is_read and is_known and is_plain(hidden)
 
 
 decoder_blocks.backend(

@@ -6,7 +6,7 @@ or of the layers between exits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
 from typing import TypeAlias
@@ -56,7 +56,7 @@ class EarlyExits:
     def rows(self, rows: Iterable[LogitRow], batch: ScheduledBatch) -> EarlyRows:
         """Those of a step's rows that choose their exit, or chose it before, on their way."""
         deciding = [row for row in rows if isinstance(row.mode, EarlyExit)]
-        return EarlyRows(self, deciding, _layers_left_at(batch))
+        return EarlyRows(self, deciding, batch)
 
 
 @dataclass(slots=True, eq=False)
@@ -102,35 +102,34 @@ class EarlyRows:
     Args:
         exits: of the model.
         rows: that choose.
-        returning: items whose rows are computed again and leave where they left at first.
+        batch: the step. Items of it whose rows are computed again leave where they left at first.
 
     Attributes:
+        joining: for each item its earlier tokens that wait.
         chosen: rows whose token the measure itself told.
         waiting: the sequences that left, and which of their tokens lack layers now.
     """
 
-    def __init__(
-        self, exits: EarlyExits, rows: Sequence[LogitRow], returning: Mapping[int, int]
-    ) -> None:
+    def __init__(self, exits: EarlyExits, rows: Sequence[LogitRow], batch: ScheduledBatch) -> None:
         self._exits = exits
-        self._returning = returning
+        self._batch = batch
+        self._returning = _layers_left_at(batch)
+        self.joining = {
+            index: item.sequence.waiting
+            for index, item in enumerate(batch.scheduled)
+            if item.sequence.waiting
+        }
         self._undecided: list[_Row] = []
         for row in rows:
             assert isinstance(row.mode, EarlyExit), "only these decide"
             self._undecided.append(_Row(row, row.mode, exits.layers_of(row.mode)))
         self._compared: list[_Row] = []
         self._states: Tensor | None = None
-        self._riding: list[LogitRow] = []
+        self._riding: list[int] = []
         self._choosing: _Decided = {}
         self._scored: _Decided = {}
         self.chosen: list[tuple[LogitRow, Choice]] = []
         self.waiting: dict[TokenSequence, tuple[Joining, ...]] = {}
-
-    @property
-    def joining(self) -> dict[int, tuple[Joining, ...]]:
-        """For each item of these rows its earlier tokens that wait."""
-        rows = [row.row for row in self._undecided]
-        return {row.item: row.sequence.waiting for row in rows if row.sequence.waiting}
 
     @property
     def layers(self) -> set[int]:
@@ -142,7 +141,8 @@ class EarlyRows:
             for layer in row.layers
             if row.compares_at(layer - 1)
         }
-        return measured | compared | set(self._returning.values())
+        joined = {entry.layer for entries in self.joining.values() for entry in entries}
+        return measured | compared | joined | set(self._returning.values())
 
     def choices(self) -> list[LogitSlice]:
         """Slices of the rows that decided, whose tokens are still to be chosen."""
@@ -157,8 +157,8 @@ class EarlyRows:
         if layer == self._exits.num_layers:
             self._decide(self._undecided, layer, flight)
             return
-        again = {item for item, left_at in self._returning.items() if left_at == layer}
-        self._leave_copying(again, layer, flight)
+        again = [item for item, left_at in self._returning.items() if left_at == layer]
+        self._leave_waiting(again, layer, flight)
         if here := [row for row in self._undecided if layer in row.layers]:
             self._measure(here, layer, flight)
             self._decide([row for row in here if passes(row.mode, row.value)], layer, flight)
@@ -223,10 +223,7 @@ class EarlyRows:
         gone = set(map(id, rows))
         self._undecided = [row for row in self._undecided if id(row) not in gone]
         if layer < self._exits.num_layers:
-            leaving = [row.row for row in rows if row.may_leave]
-            copying = {row.item for row in leaving if row.sequence.request.copies_kv}
-            self._leave_copying(copying, layer, flight)
-            self._leave_or_ride([row for row in leaving if row.item not in copying], layer, flight)
+            self._leave_or_ride([row.row for row in rows if row.may_leave], layer, flight)
 
     def _leave_or_ride(self, rows: Sequence[LogitRow], layer: int, flight: Flight) -> None:
         """Take decided rows out, or let them run on with others that need the layers above.
@@ -234,33 +231,31 @@ class EarlyRows:
         What they skip now they would run through later, together with a row that goes deeper. So
         where the layers are read anyway, a row that no earlier one waits with loses nothing by
         going on, and the step keeps its number of rows. Its token is chosen already, and the keys
-        and values are the same.
+        and values are the same. Not so where they are copied.
         """
-        riding = [row for row in rows if not row.sequence.waiting]
-        self._leave_waiting([row for row in rows if row.sequence.waiting], layer, flight)
-        self._riding += riding
+        for row in rows:
+            request = row.sequence.request
+            if not row.sequence.waiting and not request.copies_kv:
+                self._riding.append(row.item)
+        self._leave_waiting(
+            [row.item for row in rows if row.item not in self._riding], layer, flight
+        )
 
     def _leave_unless_others_go_on(self, layer: int, flight: Flight) -> None:
         here = set(flight.going_beyond(layer))
-        riders = {row.item for row in self._riding}
-        if riders and here == riders:
+        if self._riding and here == set(self._riding):
             self._leave_waiting(self._riding, layer, flight)
             self._riding = []
 
-    def _leave_copying(self, items: set[int], layer: int, flight: Flight) -> None:
-        if items:
-            flight.copy(items, layer, self._exits.num_layers)
-            flight.leave(items)
-
-    def _leave_waiting(self, rows: Sequence[LogitRow], layer: int, flight: Flight) -> None:
-        if not rows:
+    def _leave_waiting(self, items: Sequence[int], layer: int, flight: Flight) -> None:
+        if not items:
             return
-        for row in rows:
-            deeper = tuple(entry for entry in row.sequence.waiting if entry.layer >= layer)
+        for item in items:
+            entries = self.joining.get(item, ())
+            deeper = tuple(entry for entry in entries if entry.layer >= layer)
             if not deeper or deeper[-1].layer > layer:
-                deeper = (*deeper, Joining(layer, flight.first_position(row.item)))
-            self.waiting[row.sequence] = deeper
-        items = {row.item for row in rows}
+                deeper = (*deeper, Joining(layer, flight.first_position(item)))
+            self.waiting[self._batch.scheduled[item].sequence] = deeper
         flight.keep(items)
         flight.leave(items)
 

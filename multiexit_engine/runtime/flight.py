@@ -6,15 +6,17 @@ Knows positions of sequences and hidden states; nothing of modes, heads or token
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from multiexit_engine.batch import ForwardBatch, ScheduledBatch, ScheduledSequence
+from multiexit_engine.batch import CopiedRows, ForwardBatch, ScheduledBatch, ScheduledSequence
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.request import Joining
+from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.transfer import to_device
 
 Place = tuple[int, int]  # item of the step, position in its sequence
@@ -48,6 +50,9 @@ class Flight:
         self._items = dict(items)
         self._joining = joining or {}
         self._aboard = list(items)
+        # of items that copy keys and values, where the rows begin for which that is done now
+        self._copied_from: dict[int, int] = {}
+        self._copied: CopiedRows | None = None
         self._forward = self._build()
         self.hidden = model.embed(self._token_ids(tokens or {}), self._forward.positions)
 
@@ -62,7 +67,7 @@ class Flight:
 
     def first_position(self, item: int) -> int:
         """Where the rows of an item begin in its sequence, those that joined it included."""
-        return self._items[item].start
+        return self._copied_from.get(item, self._items[item].start)
 
     def going_beyond(self, layer: int) -> list[int]:
         """Those of the items here whose requests need layers above this one."""
@@ -70,9 +75,10 @@ class Flight:
 
     def run(self, start: int, stop: int) -> None:
         """Run the 0-based blocks ``start`` to ``stop - 1`` on all rows that are here."""
-        self.hidden = self._model.run_layers(
-            self.hidden, start, stop, self._kv_cache, self._forward
-        )
+        batch = self._forward
+        if self._copied is not None:
+            batch = replace(batch, copied=self._copied)
+        self.hidden = self._model.run_layers(self.hidden, start, stop, self._kv_cache, batch)
 
     def rows_of(self, places: Sequence[Place]) -> list[int | None]:
         """The rows of ``hidden`` in which these positions stand; None where one is not here."""
@@ -101,6 +107,7 @@ class Flight:
             return
         self._aboard = self._aboard[:count]
         self._forward = self._forward.first(count)
+        self._copied = self._copied_rows()
         self.hidden = self.hidden[: self._forward.num_tokens]
 
     def leave(self, items: Collection[int]) -> None:
@@ -113,6 +120,7 @@ class Flight:
         self._aboard = [self._aboard[place] for place in staying]
         if self._aboard:
             self._forward = self._build()
+            self._copied = self._copied_rows()
             self.hidden = self._rows(rows)
 
     def keep(self, items: Collection[int]) -> None:
@@ -120,53 +128,60 @@ class Flight:
         rows = self._rows_of_items(items)
         self._states.keep(self._forward.slot_mapping[rows], self.hidden.index_select(0, rows))
 
-    def copy(self, items: Collection[int], start: int, stop: int) -> None:
-        """Write what the blocks ``start`` to ``stop - 1`` make of the states that rows have here.
-
-        Args:
-            items: whose rows.
-            start: 0-based, the first block that has not run.
-            stop: end of the span.
-        """
-        rows = self._rows_of_items(items)
-        self._model.write_kv(
-            self.hidden.index_select(0, rows),
-            start,
-            stop,
-            self._kv_cache,
-            self._forward.positions[rows],
-            self._forward.slot_mapping[rows],
-        )
-
     def join(self, layer: int) -> None:
-        """Add the rows that were kept at this layer to the items that are here."""
-        old_starts = self._forward.layout.query_starts
-        counts = {}
-        for item in self._aboard:
+        """Add the rows that were kept at this layer to the items that are here.
+
+        Where keys and values are copied, the layers above make them of the states that were kept,
+        and nothing else.
+        """
+        if not self._aboard:
+            return
+        spans = [self._items[item] for item in self._aboard]
+        for item, span in zip(self._aboard, spans, strict=True):
             for entry in self._joining.get(item, ()):
                 if entry.layer == layer:
-                    counts[item] = self._items[item].start - entry.start
-                    self._items[item] = ScheduledSequence(
-                        self._items[item].sequence,
-                        entry.start,
-                        self._items[item].num_tokens + counts[item],
-                    )
-        if not counts:
+                    self._take_along(item, span.sequence, entry.start)
+        self._copied = self._copied_rows()
+        counts = [
+            span.start - self._items[item].start
+            for item, span in zip(self._aboard, spans, strict=True)
+        ]
+        if not any(counts):
             return
         self._forward = self._build()
         joined: list[int] = []
         stayed: list[int] = []
-        for place, item in enumerate(self._aboard):
+        for place, count in enumerate(counts):
             start, stop = self._forward.layout.query_starts[place : place + 2]
-            first = start + counts.get(item, 0)
-            joined += range(start, first)
-            stayed += range(first, stop)
-        assert len(stayed) == old_starts[-1], "rows that were here stay here"
+            joined += range(start, start + count)
+            stayed += range(start + count, stop)
+        assert len(stayed) == self.num_rows, "rows that were here stay here"
         hidden = self.hidden.new_empty(self._forward.num_tokens, self.hidden.shape[1])
         places = self._index(joined)
         hidden.index_copy_(0, places, self._states.take(self._forward.slot_mapping[places]))
         hidden.index_copy_(0, self._index(stayed), self.hidden)
         self.hidden = hidden
+
+    def _take_along(self, item: int, sequence: TokenSequence, start: int) -> None:
+        if sequence.request.copies_kv:
+            self._copied_from[item] = start
+        else:
+            stop = self._items[item].stop
+            self._items[item] = ScheduledSequence(sequence, start, stop - start)
+
+    def _copied_rows(self) -> CopiedRows | None:
+        """The rows of the items here whose keys and values are copied."""
+        rows = [
+            ScheduledSequence(self._items[item].sequence, start, self._items[item].start - start)
+            for item in self._aboard
+            if (start := self._copied_from.get(item)) is not None
+        ]
+        if not rows:
+            return None
+        device = self._kv_cache.device
+        places = ForwardBatch.build(ScheduledBatch(tuple(rows)), self._kv_cache.block_size, device)
+        states = self._states.take(places.slot_mapping)
+        return CopiedRows(states, places.positions, places.slot_mapping)
 
     def _rows(self, rows: list[int]) -> Tensor:
         # not `hidden[rows]`: PyTorch shares that out to OpenMP threads from four rows on, and they

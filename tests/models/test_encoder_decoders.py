@@ -1,10 +1,12 @@
 """Encoder-decoder families against transformers: encoder, decoder step by step, decoder at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
-from multiexit_engine.batch import ForwardBatch, ScheduledBatch, ScheduledSequence
+from multiexit_engine.batch import CopiedRows, ForwardBatch, ScheduledBatch, ScheduledSequence
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.checkpoint import open_checkpoint
 from multiexit_engine.models import build_model
@@ -206,17 +208,24 @@ def test_one_pass_equals_transformers_without_its_causal_mask(pair):
         assert_equal_up_to_rounding(logits(ours, tap), wanted)
 
 
-def test_keys_and_values_alone_are_those_that_layers_write(pair):
+def test_keys_and_values_of_copied_rows_are_those_that_layers_write(pair):
     _, ours = pair
     sequences, ran = new_sequences(ours)
     wrote = new_cache(ours, 60)
     items = [ScheduledSequence(s, 0, s.num_tokens) for s in sequences]
     batch = ForwardBatch.build(ScheduledBatch(tuple(items)), BLOCK_SIZE, CPU)
     slots = batch.slot_mapping
+    last = [ScheduledSequence(s, s.num_tokens - 1, 1) for s in sequences]
+    last_batch = ForwardBatch.build(ScheduledBatch(tuple(last)), BLOCK_SIZE, CPU)
+    ends = torch.tensor([item.num_tokens for item in items]).cumsum(0) - 1
+    earlier = torch.ones(batch.num_tokens, dtype=torch.bool)
+    earlier[ends] = False
     with torch.inference_mode():
         hidden = ours.embed(batch.token_ids, batch.positions)
         for layer in range(ours.config.num_layers):
-            ours.write_kv(hidden, layer, layer + 1, wrote, batch.positions, slots)
+            copied = CopiedRows(hidden[earlier], batch.positions[earlier], slots[earlier])
+            one = replace(last_batch, copied=copied)
+            ours.run_layers(hidden[ends], layer, layer + 1, wrote, one)
             hidden = ours.run_layers(hidden, layer, layer + 1, ran, batch)
     for layer in range(ours.config.num_layers):
         for kind in ("key", "value"):

@@ -1,12 +1,17 @@
 """Every family against transformers, over scrambled blocks and NaN in all that nobody wrote."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 
+from multiexit_engine.batch import CopiedRows
 from multiexit_engine.checkpoint import open_checkpoint
 from multiexit_engine.checkpoint.families import FAMILIES
 from multiexit_engine.models import build_model
 from multiexit_engine.models.registry import BUILDERS
+from multiexit_engine.ops import use_backend
 from tests.models.harness import (
     CASES,
     CPU,
@@ -73,16 +78,21 @@ def test_a_span_of_layers_equals_its_layers_one_by_one(pair):
     assert torch.equal(hidden, run_text(ours, TEXT, 31)[-1])
 
 
-def test_keys_and_values_alone_are_those_that_layers_write(pair):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_keys_and_values_of_copied_rows_are_those_that_layers_write(pair, backend):
     _, ours = pair
     ran, wrote = (Cache.for_texts(ours, [TEXT], block_size=4) for _ in range(2))
-    batch = forward_batch(ran, [(0, 31)])
-    places = (batch.positions, batch.slot_mapping)
-    with torch.inference_mode():
+    batch, last = forward_batch(ran, [(0, 31)]), forward_batch(wrote, [(30, 31)])
+    with torch.inference_mode(), nullcontext() if backend == "auto" else use_backend(backend):
         hidden = ours.embed(batch.token_ids, batch.positions)
         for layer in range(ours.config.num_layers):
-            ours.write_kv(hidden, layer, layer + 1, wrote.kv_cache, *places)
-            hidden = ours.run_layers(hidden, layer, layer + 1, ran.kv_cache, batch)
+            copied = CopiedRows(hidden[:-1], batch.positions[:-1], batch.slot_mapping[:-1])
+            span = layer, layer + 1
+            found = ours.run_layers(
+                hidden[-1:], *span, wrote.kv_cache, replace(last, copied=copied)
+            )
+            hidden = ours.run_layers(hidden, *span, ran.kv_cache, batch)
+            torch.testing.assert_close(found, hidden[-1:], atol=1e-4, rtol=1e-4)
     for layer in range(ours.config.num_layers):
         for kind in ("key", "value"):
             expected, found = (getattr(c.kv_cache, kind)(layer) for c in (ran, wrote))
