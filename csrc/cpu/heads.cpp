@@ -5,6 +5,8 @@
 #include <cmath>
 #include <functional>
 
+#include "ratios.h"
+
 namespace multiexit::cpu {
 
 namespace {
@@ -114,31 +116,22 @@ class Candidates {
     }
   }
 
-  // `shared` holds the lower logits before, the log-probabilities after.
+  // `shared` holds the lower logits before, the log-probabilities after; finds the best place.
   void share(const Row& row) {
+    best = 0;
     if (count == 1) shared[0] = upper[0] - row.log_sum;
     if (count < 2) return;
-    for (int64_t i = 0; i < count; ++i) shared[i] = upper[i] - shared[i];
-    float best = largest();
-    if (std::isinf(best)) {
-      for (int64_t i = 0; i < count; ++i) shared[i] = shared[i] == best ? upper[i] : -INFINITY;
-      best = largest();
-    }
+    // Before the shift, which can round different ratios to the same number.
+    best = to_ratios(upper, shared, count);
+    const float top = largest_of(shared, count);
     double ratios = 0.0, mass = 0.0;
     for (int64_t i = 0; i < count; ++i) {
-      ratios += std::exp(static_cast<double>(shared[i]) - best);
+      ratios += std::exp(static_cast<double>(shared[i]) - top);
       mass += std::exp(static_cast<double>(upper[i]) - row.max);
     }
     const double shift =
-        (row.max + std::log(mass) - row.log_sum) - (best + std::log(ratios));
+        (row.max + std::log(mass) - row.log_sum) - (top + std::log(ratios));
     for (int64_t i = 0; i < count; ++i) shared[i] = static_cast<float>(shared[i] + shift);
-  }
-
-  int64_t best() const {
-    int64_t found = 0;
-    for (int64_t i = 1; i < count; ++i)
-      if (shared[i] > shared[found]) found = i;
-    return found;
   }
 
  private:
@@ -148,22 +141,13 @@ class Candidates {
   int64_t* const tokens;
   float* const upper;
   float* const shared;
-  int64_t count = 0;
-
- private:
-  float largest() const {
-    float best = shared[0];
-    for (int64_t i = 1; i < count; ++i)
-      if (shared[i] > best || shared[i] != shared[i]) best = shared[i];
-    return best;
-  }
+  int64_t count = 0, best = 0;
 };
 
 // Least logit of a plausible token; `room` holds vocab numbers.
 float threshold_of(const Row& row, float alpha, int64_t least, const float* logits, int64_t vocab,
                    float* room) {
-  const float clamped = std::min(std::max(alpha, 0.0f), 1.0f);
-  float threshold = row.max + std::log(clamped);
+  float threshold = plausible_from(row.max, alpha);
   if (least <= 0 || least > vocab) return -FLT_MAX;
   if (least > 1 && row.log_sum == row.log_sum) {
     std::copy_n(logits, vocab, room);
@@ -248,9 +232,8 @@ void choose_contrasted(int threads, const Streamed& upper, const LowerHead& lowe
                choice.num_candidates[row] = static_cast<int32_t>(candidates.count);
              // A candidate is always the best: the largest share is at least alpha * max p.
              if (!(choice.temperature[row] > 0) && candidates.count > 0) {
-               const int64_t best = candidates.best();
-               choice.tokens[row] = candidates.tokens[best];
-               choice.log_probs[row] = candidates.shared[best];
+               choice.tokens[row] = candidates.tokens[candidates.best];
+               choice.log_probs[row] = candidates.shared[candidates.best];
                return;
              }
              write_log_probs(found, candidates, own, vocab);
