@@ -153,22 +153,18 @@ void measure_coded_head(int threads, Address hidden, Address hidden_scales, int6
       {at<int64_t>(tokens), at(log_probs), at(second_log_probs), at(log_sum_exp), at(entropy)});
 }
 
-void code_states(int threads, Address x, int64_t rows, int64_t columns, Address codes,
-                 Address scales, Address norms, Address errors) {
+void code_states(int threads, Address x, int64_t rows, int64_t columns, int64_t terms,
+                 Address codes, Address scales, Address norms, Address errors) {
   Release nogil;
   code_rows(threads, at(x), rows, columns,
-            {at<uint8_t>(codes), at(scales), at<double>(norms), at<double>(errors)});
+            {terms, at<uint8_t>(codes), at(scales), at<double>(norms), at<double>(errors)});
 }
 
-void choose_by_codes(int threads, Address hidden, Address hidden_codes, Address hidden_scales,
-                     Address errors, int64_t rows, Address codes, Address starts, Address scales,
-                     int64_t columns, const Matrix& weight, Address bias, Address tokens) {
+void choose_by_codes(int threads, const RoughRows& rows, const RoughHead& rough,
+                     const Linear& head, const std::vector<LowerHead>& lowers,
+                     const Choice& choice) {
   Release nogil;
-  coded_head_tokens(
-      threads,
-      {at(hidden), {at<uint8_t>(hidden_codes), at(hidden_scales)}, at<double>(errors), rows},
-      {at<int8_t>(codes), at<int32_t>(starts), at(scales), weight.rows, columns},
-      {weight, at(bias)}, at<int64_t>(tokens));
+  coded_head_tokens(threads, rows, rough, head, lowers, choice);
 }
 
 HeadPair pair_of(int dtype, Address upper_hidden, const Matrix& upper, Address lower_hidden,
@@ -319,6 +315,19 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](int64_t first, int64_t count, Address hidden, const Linear& head,
                        Address alpha, Address least) {
         return LowerHead{first, count, at(hidden), head, at(alpha), at<int64_t>(least)};
+      }));
+
+  py::class_<RoughRows>(m, "RoughRows")
+      .def(py::init([](Address hidden, Address codes, Address scales, int64_t terms,
+                       Address reaches, Address slacks, int64_t rows) {
+        return RoughRows{at(hidden), {at<uint8_t>(codes), at(scales)}, terms, at(reaches),
+                         at<double>(slacks), rows};
+      }));
+  py::class_<RoughHead>(m, "RoughHead")
+      .def(py::init([](Address codes, Address starts, Address scales, Address errors,
+                       int64_t vocab, int64_t columns) {
+        return RoughHead{{at<int8_t>(codes), at<int32_t>(starts), at(scales), vocab, columns},
+                         at(errors)};
       }));
 
   m.def("head_logits", &project);

@@ -98,6 +98,23 @@ class LowerHead:
         self, first: int, count: int, hidden: int, head: Linear, alpha: int, least: int
     ) -> None: ...
 
+class RoughRows:
+    def __init__(
+        self,
+        hidden: int,
+        codes: int,
+        scales: int,
+        terms: int,
+        reaches: int,
+        slacks: int,
+        rows: int,
+    ) -> None: ...
+
+class RoughHead:
+    def __init__(
+        self, codes: int, starts: int, scales: int, errors: int, vocab: int, columns: int
+    ) -> None: ...
+
 class Choice:
     def __init__(
         self,
@@ -147,6 +164,7 @@ def code_rows(
     x: int,
     rows: int,
     columns: int,
+    terms: int,
     codes: int,
     scales: int,
     norms: int,
@@ -154,18 +172,11 @@ def code_rows(
 ) -> None: ...
 def coded_head_tokens(
     threads: int,
-    hidden: int,
-    hidden_codes: int,
-    hidden_scales: int,
-    errors: int,
-    rows: int,
-    codes: int,
-    starts: int,
-    scales: int,
-    columns: int,
-    weight: Matrix,
-    bias: int,
-    tokens: int,
+    rows: RoughRows,
+    rough: RoughHead,
+    head: Linear,
+    lowers: list[LowerHead],
+    choice: Choice,
 ) -> None: ...
 def head_tokens(
     threads: int, hidden: int, dtype: int, rows: int, weight: Matrix, bias: int, choice: Choice

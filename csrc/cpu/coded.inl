@@ -109,8 +109,13 @@ static void coded_product(const CodedRows& x, int64_t tokens, const CodedMatrix&
   }
 }
 
+static inline void store_code(uint8_t* codes, int64_t place, float code) {
+  codes[place] = static_cast<uint8_t>(code + 128.0f);
+}
+
 // Columns behind `size` up to `padded` get the code of 0.
-static CodedRow code_row(const float* x, int64_t size, int64_t padded, uint8_t* codes) {
+static CodedRow code_row(const float* x, int64_t size, int64_t padded, uint8_t* codes,
+                         uint8_t* second) {
   Vec greatest = fill(0.0f), nothing = fill(0.0f);
   each_vector(size, [&](int64_t i, int64_t n) {
     const Vec v = load_some(x + i, n), magnitude = v < 0.0f ? -v : v;
@@ -118,8 +123,9 @@ static CodedRow code_row(const float* x, int64_t size, int64_t padded, uint8_t* 
     nothing += v - v;
   });
   // NaN where a number is none, or not finite.
-  const float scale = max_of(greatest) / 127.0f + sum_of(nothing);
+  const float scale = max_of(greatest) / 127.0f + sum_of(nothing), second_scale = scale / 254.0f;
   const Vec divisor = fill(scale == 0.0f ? 1.0f : scale), magic = fill(12582912.0f);
+  const double second_divisor = second_scale == 0.0f ? 1.0 : second_scale;
   double norm = 0.0, error = 0.0;
   for (int64_t i = 0; i < padded; i += kWidth) {
     const int64_t some = size - i < kWidth ? (size > i ? size - i : 0) : kWidth;
@@ -128,27 +134,20 @@ static CodedRow code_row(const float* x, int64_t size, int64_t padded, uint8_t* 
     Vec code = (v / divisor + magic) - magic;
     code = code == code ? code : fill(0.0f);
     const int64_t room = padded - i < kWidth ? padded - i : kWidth;
-    for (int64_t j = 0; j < room; ++j) codes[i + j] = static_cast<uint8_t>(code[j] + 128.0f);
-    for (int64_t j = 0; j < some; ++j) {
-      const double lacking = double(v[j]) - double(code[j]) * scale;
+    for (int64_t j = 0; j < room; ++j) store_code(codes, i + j, code[j]);
+    for (int64_t j = 0; j < room; ++j) {
+      double lacking = double(v[j]) - double(code[j]) * scale;
       norm += double(v[j]) * v[j];
+      if (second) {
+        float less = static_cast<float>(__builtin_rint(lacking / second_divisor));
+        less = less > 127.0f ? 127.0f : less > -127.0f ? less : less == less ? -127.0f : 0.0f;
+        store_code(second, i + j, less);
+        lacking -= double(less) * second_scale;
+      }
       error += lacking * lacking;
     }
   }
-  return {scale, __builtin_sqrt(norm), __builtin_sqrt(error)};
-}
-
-static float greatest(const float* x, int64_t count) {
-  Vec top = fill(-__builtin_inff());
-  each_vector(count, [&](int64_t i, int64_t n) {
-    if (n == kWidth) {
-      const Vec v = load(x + i);
-      top = v > top ? v : top;
-    } else {
-      for (int64_t j = 0; j < n; ++j) top[j] = x[i + j] > top[j] ? x[i + j] : top[j];
-    }
-  });
-  return max_of(top);
+  return {scale, second_scale, __builtin_sqrt(norm), __builtin_sqrt(error)};
 }
 
 }  // namespace multiexit::cpu::ISA_NAMESPACE

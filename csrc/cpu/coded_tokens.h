@@ -1,32 +1,48 @@
-// The best tokens of a head, by rough logits of 8-bit codes first. See ops/coded_heads.py for the
-// contract.
+// Tokens of a head by rough logits of 8-bit codes first. See ops/coded_tokens.py for the contract.
 #pragma once
 #include <cstdint>
+#include <vector>
 
-#include "dense.h"
+#include "heads.h"
 
 namespace multiexit::cpu {
 
 // Room for what `code_rows` finds of [rows, columns]; codes are padded to a multiple of 4 columns.
 struct CodedOut {
-  uint8_t* codes;
-  float* scales;
+  int64_t terms;   // 1, or 2
+  uint8_t* codes;  // [rows, terms, padded columns]
+  float* scales;   // [rows, terms]
   double* norms;
   double* errors;
 };
 
 void code_rows(int threads, const float* x, int64_t rows, int64_t columns, const CodedOut& out);
 
-// Rows as they are, and in codes whose logits are each within `errors` of those of the head.
+// Rows as they are, and in codes. The logit of a row and a token is rough by no more than the row's
+// reach times the token's error, plus the row's slack.
 struct RoughRows {
   const float* hidden;  // [rows, columns]
-  CodedRows codes;
-  const double* errors;
+  CodedRows codes;      // [rows, terms]
+  int64_t terms;
+  const float* reaches;
+  const double* slacks;
   int64_t rows;
+
+  RoughRows from(int64_t row, int64_t count, int64_t columns, int64_t coded_columns) const {
+    return {hidden + row * columns, codes.from(row * terms, coded_columns),
+            terms, reaches + row, slacks + row, count};
+  }
 };
 
-// tokens[row]: of equals the lowest; -1 where the codes leave it open.
-void coded_head_tokens(int threads, const RoughRows& rows, const CodedMatrix& rough,
-                       const Linear& head, int64_t* tokens);
+struct RoughHead {
+  CodedMatrix codes;
+  const float* errors;  // [padded rows]
+};
+
+// The tokens of `shared_head_tokens`; -1 where the codes leave it open. Log-probabilities are not
+// written; weights are float32.
+void coded_head_tokens(int threads, const RoughRows& rows, const RoughHead& rough,
+                       const Linear& head, const std::vector<LowerHead>& lowers,
+                       const Choice& choice);
 
 }  // namespace multiexit::cpu

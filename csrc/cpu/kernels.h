@@ -54,11 +54,39 @@ struct Distribution {
   int64_t argmax;
 };
 
-// What a row's codes stand for, and their distance from the row, l2. NaN where a number is none, or
-// not finite.
+// Of a row's codes: the scale of each term, and the distance from the row, l2. NaN where a number is
+// none, or not finite.
 struct CodedRow {
-  float scale;
+  float scale, second_scale;
   double norm, error;
+};
+
+// Rough logits of the tokens first, first + 1, ..., each within `reach` times its own of `errors`.
+struct RoughLogits {
+  float* logits;
+  const float* second;  // what is to be added to them, or null
+  const float* bias;    // and this, or null
+  const float* errors;
+  float reach;
+  int64_t first, count;
+};
+
+// The greatest numbers that some logits are at least, and can be at most.
+struct Ends {
+  float lower, upper;
+};
+
+// A token, and what its logit or its noisy score can be at most.
+struct Near {
+  float most;
+  int32_t token;
+};
+
+// How a row is sampled.
+struct Noise {
+  float heat;
+  uint64_t seed;
+  uint32_t position;
 };
 
 struct NoisyBest {
@@ -83,11 +111,21 @@ struct Kernels {
                         int64_t first, int64_t count, const float* bias, float* out,
                         int64_t out_stride);
 
-  // The nearest codes of a row, plus 128; columns behind `size` get the code of 0.
-  CodedRow (*code_row)(const float* x, int64_t size, int64_t padded, uint8_t* codes);
+  // The nearest codes of a row, plus 128, and of what they lack unless `second` is null; columns
+  // behind `size` get the code of 0.
+  CodedRow (*code_row)(const float* x, int64_t size, int64_t padded, uint8_t* codes,
+                       uint8_t* second);
 
-  // Of count > 0 numbers; NaN counts for nothing.
-  float (*greatest)(const float* x, int64_t count);
+  // Adds the terms up in `logits`.
+  Ends (*sum_terms)(const RoughLogits& x);
+
+  // Writes the tokens whose logits can be `border`; returns how many. Their terms are summed.
+  int64_t (*find_near)(const RoughLogits& x, float border, Near* out);
+
+  // The same of logit / heat + noise, where the border lies `margin` below `best`, the greatest
+  // lower end, which grows meanwhile.
+  int64_t (*find_noisy_near)(const RoughLogits& x, const Noise& noise, float margin, float* best,
+                             Near* out);
 
   void (*to_float)(const void* x, DType dtype, float* out, int64_t count);
   void (*from_float)(const float* x, void* out, DType dtype, int64_t count);

@@ -10,6 +10,7 @@
 #include "attention.inl"
 #include "distribution.inl"
 #include "noise.inl"
+#include "near.inl"
 #include "packed.inl"
 
 #define MULTIEXIT_NAME_(name) #name
@@ -23,7 +24,9 @@ static const Kernels table = {
     product,
     coded_product,
     code_row,
-    greatest,
+    sum_terms,
+    find_near,
+    find_noisy_near,
     to_float,
     from_float,
     add,

@@ -33,6 +33,11 @@ static inline float gumbel(uint32_t word) {
 
 constexpr float kMostNoise = 22.9f;
 
+// Noise is below -log(v), and v is at least 2^-(zeros + 1): most tokens need no logarithm.
+static inline float noise_limit(uint32_t word) {
+  return 0.6932f * (word ? __builtin_clz(word) + 1 : 34);
+}
+
 // NaN if one is among them.
 static inline float largest_or_nan(const float* x, int64_t count) {
   Vec top = load_some(x, count < kWidth ? count : kWidth);
@@ -63,9 +68,7 @@ static NoisyBest noisy_best(const float* scores, int64_t first, int64_t count, f
     for (int64_t i = start; i < stop; ++i) {
       const float score = scores[i] / heat;
       const uint32_t word = words[i - start];
-      // Noise is below -log(v), and v is at least 2^-(zeros + 1): most tokens need no logarithm.
-      const float limit = 0.6932f * (word ? __builtin_clz(word) + 1 : 34);
-      if (score + limit <= best.value) continue;
+      if (score + noise_limit(word) <= best.value) continue;
       const float value = score + gumbel(word);
       if (value > best.value) best = {value, first + i};
     }

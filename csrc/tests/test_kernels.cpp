@@ -254,17 +254,32 @@ void coded_heads(int64_t vocab, int64_t rows, int64_t columns) {
   // Errors so large that all tokens are near, and so small that only exact equals are.
   const auto states = numbers(rows * columns), weight = numbers(vocab * columns);
   const Linear head = {{weight.data(), DType::kFloat32, vocab, columns}, bias.data()};
-  std::vector<double> norms(rows), errors(rows);
+  std::vector<uint8_t> coded(rows * 2 * columns);
+  std::vector<float> coded_scales(rows * 2), heats(rows, 0.0f), log_probs(rows);
+  std::vector<double> norms(rows), slacks(rows);
   code_rows(2, states.data(), rows, columns,
-            {hidden.data(), first.data(), norms.data(), errors.data()});
-  for (double error : {1e6, 0.0}) {
-    std::fill(errors.begin(), errors.end(), error);
-    coded_head_tokens(2, {states.data(), {hidden.data(), first.data()}, errors.data(), rows},
-                      {codes.data(), starts.data(), scales.data(), vocab, columns}, head,
-                      likely.data());
-    for (int64_t token : likely)
-      if (token < -1 || token >= vocab) expect_near(token, 0, "token by codes");
-  }
+            {2, coded.data(), coded_scales.data(), norms.data(), slacks.data()});
+  const std::vector<float> reaches(rows, 1.0f), alphas(rows, 0.1f);
+  const std::vector<int64_t> seeds(rows, 5);
+  std::vector<int32_t> counts(rows);
+  const LowerHead lower = {rows / 2, rows - rows / 2, states.data(), head, alphas.data(), nullptr};
+  for (float heat : {0.0f, 0.8f})
+    for (double slack : {1e6, 0.0})
+      for (bool is_contrasted : {false, true}) {
+        std::fill(slacks.begin(), slacks.end(), slack);
+        std::fill(heats.begin(), heats.begin() + (rows + 1) / 2, heat);
+        const std::vector<float> errors(padded, slack > 0.0 ? 1.0f : 0.0f);
+        const std::vector<LowerHead> lowers(is_contrasted ? 1 : 0, lower);
+        coded_head_tokens(
+            2, {states.data(), {coded.data(), coded_scales.data()}, 2, reaches.data(), slacks.data(),
+                rows},
+            {{codes.data(), starts.data(), scales.data(), vocab, columns}, errors.data()}, head,
+            lowers,
+            {heats.data(), seeds.data(), seeds.data(), likely.data(), log_probs.data(),
+             counts.data()});
+        for (int64_t token : likely)
+          if (token < -1 || token >= vocab) expect_near(token, 0, "token by codes");
+      }
 }
 
 // One sequence over the borders of splits: a prompt's tokens at once, and its last one alone. With

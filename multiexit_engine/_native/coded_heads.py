@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from multiexit_engine import _C
+from multiexit_engine._native.heads import ChosenRows, LowerHeads
 from multiexit_engine._native.tensors import address, matrix, vector
 from multiexit_engine.ops.coded_heads import GROUP, CodedHidden
 from multiexit_engine.ops.heads import HeadStatistics
 
 
-def code_hidden(hidden: Tensor) -> CodedHidden:
+def code_hidden(hidden: Tensor, num_terms: int = 1) -> CodedHidden:
     """See ``multiexit_engine.ops.code_hidden``."""
     hidden = hidden.float().contiguous()
     rows, columns = hidden.shape
-    codes = torch.empty(rows, columns + -columns % GROUP, dtype=torch.uint8)
+    codes = torch.empty(rows, num_terms, columns + -columns % GROUP, dtype=torch.uint8)
     norms, errors = torch.empty(2, rows, dtype=torch.float64)
-    found = CodedHidden(codes, torch.empty(rows), norms, errors)
+    found = CodedHidden(codes, torch.empty(rows, num_terms), norms, errors)
     _C.code_rows(
         torch.get_num_threads(),
         hidden.data_ptr(),
         rows,
         columns,
+        num_terms,
         codes.data_ptr(),
         found.scales.data_ptr(),
         norms.data_ptr(),
@@ -36,30 +39,46 @@ def code_hidden(hidden: Tensor) -> CodedHidden:
 def coded_head_tokens(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
+    groups: Sequence[Any],
+    alpha: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
     states: Any,
     head: Any,
-    errors: Tensor,
-    bias: Tensor | None = None,
+    bounds: Any,
+    num_candidates: Tensor | None = None,
 ) -> Tensor:
     """See ``multiexit_engine.ops.coded_head_tokens``."""
-    hidden, errors, shift = hidden.contiguous(), errors.contiguous(), vector(bias)
-    tokens = torch.empty(hidden.shape[0], dtype=torch.int64)
+    hidden, shift = hidden.contiguous(), vector(bias)
+    reaches, slacks = bounds.reaches.contiguous(), bounds.slacks.contiguous()
+    rows = ChosenRows(temperature, seeds, positions, num_candidates)
+    lowers = LowerHeads(groups, alpha, None)
     _C.coded_head_tokens(
         torch.get_num_threads(),
-        hidden.data_ptr(),
-        states.codes.data_ptr(),
-        states.scales.data_ptr(),
-        errors.data_ptr(),
-        hidden.shape[0],
-        head.codes.data_ptr(),
-        head.starts.data_ptr(),
-        head.scales.data_ptr(),
-        states.codes.shape[1],
-        matrix(weight),
-        address(shift),
-        tokens.data_ptr(),
+        _C.RoughRows(
+            hidden.data_ptr(),
+            states.codes.data_ptr(),
+            states.scales.data_ptr(),
+            states.codes.shape[1],
+            reaches.data_ptr(),
+            slacks.data_ptr(),
+            hidden.shape[0],
+        ),
+        _C.RoughHead(
+            head.codes.data_ptr(),
+            head.starts.data_ptr(),
+            head.scales.data_ptr(),
+            head.errors.data_ptr(),
+            head.vocab,
+            states.codes.shape[2],
+        ),
+        _C.Linear(matrix(weight), address(shift)),
+        lowers.heads,
+        rows.choice,
     )
-    return tokens
+    return rows.tokens
 
 
 def coded_head_statistics(
@@ -86,7 +105,7 @@ def coded_head_statistics(
         starts.data_ptr(),
         scales.data_ptr(),
         vocab,
-        hidden.shape[1],
+        hidden.shape[-1],
         address(shift),
         *(values.data_ptr() for values in out),
     )

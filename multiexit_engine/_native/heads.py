@@ -94,7 +94,7 @@ def head_tokens(
 ) -> tuple[Tensor, Tensor]:
     """See ``multiexit_engine.ops.head_tokens``."""
     hidden, shift = hidden.contiguous(), vector(bias)
-    rows = _Rows(temperature, seeds, positions)
+    rows = ChosenRows(temperature, seeds, positions)
     _C.head_tokens(
         torch.get_num_threads(),
         hidden.data_ptr(),
@@ -121,7 +121,7 @@ def contrast_tokens(
     """See ``multiexit_engine.ops.contrast_tokens``."""
     upper_hidden, lower_hidden = upper_hidden.contiguous(), lower_hidden.contiguous()
     alpha = alpha.float().contiguous()
-    rows = _Rows(temperature, seeds, positions, num_candidates)
+    rows = ChosenRows(temperature, seeds, positions, num_candidates)
     _C.contrast_tokens(
         torch.get_num_threads(),
         DTYPES[upper_hidden.dtype],
@@ -151,34 +151,15 @@ def shared_head_tokens(
     edits: None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``multiexit_engine.ops.shared_head_tokens``; knows no edits."""
-    hidden, alpha = hidden.float().contiguous(), alpha.float().contiguous()
-    least = None if min_candidates is None else min_candidates.contiguous()
-    shift = vector(bias)
-    rows = _Rows(temperature, seeds, positions, num_candidates)
-    kept: list[tuple[Tensor, Tensor | None]] = []
-    lowers = []
-    start = 0
-    for group in groups:
-        if group.lower_weight is not None:
-            kept.append((group.lower_hidden.float().contiguous(), vector(group.lower_bias)))
-            lower, lower_shift = kept[-1]
-            lowers.append(
-                _C.LowerHead(
-                    start,
-                    group.num_rows,
-                    lower.data_ptr(),
-                    _C.Linear(matrix(group.lower_weight), address(lower_shift)),
-                    alpha[start:].data_ptr(),
-                    0 if least is None else least[start:].data_ptr(),
-                )
-            )
-        start += group.num_rows
+    hidden, shift = hidden.float().contiguous(), vector(bias)
+    rows = ChosenRows(temperature, seeds, positions, num_candidates)
+    lowers = LowerHeads(groups, alpha, min_candidates)
     _C.shared_head_tokens(
         torch.get_num_threads(),
         hidden.data_ptr(),
         hidden.shape[0],
         _C.Linear(matrix(weight), address(shift)),
-        lowers,
+        lowers.heads,
         rows.choice,
     )
     return rows.tokens, rows.log_probs
@@ -200,7 +181,7 @@ def sample_tokens(scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     return tokens
 
 
-class _Rows:
+class ChosenRows:
     """How each row chooses, room for what it chooses, and the extension's view of both."""
 
     def __init__(
@@ -215,3 +196,30 @@ class _Rows:
         self.log_probs = torch.empty(temperature.shape[0])
         tensors = (*self._kept, self.tokens, self.log_probs, num_candidates)
         self.choice = _C.Choice(*map(address, tensors))
+
+
+class LowerHeads:
+    """What groups of rows are contrasted with, and the extension's view of it."""
+
+    def __init__(self, groups: Sequence[Any], alpha: Tensor, least: Tensor | None) -> None:
+        alpha = alpha.float().contiguous()
+        least = None if least is None else least.contiguous()
+        self._kept: list[Tensor | None] = [alpha, least]
+        self.heads = []
+        start = 0
+        for group in groups:
+            if group.lower_weight is not None:
+                hidden = group.lower_hidden.float().contiguous()
+                shift = vector(group.lower_bias)
+                self._kept += [hidden, shift]
+                self.heads.append(
+                    _C.LowerHead(
+                        start,
+                        group.num_rows,
+                        hidden.data_ptr(),
+                        _C.Linear(matrix(group.lower_weight), address(shift)),
+                        alpha[start:].data_ptr(),
+                        0 if least is None else least[start:].data_ptr(),
+                    )
+                )
+            start += group.num_rows

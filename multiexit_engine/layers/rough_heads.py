@@ -5,7 +5,8 @@ Knows heads by their weights only; nothing of layers, modes or requests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,12 +15,15 @@ from multiexit_engine.ops import (
     CodedHead,
     are_codes_fast,
     code_head,
-    code_hidden,
+    code_states,
     coded_head_tokens,
     head_tokens,
-    logit_errors,
+    logit_bounds,
+    shared_head_tokens,
 )
+from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.quantization import Weight
+from multiexit_engine.transfer import to_host
 
 # of a head with fewer numbers the exact logits cost as little, since it stays in the cache
 LEAST_NUMBERS = 1 << 21
@@ -27,13 +31,63 @@ LEAST_NUMBERS = 1 << 21
 PATIENCE = 8
 
 
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows that share a head, and how their tokens are chosen: see ``shared_head_tokens``.
+
+    Attributes:
+        hidden: [rows, hidden_size].
+        groups: the rows in order.
+        alpha: [rows] float32.
+        temperature: [rows] float32; 0 is greedy.
+        seeds: [rows] int64.
+        positions: [rows] int64.
+        num_candidates: [rows] int32 that is overwritten, or None.
+    """
+
+    hidden: Tensor
+    groups: Sequence[RowGroup]
+    alpha: Tensor
+    temperature: Tensor
+    seeds: Tensor
+    positions: Tensor
+    num_candidates: Tensor | None = None
+
+    @property
+    def is_contrasted(self) -> bool:
+        """Whether a row is."""
+        return any(group.lower_weight is not None for group in self.groups)
+
+    def some(self, places: list[int]) -> HeadRows:
+        """Those rows, in ascending order; what is counted of them is not counted here."""
+        index = torch.tensor(places)
+        counts = None if self.num_candidates is None else self.num_candidates[index]
+        groups, start = [], 0
+        for group in self.groups:
+            stop = start + group.num_rows
+            own = [place - start for place in places if start <= place < stop]
+            lower = None if group.lower_hidden is None else group.lower_hidden[own]
+            groups.append(group._replace(num_rows=len(own), lower_hidden=lower))
+            start = stop
+        columns = (self.alpha, self.temperature, self.seeds, self.positions)
+        found = HeadRows(
+            self.hidden[index],
+            [group for group in groups if group.num_rows],
+            *(column[index] for column in columns),
+        )
+        return replace(found, num_candidates=counts)
+
+
 @dataclass(eq=False)
 class _Rough:
-    """A weight, which keeps its id, with its codes and the latest calls that they left open."""
+    """A weight, which keeps its id, with its codes and the latest calls that they left open.
+
+    Contrasts are counted apart: they need more than the best token.
+    """
 
     weight: Weight
     head: CodedHead | None
-    num_open: int = 0
+    num_open: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
 
 
 class RoughHeads:
@@ -42,10 +96,13 @@ class RoughHeads:
     def __init__(self) -> None:
         self._found: dict[int, _Rough] = {}
 
-    def codes(self, weight: Weight) -> CodedHead | None:
+    def codes(self, weight: Weight, *, for_contrast: bool = False) -> CodedHead | None:
         """Of a [vocab, hidden] head; None where its exact logits are the faster way."""
         # asked each time: a backend can be chosen for one call
-        return self._rough(weight).head if are_codes_fast() else None
+        if not are_codes_fast():
+            return None
+        rough = self._rough(weight)
+        return None if rough.num_open[for_contrast] >= PATIENCE else rough.head
 
     def best_tokens(
         self, hidden: Tensor, weight: Weight, bias: Tensor | None
@@ -61,18 +118,47 @@ class RoughHeads:
             [rows] int64, and [rows] float32: NaN where a row's numbers are no numbers, else 0 or
             the token's log-probability.
         """
-        head = self.codes(weight)
-        if head is None:
-            return exact_best_tokens(hidden, weight, bias)
+        nothing = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        number = nothing.float()
+        rows = HeadRows(hidden, [RowGroup(len(hidden))], number, number, nothing, nothing)
+        found = self.tokens(rows, weight, bias)
+        return exact_best_tokens(hidden, weight, bias) if found is None else found
+
+    def tokens(
+        self, rows: HeadRows, weight: Weight, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """As ``best_tokens`` of any rows; None where codes are of no use to all of them."""
+        head = self.codes(weight, for_contrast=rows.is_contrasted)
+        if head is None or not _are_known(rows):
+            return None
         assert isinstance(weight, Tensor), "quantized heads have no codes"
-        states = code_hidden(hidden)
-        errors = logit_errors(states, head, bias)
-        tokens = coded_head_tokens(hidden, weight, states, head, errors, bias)
-        log_probs = torch.zeros(hidden.shape[0])
+        states = code_states(rows.hidden, head, num_terms=2)
+        choice = rows.groups, rows.alpha, rows.temperature, rows.seeds, rows.positions
+        bounds = logit_bounds(states, head, bias)
+        tokens = coded_head_tokens(
+            rows.hidden, weight, bias, *choice, states, head, bounds, rows.num_candidates
+        )
+        log_probs = torch.zeros(len(tokens))
         is_open = tokens < 0
-        if bool(is_open.any()):
-            tokens[is_open], log_probs[is_open] = exact_best_tokens(hidden[is_open], weight, bias)
-        self._weigh(self._rough(weight), is_open)
+        (chosen,) = to_host([tokens])
+        places = [place for place, token in enumerate(chosen) if token < 0]
+        if places:
+            left = rows.some(places)
+            tokens[is_open], log_probs[is_open] = shared_head_tokens(
+                left.hidden,
+                weight,
+                bias,
+                left.groups,
+                left.alpha,
+                None,
+                left.temperature,
+                left.seeds,
+                left.positions,
+                left.num_candidates,
+            )
+            if rows.num_candidates is not None and left.num_candidates is not None:
+                rows.num_candidates[is_open] = left.num_candidates
+        self._weigh(self._rough(weight), rows.is_contrasted, 2 * len(places) > len(tokens))
         return tokens, log_probs
 
     def _rough(self, weight: Weight) -> _Rough:
@@ -81,11 +167,10 @@ class RoughHeads:
             found = self._found[id(weight)] = _Rough(weight, _codes(weight))
         return found
 
-    def _weigh(self, rough: _Rough, is_open: Tensor) -> None:
+    def _weigh(self, rough: _Rough, is_contrasted: bool, is_useless: bool) -> None:
         """Give up codes that keep leaving most rows open: such rows cost both ways."""
-        is_useless = 2 * int(is_open.sum()) > is_open.numel()
-        rough.num_open = rough.num_open + 1 if is_useless else 0
-        if rough.num_open >= PATIENCE:
+        rough.num_open[is_contrasted] = rough.num_open[is_contrasted] + 1 if is_useless else 0
+        if all(count >= PATIENCE for count in rough.num_open.values()):
             rough.head = None
 
 
@@ -93,6 +178,18 @@ def exact_best_tokens(hidden: Tensor, weight: Weight, bias: Tensor | None) -> tu
     """[rows] int64 and [rows]: the most likely token of each row, and its log-probability."""
     nothing = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     return head_tokens(hidden, weight, bias, nothing.float(), nothing, nothing)
+
+
+def _are_known(rows: HeadRows) -> bool:
+    """Whether codes can tell the tokens: not where a contrast is sampled."""
+    lowers = [group.lower_weight for group in rows.groups if group.lower_weight is not None]
+    is_float = all(isinstance(each, Tensor) and each.dtype is torch.float32 for each in lowers)
+    if not lowers or not bool(rows.temperature.any()):
+        return is_float
+    is_contrasted = torch.tensor(
+        [group.lower_weight is not None for group in rows.groups for _ in range(group.num_rows)]
+    )
+    return is_float and not bool(rows.temperature[is_contrasted].any())
 
 
 def _codes(weight: Weight) -> CodedHead | None:

@@ -12,10 +12,12 @@ from multiexit_engine.ops.coded_heads import (
     are_codes_fast,
     code_head,
     code_hidden,
+    code_states,
     coded_head_statistics,
-    coded_head_tokens,
+    logit_bounds,
     logit_errors,
 )
+from multiexit_engine.ops.coded_tokens import coded_head_tokens
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.dola import js_divergences, relative_top_logits
 from multiexit_engine.ops.heads import HeadStatistics, head_logits, head_statistics
@@ -68,6 +70,7 @@ __all__ = [
     "biased_paged_attention",
     "code_head",
     "code_hidden",
+    "code_states",
     "coded_head_statistics",
     "coded_head_tokens",
     "compact_rows",
@@ -88,6 +91,7 @@ __all__ = [
     "linear_activation",
     "listed_head_statistics",
     "listed_linear",
+    "logit_bounds",
     "logit_errors",
     "packed_attention",
     "packed_blocks",

@@ -13,47 +13,57 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multiexit_engine.checkpoint.huge_pages import HugePages
-from multiexit_engine.ops.heads import HeadStatistics, head_logits, statistics_of_logits
-from multiexit_engine.ops.operands import is_plain, is_streamable
+from multiexit_engine.ops.heads import HeadStatistics, statistics_of_logits
 from multiexit_engine.ops.registry import is_reference_forced, register_op
 
 # Rows whose codes lie together, and columns of each of them that do.
 LANES, GROUP = 16, 4
 _LARGEST = 127
+# Steps of a second term to one of the first: it covers half a step to either side.
+_FINER = 2 * _LARGEST
 _ROWS_AT_ONCE = 4096
-# Tokens near the best one of a row that a backend keeps at least.
-MOST_NEAR = 256
+# Makes up for the rounding of a bound itself.
+_UP = 1 + 2.0**-20
 
 
 @dataclass(frozen=True, eq=False)
 class CodedHead:
-    """A head as ``code * scale of its row``, and what its logits may lack.
+    """A head less its mean row, as ``code * scale of its row * scale of its column``.
+
+    What all rows have in common decides nothing between tokens, and a column that sticks out would
+    coarsen the codes of all others: neither is in the codes. All lengths are l2, of rows whose
+    columns are divided by the columns' scales.
 
     Attributes:
         codes: [blocks of 16 rows, groups of 4 columns, 16, 4] int8; padding is the code 0.
         starts: [padded rows] int32, -128 times the sum of a row's codes.
         scales: [padded rows] float32.
+        columns: [hidden_size] float32, scales of the columns: states are multiplied by them before
+            they are coded.
+        errors: [padded rows] float32, no less than the length of what a row's codes lack; NaN or
+            infinite where the head has such numbers.
         vocab: rows without padding.
-        norm: of the longest row, l2.
-        error: of the longest difference between a row and its codes, l2; NaN or infinite where the
-            head has such numbers.
+        norm: of the longest row as it is.
+        size: of the longest row of codes.
     """
 
     codes: Tensor
     starts: Tensor
     scales: Tensor
+    columns: Tensor
+    errors: Tensor
     vocab: int
     norm: float
-    error: float
+    size: float
 
 
 @dataclass(frozen=True, eq=False)
 class CodedHidden:
-    """Hidden states as ``(code - 128) * scale of the row``.
+    """Hidden states as ``(code - 128) * scale of the term and row``, summed over one or two terms.
 
     Attributes:
-        codes: [rows, hidden_size padded to a multiple of 4] uint8.
-        scales: [rows] float32.
+        codes: [rows, terms, hidden_size padded to a multiple of 4] uint8.
+        scales: [rows, terms] float32.
         norms: [rows] float64, l2, of the states themselves.
         errors: [rows] float64, l2, of what the codes lack; NaN where a state has no number.
     """
@@ -62,6 +72,21 @@ class CodedHidden:
     scales: Tensor
     norms: Tensor
     errors: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LogitBounds:
+    """A rough logit is off by no more than ``reach of its row * error of its token + slack``.
+
+    The differences between the logits of a row are meant: all may be off by one number more.
+
+    Attributes:
+        reaches: [rows] float32.
+        slacks: [rows] float64; not finite where nothing is known.
+    """
+
+    reaches: Tensor
+    slacks: Tensor
 
 
 def are_codes_fast() -> bool:
@@ -76,26 +101,61 @@ def are_codes_fast() -> bool:
 
 
 def code_head(weight: Tensor) -> CodedHead:
-    """The nearest codes of a [vocab, hidden_size] float32 matrix, row by row."""
-    parts = [code_hidden(part) for part in torch.split(weight, _ROWS_AT_ONCE)]
-    signed = [(part.codes.to(torch.int16) - 128).to(torch.int8) for part in parts]
+    """The nearest codes of a [vocab, hidden_size] float32 matrix, row by row.
+
+    Source: scales of columns as of states before their products, Xiao et al. 2022,
+        arXiv:2211.10438, section 4, by the weights alone.
+    """
+    vocab = weight.shape[0]
+    mean = sum(part.double().sum(0) for part in torch.split(weight, _ROWS_AT_ONCE)) / vocab
+    mean = torch.as_tensor(mean).float()
+    squares = sum(
+        (part - mean).double().square_().sum(0) for part in torch.split(weight, _ROWS_AT_ONCE)
+    )
+    columns = (torch.as_tensor(squares) / vocab).sqrt().float()
+    columns.masked_fill_(columns == 0, 1.0)
+    parts, norms = [], []
+    for part in torch.split(weight, _ROWS_AT_ONCE):
+        parts.append(code_hidden((part - mean) / columns))
+        norms.append((part / columns).double().norm(dim=1))
+    signed = [(part.codes[:, 0].to(torch.int16) - 128).to(torch.int8) for part in parts]
     codes = _padded(torch.cat(signed), LANES)
-    scales = torch.cat([part.scales for part in parts])
-    scales = F.pad(scales, (0, codes.shape[0] - weight.shape[0]))
-    norm = float(torch.cat([part.norms for part in parts]).max())
-    error = torch.cat([part.errors for part in parts]).max()
+    own_norms = torch.cat([part.norms for part in parts])
+    # the difference and the quotient are rounded, too
+    errors = torch.cat([part.errors for part in parts]) + 2.0**-22 * own_norms
+    size = float((own_norms + errors).max())
     starts = -128 * codes.sum(1, dtype=torch.int32)
     turned = codes.view(-1, LANES, codes.shape[1] // GROUP, GROUP).transpose(1, 2)
-    blocks = HugePages().empty(turned.shape, torch.int8).copy_(turned)
-    return CodedHead(blocks, starts, scales, weight.shape[0], norm, float(error))
+    return CodedHead(
+        HugePages().empty(turned.shape, torch.int8).copy_(turned),
+        starts,
+        F.pad(torch.cat([part.scales[:, 0] for part in parts]), (0, codes.shape[0] - vocab)),
+        columns,
+        F.pad((errors * _UP).float(), (0, codes.shape[0] - vocab)),
+        vocab,
+        float(torch.cat(norms).max()) * _UP,
+        size,
+    )
+
+
+def code_states(hidden: Tensor, head: CodedHead, num_terms: int = 1) -> CodedHidden:
+    """The codes of [rows, hidden_size] float32 states that are multiplied with a head's.
+
+    Args:
+        hidden: [rows, hidden_size] float32.
+        head: whose codes they are for.
+        num_terms: 2 for states as of 16 bits, whose own error is next to nothing.
+    """
+    return code_hidden(hidden * head.columns, num_terms)
 
 
 @register_op
-def code_hidden(hidden: Tensor) -> CodedHidden:
+def code_hidden(hidden: Tensor, num_terms: int = 1) -> CodedHidden:
     """The nearest codes of states, row by row: those of 127 equal steps up to its greatest number.
 
     Args:
         hidden: [rows, hidden_size] float32.
+        num_terms: 1, or 2: the second codes what the first lacks, in steps of a 254th.
 
     Returns:
         CodedHidden; the codes of a row with a number that is not finite mean nothing.
@@ -103,27 +163,53 @@ def code_hidden(hidden: Tensor) -> CodedHidden:
     Source: round-to-nearest absmax, Dettmers et al. 2022, arXiv:2208.07339, section 2.1, by row.
     """
     scales = hidden.abs().amax(1) / _LARGEST
-    divisors = scales.masked_fill(scales == 0, 1.0)[:, None]
-    rounded = (hidden / divisors).round_().nan_to_num_(0.0).clamp_(-_LARGEST, _LARGEST)
+    rounded = (hidden / _divisors(scales)).round_().nan_to_num_(0.0).clamp_(-_LARGEST, _LARGEST)
     lacking = hidden.double() - rounded.double() * scales.double()[:, None]
-    codes = F.pad(rounded + 128, (0, -hidden.shape[1] % GROUP), value=128.0).to(torch.uint8)
-    return CodedHidden(codes, scales, hidden.double().norm(dim=1), lacking.norm(dim=1))
+    terms, all_scales = [rounded], [scales]
+    if num_terms == 2:
+        scales = scales / _FINER
+        rounded = (lacking / _divisors(scales).double()).round_().nan_to_num_(0.0)
+        rounded = rounded.float().clamp_(-_LARGEST, _LARGEST)
+        lacking = lacking - rounded.double() * scales.double()[:, None]
+        terms.append(rounded)
+        all_scales.append(scales)
+    shifted = torch.stack(terms, 1) + 128
+    codes = F.pad(shifted, (0, -hidden.shape[1] % GROUP), value=128.0).to(torch.uint8)
+    norms = hidden.double().norm(dim=1)
+    return CodedHidden(codes, torch.stack(all_scales, 1), norms, lacking.norm(dim=1))
 
 
-def logit_errors(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:
-    """[rows] float64: how far any rough logit is from the one that a float32 product gives.
+def logit_bounds(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> LogitBounds:
+    """How far rough logits are from those that a float32 product gives.
 
-    With h = h' + e and w = w' + f the logits differ by e.w' + h.f, so by Cauchy-Schwarz by no more
-    than |e| |w'| + |h| |f|. The rest is rounding: of n products and sums in float32, at most
-    n 2^-23 |h| |w|, and of the steps that follow, in either.
+    With h = h' + e and w = w' + f, less what all rows have in common, the logits differ by
+    e.w' + h.f, so by Cauchy-Schwarz by no more than |e| |w'| + |h| |f|. The rest is rounding: of n
+    products and sums in float32, at most n 2^-23 |h| |w|, and of the steps that follow, in either.
     """
-    columns = hidden.codes.shape[1]
-    coding = hidden.errors * (head.norm + head.error) + hidden.norms * head.error
+    columns = hidden.codes.shape[-1]
     greatest = 0.0
     if bias is not None and bias.numel():
         greatest = float(bias.abs().masked_fill(bias == -torch.inf, 0.0).max())
-    size = hidden.norms * head.norm + greatest
-    return coding + columns * 2.0**-23 * hidden.norms * head.norm + size * 2.0**-20 + 1e-4
+    size = hidden.norms * (head.norm + head.size) + greatest
+    coding = (hidden.errors + hidden.norms * 2.0**-23) * head.size
+    rounding = columns * 2.0**-23 * hidden.norms * head.norm + size * 2.0**-20
+    return LogitBounds((hidden.norms * _UP).float(), coding + rounding + 1e-4)
+
+
+def logit_errors(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:
+    """[rows] float64: the most of ``logit_bounds``."""
+    bounds = logit_bounds(hidden, head, bias)
+    return bounds.reaches.double() * head.errors.max().double() + bounds.slacks
+
+
+def rough_logits(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:
+    """[rows, vocab] float32 that the codes stand for: of each row less one number."""
+    parts = [
+        _products(hidden.codes[:, term], hidden.scales[:, term], head.codes, head.scales)
+        for term in range(hidden.codes.shape[1])
+    ]
+    logits = torch.stack(parts).sum(0)[:, : head.vocab]
+    return logits if bias is None else logits + bias
 
 
 @register_op
@@ -138,9 +224,11 @@ def coded_head_statistics(
 ) -> HeadStatistics:
     """``head_statistics`` of the logits that codes stand for; sums of codes are exact.
 
+    These logits lack one number in each row, which only the log-sum-exp shows.
+
     Args:
-        hidden: [rows, columns] uint8, code + 128.
-        hidden_scales: [rows] float32.
+        hidden: [rows, 1, columns] uint8 of ``CodedHidden`` with one term, as the next.
+        hidden_scales: [rows, 1] float32.
         codes: of ``CodedHead``, as the next two.
         starts: what makes up for the 128 of ``hidden``.
         scales: of the rows.
@@ -153,64 +241,23 @@ def coded_head_statistics(
     Source: products of 8-bit codes on both sides, Dettmers et al. 2022, arXiv:2208.07339, section
         2.1, by row.
     """
-    logits = _rough_logits(hidden, hidden_scales, codes, scales, vocab)
+    logits = _products(hidden[:, 0], hidden_scales[:, 0], codes, scales)[:, :vocab]
     return statistics_of_logits(logits if bias is None else logits + bias)
 
 
-@register_op
-def coded_head_tokens(
-    hidden: Tensor,
-    weight: Tensor,
-    states: CodedHidden,
-    head: CodedHead,
-    errors: Tensor,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """The most likely token of each row: rough logits name all that can be, exact ones decide.
-
-    With every rough logit within e of the exact one, no token whose rough logit is more than 2 e
-    below the greatest one is the best. Gives the tokens of ``head_tokens`` of greedy rows.
-
-    Args:
-        hidden: [rows, hidden_size] float32.
-        weight: [vocab, hidden_size] float32.
-        states: codes of ``hidden``.
-        head: codes of ``weight``.
-        errors: [rows] float64, of ``logit_errors``.
-        bias: [vocab] float32 added to the logits, or None.
-
-    Returns:
-        [rows] int64; of equals the lowest. -1 where an error is not finite, and perhaps where more
-        than ``MOST_NEAR`` tokens are near the best one.
-
-    Source: codes as in ``coded_head_statistics``; a superset by bounds, then exact scores, as
-        branch-and-bound search of greatest inner products, Ram and Gray 2012, arXiv:1202.6101.
-    """
-    exact = head_logits(hidden, weight, bias)
-    rough = _rough_logits(states.codes, states.scales, head.codes, head.scales, head.vocab)
-    rough = (rough if bias is None else rough + bias).double()
-    is_far = rough < rough.amax(1, keepdim=True) - 2 * errors[:, None]
-    tokens = exact.masked_fill(is_far, -torch.inf).argmax(1)
-    return tokens.masked_fill(~errors.isfinite(), -1)
-
-
 code_hidden.backend("cpu", "multiexit_engine._native:code_hidden", device="cpu")
-coded_head_tokens.backend(
-    "cpu",
-    "multiexit_engine._native:coded_head_tokens",
-    device="cpu",
-    supports=lambda hidden, weight, *_: is_plain(hidden, weight) and is_streamable(weight),
-)
 coded_head_statistics.backend("cpu", "multiexit_engine._native:coded_head_statistics", device="cpu")
 
 
-def _rough_logits(
-    hidden: Tensor, hidden_scales: Tensor, codes: Tensor, scales: Tensor, vocab: int
-) -> Tensor:
-    """[rows, vocab] float32 that the codes stand for, without a bias."""
-    rows = codes.transpose(1, 2).flatten(2).flatten(0, 1)[:vocab].double()
+def _products(hidden: Tensor, hidden_scales: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """[rows, padded vocab] float32 of one term."""
+    rows = codes.transpose(1, 2).flatten(2).flatten(0, 1).double()
     sums = (hidden.double() - 128) @ rows.T
-    return sums.float() * scales[:vocab] * hidden_scales[:, None]
+    return sums.float() * scales * hidden_scales[:, None]
+
+
+def _divisors(scales: Tensor) -> Tensor:
+    return scales.masked_fill(scales == 0, 1.0)[:, None]
 
 
 def _padded(matrix: Tensor, rows: int) -> Tensor:

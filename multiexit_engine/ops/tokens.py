@@ -51,7 +51,7 @@ def head_tokens(
     Source: Gumbel-max trick, Maddison et al. 2014, arXiv:1411.0030.
     """
     log_probs = head_logits(hidden, weight, bias).log_softmax(-1)
-    return _choose(log_probs, temperature, seeds, positions)
+    return drawn_tokens(log_probs, temperature, seeds, positions)
 
 
 @register_op
@@ -92,7 +92,7 @@ def contrast_tokens(
     log_probs = contrast_heads(
         upper_hidden, upper_weight, lower_hidden, lower_weight, alpha, None, num_candidates
     )
-    return _choose(log_probs, temperature, seeds, positions)
+    return drawn_tokens(log_probs, temperature, seeds, positions)
 
 
 class RowGroup(NamedTuple):
@@ -163,9 +163,9 @@ def shared_head_tokens(
     scores = torch.cat(parts)
     log_probs = scores.log_softmax(-1)
     if edits is None:
-        return _choose(log_probs, temperature, seeds, positions)
+        return drawn_tokens(log_probs, temperature, seeds, positions)
     edited = edited_scores(scores, edits)
-    tokens, left = _choose(edited, temperature, seeds, positions)
+    tokens, left = drawn_tokens(edited, temperature, seeds, positions)
     log_probs = log_probs.gather(1, tokens[:, None])[:, 0]
     return tokens, torch.where(left == -torch.inf, left, log_probs)
 
@@ -191,9 +191,10 @@ def _group_scores(
     return contrast_logits(upper, lower, alpha, least, counts)
 
 
-def _choose(
+def drawn_tokens(
     log_probs: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """The choice of ``head_tokens`` from [rows, vocab] log-probabilities."""
     sampled = (temperature > 0)[:, None]
     heat = torch.where(sampled, temperature[:, None], 1.0)
     scores = log_probs / heat
@@ -256,8 +257,13 @@ def _shared_reads(
     *_: object,
     edits: TokenEdits | None = None,
 ) -> bool:
-    lowers = [group.lower_weight for group in groups if group.lower_weight is not None]
-    return edits is None and is_plain(hidden, weight) and is_streamable(weight, *lowers)
+    is_read = is_plain(hidden, weight) and is_streamable(weight, *lower_weights(groups))
+    return edits is None and is_read
+
+
+def lower_weights(groups: Sequence[RowGroup]) -> list[Weight]:
+    """What groups are contrasted with."""
+    return [group.lower_weight for group in groups if group.lower_weight is not None]
 
 
 def _lower_operands(groups: Sequence[RowGroup]) -> list[Weight]:

@@ -26,7 +26,7 @@ from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.ops import (
     PackedSources,
     PackedTexts,
-    code_hidden,
+    code_states,
     coded_head_statistics,
     head_logits,
     head_statistics,
@@ -254,7 +254,7 @@ class ParallelBatch:
         head = self._model.heads.rough.codes(operands.weight)
         if head is None:
             return [], rows
-        hidden, bias = code_hidden(operands.hidden), operands.bias if has_bias else None
+        hidden, bias = code_states(operands.hidden, head), operands.bias if has_bias else None
         found = coded_head_statistics(
             hidden.codes, hidden.scales, head.codes, head.starts, head.scales, head.vocab, bias
         )

@@ -1,10 +1,14 @@
 """Codes of heads: made once, used where they pay, given up where they do not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from multiexit_engine.layers import rough_heads
-from multiexit_engine.layers.rough_heads import PATIENCE, RoughHeads
+from multiexit_engine.layers.rough_heads import PATIENCE, HeadRows, RoughHeads
+from multiexit_engine.ops import shared_head_tokens
+from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.quantization import Quantization, quantize
 
 
@@ -57,3 +61,56 @@ def test_codes_that_leave_most_rows_open_are_given_up(heads):
     assert heads.codes(weight) is None
     tokens, _ = heads.best_tokens(hidden, weight, None)
     assert tokens[3:].tolist() == (hidden @ weight.T).argmax(1)[3:].tolist()
+
+
+def contrasted(alpha, temperature=0.0):
+    """Two rows alone, three against another head."""
+    hidden, weight = operands()
+    generator = torch.Generator().manual_seed(1)
+    lower = weight + 0.1 * torch.randn(weight.shape, generator=generator)
+    groups = [RowGroup(2), RowGroup(3, hidden[2:] * 0.9, lower)]
+    nothing = torch.zeros(5, dtype=torch.int64)
+    heats = torch.tensor([temperature] * 2 + [0.0] * 3)
+    counts = torch.zeros(5, dtype=torch.int32)
+    return HeadRows(hidden, groups, torch.tensor(alpha), heats, nothing, nothing, counts), weight
+
+
+def exact(rows, weight):
+    counts = torch.zeros(5, dtype=torch.int32)
+    draws = rows.temperature, rows.seeds, rows.positions
+    choice = rows.groups, rows.alpha, None, *draws, counts
+    tokens, log_probs = shared_head_tokens(rows.hidden, weight, None, *choice)
+    return tokens.tolist(), counts.tolist(), log_probs
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_alone_and_contrasts_together_have_the_exact_tokens(heads, temperature):
+    rows, weight = contrasted([0.1] * 5, temperature)
+    tokens, log_probs = heads.tokens(rows, weight, None)
+    assert (tokens.tolist(), rows.num_candidates.tolist()) == exact(rows, weight)[:2]
+    assert log_probs.tolist() == [0.0] * 5
+
+
+def test_a_row_that_takes_all_tokens_is_read_exactly(heads):
+    rows, weight = contrasted([0.1, 0.1, 0.1, 0.0, 0.1])
+    tokens, log_probs = heads.tokens(rows, weight, None)
+    wanted, counts, wanted_log_probs = exact(rows, weight)
+    assert (tokens.tolist(), rows.num_candidates.tolist()) == (wanted, counts)
+    assert counts[3] == 300
+    assert log_probs.tolist() == [0.0, 0.0, 0.0, wanted_log_probs[3], 0.0]
+
+
+def test_contrasts_that_codes_leave_open_are_given_up_alone(heads):
+    rows, weight = contrasted([0.0] * 5)
+    for _ in range(PATIENCE):
+        assert heads.tokens(rows, weight, None) is not None
+    assert heads.tokens(rows, weight, None) is None
+    assert heads.codes(weight) is not None
+
+
+def test_contrasts_that_are_sampled_or_have_other_lower_heads_are_left_alone(heads):
+    rows, weight = contrasted([0.1] * 5)
+    lower = rows.groups[1]._replace(lower_weight=quantize(weight, Quantization(8)))
+    assert heads.tokens(replace(rows, groups=[rows.groups[0], lower]), weight, None) is None
+    sampled = replace(rows, temperature=torch.full((5,), 0.5))
+    assert heads.tokens(sampled, weight, None) is None

@@ -8,9 +8,10 @@ import torch
 from multiexit_engine.decoding.parallel import certain_rows, sure_rows
 from multiexit_engine.ops import (
     code_head,
-    code_hidden,
+    code_states,
     coded_head_statistics,
     head_statistics,
+    logit_bounds,
     logit_errors,
 )
 from multiexit_engine.parallel_mode import Parallel
@@ -30,7 +31,8 @@ def operands(rows, vocab, size, spread=3.0):
 
 def coded(hidden, weight, bias, op=coded_head_statistics):
     """Statistics of the rough logits, and how far off these may be."""
-    head, states = code_head(weight), code_hidden(hidden)
+    head = code_head(weight)
+    states = code_states(hidden, head)
     arrays = head.codes, head.starts, head.scales, head.vocab
     return op(states.codes, states.scales, *arrays, bias), logit_errors(states, head, bias)
 
@@ -38,20 +40,28 @@ def coded(hidden, weight, bias, op=coded_head_statistics):
 def decoded(head, states):
     """[rows, vocab] float64 logits that the codes stand for."""
     rows = head.codes.transpose(1, 2).flatten(2).flatten(0, 1).double() * head.scales[:, None]
-    hidden = (states.codes.double() - 128) * states.scales[:, None].double()
+    hidden = ((states.codes.double() - 128) * states.scales[..., None].double()).sum(1)
     return hidden @ rows[: head.vocab].T
 
 
 @SHAPES
-def test_no_logit_is_further_off_than_its_rows_bound(rows, vocab, size):
+@pytest.mark.parametrize("num_terms", [1, 2])
+@pytest.mark.parametrize("outlier", [1.0, 30.0])
+def test_no_logit_is_further_off_than_its_bound(rows, vocab, size, num_terms, outlier):
     hidden, weight, bias = operands(rows, vocab, size)
     hidden[0] *= 1e3
-    head, states = code_head(weight), code_hidden(hidden)
-    width = hidden.shape[1]
-    exact = hidden.double() @ weight.double().T
-    rough = decoded(head, states)
-    assert rough.shape == (rows, vocab) and width == size
-    assert ((rough - exact).abs().amax(1) <= logit_errors(states, head, bias)).all()
+    hidden[:, 0] *= outlier
+    weight[:, 1] = outlier * weight[:, 1] + 1
+    head = code_head(weight)
+    states = code_states(hidden, head, num_terms)
+    bounds = logit_bounds(states, head, bias)
+    missing = (decoded(head, states) - hidden.double() @ weight.double().T)[:, :vocab]
+    # all logits of a row lack one number: what is off is the difference of any two
+    reach = bounds.reaches.double()[:, None] * head.errors[:vocab].double() + bounds.slacks[:, None]
+    for token in (0, vocab // 2, vocab - 1):
+        off = (missing - missing[:, token : token + 1]).abs()
+        assert (off <= reach + reach[:, token : token + 1]).all()
+    assert (reach.amax(1) <= logit_errors(states, head, bias) * (1 + 1e-12)).all()
 
 
 @SHAPES
@@ -59,7 +69,8 @@ def test_no_logit_is_further_off_than_its_rows_bound(rows, vocab, size):
 def test_statistics_are_those_of_the_codes(rows, vocab, size, has_bias):
     hidden, weight, bias = operands(rows, vocab, size)
     bias = bias if has_bias else None
-    logits = decoded(code_head(weight), code_hidden(hidden))
+    head = code_head(weight)
+    logits = decoded(head, code_states(hidden, head))
     wanted = (logits if bias is None else logits + bias).log_softmax(-1)
     for op in (coded_head_statistics.reference, coded_head_statistics):
         found, _ = coded(hidden, weight, bias, op)
@@ -112,5 +123,8 @@ def test_a_token_that_cannot_be_counts_for_nothing():
     bias[5:50] = -torch.inf
     kept = torch.tensor([*range(5), *range(50, 100)])
     rough, errors = coded(hidden, weight, bias)
-    torch.testing.assert_close(rough.entropy, coded(hidden, weight[kept], bias[kept])[0].entropy)
+    head = code_head(weight)
+    logits = decoded(head, code_states(hidden, head)) + bias
+    wanted = head_statistics(logits[:, kept].float(), torch.eye(55)).entropy
+    torch.testing.assert_close(rough.entropy, wanted, atol=1e-5, rtol=1e-5)
     assert errors.isfinite().all()
