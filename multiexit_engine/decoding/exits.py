@@ -15,6 +15,7 @@ from torch import Tensor
 from multiexit_engine.decoding.dola import dola_scores
 from multiexit_engine.decoding.plan import ContrastFunction, ExitPlan, HeadGroup
 from multiexit_engine.layers.exit_heads import ExitHeads, Head, HeadOperands
+from multiexit_engine.layers.rough_heads import HeadRows
 from multiexit_engine.ops import (
     contrast_heads,
     contrast_logits,
@@ -247,25 +248,30 @@ def _chosen_together(
     uppers = [upper for _, upper in shared]
     hidden = torch.cat([u.hidden for u in uppers]) if len(uppers) > 1 else uppers[0].hidden
     upper = uppers[0]._replace(hidden=hidden)
-    if edits is None and all(group.lower is None for group in groups):
-        # known without waiting for a GPU only where there is none
-        is_greedy = device_kind(hidden.device) == "cpu" and not bool(draws.temperature.any())
-        if is_greedy:
-            return heads.rough.best_tokens(*upper)
+    is_plain = edits is None and all(group.lower is None for group in groups)
+    is_rough = edits is None and device_kind(hidden.device) == "cpu"
+    if is_plain and not is_rough:
         return pair_tokens(upper, None, None, draws, None)
     lowers = [_lower_operands(group, plan, taps, heads) for group in groups]
     device = hidden.device
     alphas = [group.alphas or (1.0,) * len(group.rows) for group in groups]
     alpha = to_device(list(chain(*alphas)), device, torch.float32)
     least = _least_candidates(groups, device)
-    lower = lowers[0]
-    is_pair = lower is not None and len(groups) == 1 and least is None and edits is None
-    if is_pair and lower and upper.bias is None and lower.bias is None:
-        return pair_tokens(upper, lower, alpha, draws, num_candidates)
     parts = [
         RowGroup(len(group.rows), *(lower or ()))
         for group, lower in zip(groups, lowers, strict=True)
     ]
+    if is_rough and least is None:
+        rows = HeadRows(hidden, parts, alpha, *draws, num_candidates)
+        found = heads.rough.tokens(rows, upper.weight, upper.bias)
+        if found is not None:
+            return found
+    if is_plain:
+        return pair_tokens(upper, None, None, draws, None)
+    lower = lowers[0]
+    is_pair = lower is not None and len(groups) == 1 and least is None and edits is None
+    if is_pair and lower and upper.bias is None and lower.bias is None:
+        return pair_tokens(upper, lower, alpha, draws, num_candidates)
     return shared_head_tokens(
         hidden, upper.weight, upper.bias, parts, alpha, least, *draws, num_candidates, edits=edits
     )
