@@ -124,11 +124,11 @@ class Engine:
             quantization: "int8" or "int4" stores weight matrices as small integers with a scale for
                 each 32 columns ("int8-g64", "int4-g64": 64); sums stay in float32.
                 docs/quantization.md says what it costs. None keeps them in dtype.
-            cuda_graphs: capture plain decode steps, for some numbers of rows up to max_batch_size
-                (True) or for those given (a list, or "1,2,4"); the tokens stay the same. CUDA only,
-                not for encoder-decoders; docs/gpu.md says which steps are plain.
-            async_scheduling: launch a plain decode step before the tokens of the last one are
-                known. As cuda_graphs.
+            cuda_graphs: capture the layers of decode steps, and plain heads, for some numbers of
+                rows up to max_batch_size (True) or for those given (a list, or "1,2,4"); the tokens
+                stay the same. CUDA only, not for encoder-decoders; docs/gpu.md says which steps.
+            async_scheduling: launch a step before the tokens of the last one are known. As
+                cuda_graphs.
             revision: of a hub id.
             seed: of requests that bring none.
 

@@ -1,12 +1,12 @@
 """Where decode steps read and write on the device: always the same memory, filled in one copy.
 
-One row for each sequence, and a spare one that padding points to. Knows nothing of layers or
-heads, or of who owns a row.
+Rows, and a spare one that padding points to. Knows nothing of layers or heads, or of whose a row
+is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,7 +95,7 @@ class DecodeMemory:
     """The inputs of decode steps and their results.
 
     Args:
-        num_rows: most sequences of a step.
+        num_rows: most rows of a step, padding included.
         max_model_len: most tokens of a sequence.
         block_size: tokens of a KV block.
         spare_block: a block of the KV cache that nobody owns: padding writes there.
@@ -145,48 +145,55 @@ class DecodeMemory:
             self._inputs.on_host(turn)["tables"].fill(-1)
 
     def send(
-        self, turn: int, rows: Sequence[DecodeRow], size: int, groups: Sequence[Sequence[int]]
+        self,
+        turn: int,
+        rows: Sequence[DecodeRow],
+        size: int,
+        others: Sequence[DecodeRow],
+        groups: Sequence[Sequence[int]],
     ) -> None:
         """Copy a step's inputs to the device.
 
         Args:
             turn: which twin; the step that used it last must be over.
-            rows: one for each sequence.
-            size: rows that the step runs; those beyond ``rows`` are padding.
-            groups: rows with the same heads, each list to be padded to ``size`` entries.
+            rows: the first rows of the memory, one for each sequence that runs through pieces.
+            size: rows that run; those beyond ``rows`` are padding.
+            others: rows from ``size`` on, of which the heads alone read: they have no table here.
+            groups: rows with the same heads, each list to be padded to the longest size there is.
         """
         arrays = self._inputs.on_host(turn)
-        padded = [*rows, *[self._padding] * (size - len(rows))]
-        block = self._block_size
-        arrays["tokens"][:size] = [row.token for row in padded]
-        arrays["sources"][:size] = [row.source for row in padded]
-        arrays["positions"][:size] = [row.position for row in padded]
+        running = [*rows, *[self._padding] * (size - len(rows))]
+        every = [*running, *others]
+        count, block = len(every), self._block_size
+        arrays["tokens"][:count] = [row.token for row in every]
+        arrays["sources"][:count] = [row.source for row in every]
+        arrays["positions"][:count] = [row.position for row in every]
         arrays["slots"][:size] = [
-            row.block_table[row.position // block] * block + row.position % block for row in padded
+            row.block_table[row.position // block] * block + row.position % block for row in running
         ]
-        arrays["seeds"][:size] = [row.seed for row in padded]
-        arrays["counts"][:size] = [row.num_output_tokens for row in padded]
-        arrays["contexts"][:size] = [row.position + 1 for row in padded]
-        arrays["temperatures"][:size] = [row.temperature for row in padded]
-        arrays["alphas"][:size] = [row.alpha for row in padded]
+        arrays["seeds"][:count] = [row.seed for row in every]
+        arrays["counts"][:count] = [row.num_output_tokens for row in every]
+        arrays["contexts"][:count] = [row.position + 1 for row in every]
+        arrays["temperatures"][:count] = [row.temperature for row in every]
+        arrays["alphas"][:count] = [row.alpha for row in every]
         for place, members in enumerate(groups):
             own = arrays["groups"][place]
             own[: len(members)] = members
-            own[len(members) : size] = self.spare_row
-        self._fill_tables(turn, arrays["tables"], padded)
+            own[len(members) :] = self.spare_row
+        self._fill_tables(turn, arrays["tables"], running)
         self._inputs.send(turn, "tables", size * self._width * 4)
 
     def fetch(self, turn: int) -> None:
         """Copy the results to a twin; see ``found``."""
         self._results.fetch(turn)
 
-    def found(self, turn: int, num_rows: int) -> tuple[list[int], list[float], list[int]]:
-        """Tokens, log-probabilities and plausible tokens of rows, once they were waited for."""
+    def found(self, turn: int, rows: Sequence[int]) -> Iterable[tuple[int, float, int]]:
+        """Token, log-probability and plausible tokens of rows, once they were waited for."""
         arrays = self._results.on_host(turn)
-        tokens, logprobs, counts = (
-            arrays[name][:num_rows].tolist() for name in ("tokens", "logprobs", "candidates")
+        return zip(
+            *(arrays[name][rows].tolist() for name in ("tokens", "logprobs", "candidates")),
+            strict=True,
         )
-        return tokens, logprobs, counts
 
     def _fill_tables(self, turn: int, tables: Any, rows: Sequence[DecodeRow]) -> None:
         """Write the block tables that are not what they were when this twin was sent last."""

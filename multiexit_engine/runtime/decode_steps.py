@@ -1,115 +1,63 @@
-"""Steps in which every sequence gets one plain token: one copy in, one copy out, no wait between.
+"""Steps that are launched as a whole: nobody waits before the end, or before the next step.
 
-Each step is a row of pieces (spans of layers between the exits that somebody reads, then heads)
-over memory that stays where it is, so that pieces can be captured as graphs, and the next step can
-be launched before the tokens of this one are known. Knows nothing of queues or texts.
+Rows that get one token each run through pieces over memory that stays where it is, beside them
+chunks of prompts as they come. Rows of plain modes choose in pieces, too; what others want of
+their distributions is launched after them. Knows nothing of queues or texts.
 """
 
 from __future__ import annotations
 
-import math
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from multiexit_engine.batch import (
-    ForwardBatch,
-    ScheduledBatch,
-    ScheduledSequence,
-    SequenceLayout,
-    StepOutput,
-)
+from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
+from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
-from multiexit_engine.decoding.exits import Draws, pair_tokens, takes_pair
+from multiexit_engine.decoding.exits import takes_pair
 from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner, plan_segments
-from multiexit_engine.layers.exit_heads import Head, HeadOperands
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.ops import shared_head_tokens
-from multiexit_engine.ops.tokens import RowGroup
-from multiexit_engine.params import Contrast, Exit, Original
-from multiexit_engine.request import ChosenToken, sequence_seed
+from multiexit_engine.params import Contrast, EarlyExit, Exit, Original
+from multiexit_engine.request import sequence_seed
 from multiexit_engine.runtime.choosing import TokenChooser
-from multiexit_engine.runtime.chosen_rows import NOT_A_NUMBER
-from multiexit_engine.runtime.decode_memory import (
-    MAX_GROUPS,
-    TURNS,
-    DecodeMemory,
-    DecodeRow,
-)
+from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choice
+from multiexit_engine.runtime.decode_memory import MAX_GROUPS, TURNS, DecodeMemory, DecodeRow
+from multiexit_engine.runtime.decode_pieces import DecodePieces
+from multiexit_engine.runtime.flight import Flight, Place
 from multiexit_engine.runtime.graphs import Pieces
-from multiexit_engine.runtime.logit_rows import LogitRow
+from multiexit_engine.runtime.launched_step import ComingStep, LaunchedStep
+from multiexit_engine.runtime.logit_rows import LogitRow, choice_rows, target_rows
+from multiexit_engine.runtime.logit_slices import LogitSlice
 from multiexit_engine.runtime.step_clock import StepClock
+from multiexit_engine.transfer import to_device
 
 PLAIN = (Original, Exit, Contrast)
+Items = Sequence[tuple[int, ScheduledSequence]]
 
 
-class _Part(NamedTuple):
-    """Rows with the same heads.
+class _InMemory:
+    """The last rows of items as a flight would give them, from the memory's states."""
 
-    Attributes:
-        place: of the list of these rows in memory; None for the first rows of the step.
-        upper: their head.
-        lower: what it is contrasted with, if anything.
-        size: how many, padding included.
-    """
+    def __init__(self, states: Tensor, places: Mapping[int, int]) -> None:
+        self._states = states
+        self._places = places
 
-    place: int | None
-    upper: Head
-    lower: Head | None
-    size: int
+    def rows_of(self, places: Sequence[Place]) -> list[int | None]:
+        return [self._places[item] for item, _ in places]
 
-
-class LaunchedStep:
-    """A step that is on its way.
-
-    Attributes:
-        batch: what it computes.
-        rows: where each of its sequences stands.
-        clock: what the step takes.
-    """
-
-    def __init__(
-        self,
-        batch: ScheduledBatch,
-        memory: DecodeMemory,
-        turn: int,
-        clock: StepClock,
-        device: torch.device,
-    ) -> None:
-        self.batch = batch
-        self.rows = {item.sequence: row for row, item in enumerate(batch.scheduled)}
-        self.clock = clock
-        self._memory = memory
-        self._turn = turn
-        self._done = torch.get_device_module(device).Event()
-        self._done.record()
-
-    def wait(self) -> StepOutput:
-        """What it chose, as soon as it is known; sequences that ended meanwhile are left out."""
-        self._done.synchronize()
-        tokens, logprobs, counts = self._memory.found(self._turn, len(self.rows))
-        output = StepOutput()
-        for sequence, row in self.rows.items():
-            if sequence.is_finished:
-                continue
-            output.note_candidates([counts[row]])
-            if math.isnan(logprobs[row]):
-                output.failures[sequence.request.request_id] = NOT_A_NUMBER
-            else:
-                output.tokens.append((sequence, [ChosenToken(tokens[row])]))
-        return output
+    def take(self, rows: list[int]) -> Tensor:
+        return self._states.index_select(0, to_device(rows, self._states.device))
 
 
 class DecodeSteps:
-    """Launches plain steps of one decoder-only model.
+    """Launches steps of one decoder-only model.
 
     Args:
         model: the decoder.
         kv_cache: of the model, with one block more than anybody can own.
-        chooser: says which rows are chosen without a look at their scores.
+        states: where rows of chunks would wait at exits, which they never do here.
+        chooser: chooses tokens, and says which rows need no look at their scores.
         config: the engine's limits.
         pieces: how pieces run.
     """
@@ -118,193 +66,231 @@ class DecodeSteps:
         self,
         model: MultiExitModel,
         kv_cache: PagedKVCache,
+        states: ExitStates,
         chooser: TokenChooser,
         config: EngineConfig,
         pieces: Pieces,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
+        self._exit_states = states
         self._chooser = chooser
         self._planner = ExitPlanner(model.config)
-        self._pieces = pieces
         self._device = config.device
         self._memory = DecodeMemory(
-            config.max_batch_size,
+            # the last rows of chunks stand behind the padding of the others
+            2 * config.max_batch_size,
             config.max_model_len,
             config.block_size,
             config.num_kv_blocks,
             config.device,
         )
-        self._starts = torch.arange(
-            config.max_batch_size + 1, dtype=torch.int32, device=config.device
-        )
-        # the states after each layer where a span of layers ends
-        self._states: dict[int, Tensor] = {}
-        self._matrices: dict[Head, tuple[int, int]] = {}
+        self._pieces = DecodePieces(model, kv_cache, self._memory, pieces)
         self._turn = 0
 
-    def fits(self, batch: ScheduledBatch) -> bool:
-        """Whether every sequence of a step gets one token, chosen by plain means."""
-        if batch.unread or not all(map(_is_one_token, batch.scheduled)):
+    def fits(self, batch: ScheduledBatch, before: LaunchedStep | None) -> bool:
+        """Whether a step needs the host at its end only.
+
+        Args:
+            batch: the step.
+            before: the step that is choosing the tokens that are not known.
+        """
+        if batch.unread or any(map(_needs_the_host, batch.scheduled)):
             return False
-        if not all(map(self._is_plain, _rows(batch))):
-            return False
-        return len(self._plan(batch).groups) <= MAX_GROUPS
+        expecting = [item for item in batch.scheduled if item.sequence.num_expected]
+        if not expecting:
+            return True
+        rows = choice_rows(enumerate(expecting), {})
+        return (
+            before is not None
+            and all(_is_one_token(item) for item in expecting)
+            and all(item.sequence in before.coming.token_rows for item in expecting)
+            and not any(row.needs_drafts for row in rows)
+        )
 
     def launch(self, batch: ScheduledBatch, before: LaunchedStep | None = None) -> LaunchedStep:
         """Start a step that ``fits``; ``before`` is choosing the tokens that are not known."""
         clock = StepClock(self._device)
         clock.mark()
-        plan = self._plan(batch)
-        num_rows = len(batch.scheduled)
-        size = self._pieces.size(num_rows)
-        bound = self._pieces.bound(max(item.stop for item in batch.scheduled))
-        groups = [group.rows for group in plan.groups] if len(plan.groups) > 1 else []
         self._turn = (self._turn + 1) % TURNS
-        self._memory.send(self._turn, _decode_rows(batch, plan, before), size, groups)
-        self._run_layers(batch, plan, bound)
-        for parts in self._by_matrix(plan, size):
-            self._pieces.run(("heads", parts), size, partial(self._choose, parts))
+        items = list(enumerate(batch.scheduled))
+        steady = [pair for pair in items if _is_one_token(pair[1])]
+        chunks = [pair for pair in items if not _is_one_token(pair[1])]
+        rows = choice_rows(items, {})
+        places = self._places(steady, chunks)
+        plain, looked_at = self._by_kind(rows)
+        plan = self._plan(plain)
+        slices = self._chooser.slices(looked_at)
+        targets = self._chooser.scored_slices(target_rows(chunks))
+        layers = {layer for p in (plan, *(s.plan for s in slices)) for layer in p.rows_at}
+        self._send(batch, places, plain, plan, before)
+        if steady:
+            depths = [item.sequence.request.depth for _, item in steady]
+            segments = plan_segments(depths, {at for at in layers if at <= depths[0]})
+            self._pieces.run_layers(segments, max(item.stop for _, item in steady))
+        if chunks:
+            self._run_chunks(batch, chunks, layers, places, targets)
+        if plain:
+            self._pieces.choose(plan.groups, self._are_listed(plain, plan, places))
+        choices = [self._choose_looking(part, places) for part in slices]
         self._memory.fetch(self._turn)
+        coming = ComingStep(
+            [*([self._plain_choices(plain, places)] if plain else []), *choices],
+            [self._chooser.score(part) for part in targets],
+            {
+                row.sequence: places[row.item]
+                for row in rows
+                if not row.sequence.request.continuation
+            },
+            not any(map(_branches, rows)),
+        )
         clock.mark()
-        return LaunchedStep(batch, self._memory, self._turn, clock, self._device)
+        return LaunchedStep(batch, coming, clock, self._device)
+
+    def _places(self, steady: Items, chunks: Items) -> dict[int, int]:
+        """The row in memory of each item that has one."""
+        places = {index: row for row, (index, _) in enumerate(steady)}
+        ending = [index for index, item in chunks if item.reaches_end]
+        first = self._pieces.size(len(steady)) if steady else 0
+        return places | {index: first + row for row, index in enumerate(ending)}
+
+    def _by_kind(self, rows: Sequence[LogitRow]) -> tuple[list[LogitRow], list[LogitRow]]:
+        """The rows whose tokens are chosen in pieces, and the others."""
+        plain = [row for row in rows if self._is_plain(row)]
+        if len(self._plan(plain).groups) > MAX_GROUPS:
+            return [], list(rows)
+        return plain, [row for row in rows if not self._is_plain(row)]
 
     def _is_plain(self, row: LogitRow) -> bool:
-        request = row.sequence.request
         return (
             isinstance(row.mode, PLAIN)
             and takes_pair(row.mode, self._model.heads)
-            and request.score_from is None
-            and not request.source_token_ids
-            and request.sampling.prompt_logprobs is None
             and row.sequence.grammar is None
-            and not request.continuation
             and self._chooser.is_direct(row)
         )
 
-    def _plan(self, batch: ScheduledBatch) -> ExitPlan:
-        return self._planner.plan([item.sequence.request.decoding for item in batch.scheduled])
+    def _plan(self, rows: Sequence[LogitRow]) -> ExitPlan:
+        return self._planner.plan([row.mode for row in rows])
 
-    def _run_layers(self, batch: ScheduledBatch, plan: ExitPlan, bound: int) -> None:
+    def _send(
+        self,
+        batch: ScheduledBatch,
+        places: Mapping[int, int],
+        plain: Sequence[LogitRow],
+        plan: ExitPlan,
+        before: LaunchedStep | None,
+    ) -> None:
+        alphas = {
+            plain[row].item: alpha
+            for group in plan.groups
+            if group.alphas
+            for row, alpha in zip(group.rows, group.alphas, strict=True)
+        }
+        rows = {
+            index: _decode_row(batch.scheduled[index], alphas.get(index, 1.0), before)
+            for index in places
+        }
+        steady = [row for index, row in rows.items() if _is_one_token(batch.scheduled[index])]
+        size = self._pieces.size(len(steady)) if steady else 0
+        groups = [[places[plain[row].item] for row in group.rows] for group in plan.groups]
+        listed = groups if self._are_listed(plain, plan, places) else []
+        others = [*rows.values()][len(steady) :]
+        self._memory.send(self._turn, steady, size, others, listed)
+
+    def _are_listed(
+        self, plain: Sequence[LogitRow], plan: ExitPlan, places: Mapping[int, int]
+    ) -> bool:
+        """Whether the rows that choose in pieces are not just the first ones, all alike."""
+        rows = [places[row.item] for row in plain]
+        return len(plan.groups) > 1 or rows != list(range(len(rows)))
+
+    def _run_chunks(
+        self,
+        batch: ScheduledBatch,
+        chunks: Items,
+        layers: Collection[int],
+        places: Mapping[int, int],
+        targets: Sequence[LogitSlice],
+    ) -> None:
+        """Run chunks of prompts beside the pieces; the states of last rows go to the memory.
+
+        They have a pass of their own: the rows of others then have the same bits beside them as
+        without them, and these are under way while Python launches the pass.
+        """
+        flight = Flight(self._model, self._kv_cache, self._exit_states, dict(chunks))
+        last = {(index, item.stop - 1): places[index] for index, item in chunks if index in places}
         depths = [item.sequence.request.depth for item in batch.scheduled]
-        for segment in plan_segments(depths, plan.rows_at):
-            # rows that have left may stand where padding would: what they write nobody reads
-            size = self._pieces.size(segment.num_seqs)
-            call = partial(self._span, segment.start, segment.stop, size, bound)
-            self._pieces.run(("layers", segment.start, segment.stop, size, bound), size, call)
+        scored = {layer for part in targets for layer in part.plan.rows_at}
+        for segment in plan_segments(depths, {*layers, *scored}):
+            flight.narrow(segment.num_seqs)
+            if not flight.aboard:
+                break
+            flight.run(segment.start, segment.stop)
+            for part in targets:
+                part.keep(segment.stop, flight)
+            if segment.stop in layers:
+                self._put_states(segment.stop, flight, last)
 
-    def _span(self, start: int, stop: int, size: int, bound: int) -> None:
-        """Run a span of layers on the first ``size`` rows, from the memory of states to it."""
-        inputs = self._memory.inputs
-        positions = inputs["positions"][:size]
-        layout = SequenceLayout(
-            query_lens=(1,) * size,
-            context_lens=(bound,) * size,
-            cu_query_lens=self._starts[: size + 1],
-            context_lens_device=inputs["contexts"][:size],
-            block_tables=inputs["tables"][:size],
-            has_bounds=True,
-        )
-        tokens = self._tokens(size)
-        forward = ForwardBatch(tokens, positions, inputs["slots"][:size], layout)
-        hidden = self._states[start][:size] if start else self._model.embed(tokens, positions)
-        hidden = self._model.run_layers(hidden, start, stop, self._kv_cache, forward)
-        if stop not in self._states:
-            self._states[stop] = hidden.new_zeros(self._memory.spare_row + 1, hidden.shape[1])
-        self._states[stop][:size] = hidden
+    def _put_states(self, layer: int, flight: Flight, last: Mapping[Place, int]) -> None:
+        found = zip(flight.rows_of([*last]), last.values(), strict=True)
+        here = [(row, place) for row, place in found if row is not None]
+        if here:
+            states = flight.take([row for row, _ in here])
+            rows = to_device([place for _, place in here], self._device)
+            self._pieces.put_states(layer, rows, states)
 
-    def _tokens(self, size: int) -> Tensor:
-        """[size] int64: from the host, or where only the device knows them from there."""
-        known = self._memory.inputs["tokens"][:size]
-        sources = self._memory.inputs["sources"][:size]
-        chosen = self._memory.results["tokens"][sources.clamp(min=0)]
-        return torch.where(sources < 0, known, chosen)
+    def _choose_looking(self, part: LogitSlice, places: Mapping[int, int]) -> Coming[Choice]:
+        """Choose tokens of rows whose distributions are looked at, and leave them in memory."""
+        for layer in part.plan.rows_at:
+            part.keep(layer, _InMemory(self._pieces.states(layer), places))
+        coming = self._chooser.choose(part)
+        if coming.tokens is not None:
+            rows = to_device([places[row.item] for row in coming.rows], self._device)
+            self._memory.results["tokens"].index_copy_(0, rows, coming.tokens)
+        return coming
 
-    def _by_matrix(self, plan: ExitPlan, size: int) -> list[tuple[_Part, ...]]:
-        """The groups of rows, those together whose upper heads have one matrix."""
-        if len(plan.groups) == 1:
-            (group,) = plan.groups
-            return [(_Part(None, group.upper, group.lower, size),)]
-        found: dict[tuple[int, int], list[_Part]] = {}
-        for place, group in enumerate(plan.groups):
-            part = _Part(place, group.upper, group.lower, self._pieces.size(len(group.rows)))
-            found.setdefault(self._matrix(group.upper), []).append(part)
-        return [tuple(parts) for parts in found.values()]
+    def _plain_choices(
+        self, plain: Sequence[LogitRow], places: Mapping[int, int]
+    ) -> Coming[Choice]:
+        turn, rows = self._turn, [places[row.item] for row in plain]
 
-    def _matrix(self, head: Head) -> tuple[int, int]:
-        """What is the same for heads with the same matrix and bias."""
-        if head not in self._matrices:
-            operands = self._model.heads.operands(head, self._states[head.layer][:1])
-            self._matrices[head] = id(operands.weight), id(operands.bias)
-        return self._matrices[head]
+        def read(output: StepOutput) -> list[tuple[LogitRow, Choice]]:
+            chosen: list[tuple[LogitRow, Choice]] = []
+            for row, found in zip(plain, self._memory.found(turn, rows), strict=True):
+                token, logprob, count = found
+                output.note_candidates([count])
+                chosen.append((row, direct_choice(row, token, logprob)))
+            return chosen
 
-    def _choose(self, parts: tuple[_Part, ...]) -> None:
-        """Choose tokens of the rows of groups whose heads have one matrix, which is read once."""
-        inputs, results = self._memory.inputs, self._memory.results
-        rows = [self._rows_of(part) for part in parts]
-        own = rows[0] if len(parts) == 1 else torch.cat([r for r in rows if isinstance(r, Tensor)])
-        draws = Draws(inputs["temperatures"][own], inputs["seeds"][own], inputs["counts"][own])
-        alpha = inputs["alphas"][own]
-        counts = torch.zeros_like(draws.seeds, dtype=torch.int32)
-        pairs = list(zip(parts, rows, strict=True))
-        uppers = [self._operands(part.upper, place) for part, place in pairs]
-        lowers = [part.lower and self._operands(part.lower, place) for part, place in pairs]
-        if len(parts) == 1:
-            found = pair_tokens(uppers[0], lowers[0], alpha, draws, counts)
-        else:
-            hidden = torch.cat([upper.hidden for upper in uppers])
-            groups = [RowGroup(p.size, *(low or ())) for p, low in zip(parts, lowers, strict=True)]
-            _, weight, bias = uppers[0]
-            found = shared_head_tokens(hidden, weight, bias, groups, alpha, None, *draws, counts)
-        results["tokens"][own], results["logprobs"][own] = found[0], found[1].float()
-        results["candidates"][own] = counts
-
-    def _rows_of(self, part: _Part) -> Tensor | slice:
-        if part.place is None:
-            return slice(part.size)
-        return self._memory.inputs["groups"][part.place][: part.size]
-
-    def _operands(self, head: Head, rows: Tensor | slice) -> HeadOperands:
-        return self._model.heads.operands(head, self._states[head.layer][rows])
+        return Coming(plain, None, read)
 
 
-def _rows(batch: ScheduledBatch) -> list[LogitRow]:
-    """The rows that choose, one for each sequence; a token that is expected counts as a draft."""
-    return [
-        LogitRow(index, item.start, sequence, sequence.request.decoding, sequence.num_expected)
-        for index, item in enumerate(batch.scheduled)
-        for sequence in (item.sequence,)
-    ]
+def _needs_the_host(item: ScheduledSequence) -> bool:
+    """Whether what is computed depends on what the host sees on the way."""
+    return item.num_drafts > 0 or isinstance(item.sequence.request.decoding, EarlyExit)
 
 
 def _is_one_token(item: ScheduledSequence) -> bool:
-    return item.num_tokens == 1 and not item.num_drafts and item.reaches_end
+    return item.num_tokens == 1 and item.reaches_end
 
 
-def _decode_rows(
-    batch: ScheduledBatch, plan: ExitPlan, before: LaunchedStep | None
-) -> list[DecodeRow]:
-    alphas = {
-        row: alpha
-        for group in plan.groups
-        if group.alphas
-        for row, alpha in zip(group.rows, group.alphas, strict=True)
-    }
-    rows = []
-    for place, item in enumerate(batch.scheduled):
-        sequence, request = item.sequence, item.sequence.request
-        is_known = item.start < len(sequence.token_ids)
-        assert is_known or before is not None, "nobody chooses this token"
-        rows.append(
-            DecodeRow(
-                token=sequence.token_ids[item.start] if is_known else 0,
-                source=-1 if is_known or before is None else before.rows[sequence],
-                position=item.start,
-                block_table=sequence.block_table,
-                seed=sequence_seed(request.seed, sequence.index),
-                num_output_tokens=item.stop - len(request.prompt_token_ids),
-                temperature=request.sampling.temperature,
-                alpha=alphas.get(place, 1.0),
-            )
-        )
-    return rows
+def _branches(row: LogitRow) -> bool:
+    """Whether more than one sequence may go on from a row."""
+    request = row.sequence.request
+    return request.is_beam_search or (request.sampling.n > 1 and row.num_output_tokens == 0)
+
+
+def _decode_row(item: ScheduledSequence, alpha: float, before: LaunchedStep | None) -> DecodeRow:
+    sequence, request = item.sequence, item.sequence.request
+    is_known = item.stop <= len(sequence.token_ids)
+    assert is_known or before is not None, "nobody chooses this token"
+    return DecodeRow(
+        token=sequence.token_ids[item.stop - 1] if is_known else 0,
+        source=-1 if is_known or before is None else before.coming.token_rows[sequence],
+        position=item.stop - 1,
+        block_table=sequence.block_table,
+        seed=sequence_seed(request.seed, sequence.index),
+        num_output_tokens=item.stop - len(request.prompt_token_ids),
+        temperature=request.sampling.temperature,
+        alpha=alpha,
+    )

@@ -89,11 +89,12 @@ def _modes(chunks: Sequence[ScheduledSequence]) -> frozenset[DecodingMode]:
 
 def _most_drafts(chunk: ScheduledSequence, config: EngineConfig) -> int:
     sequence, request = chunk.sequence, chunk.sequence.request
-    if chunk.num_tokens > 1 or not chunk.reaches_end or not sequence.num_output_tokens:
+    num_output_tokens = sequence.num_tokens - len(request.prompt_token_ids)
+    if chunk.num_tokens > 1 or not chunk.reaches_end or not num_output_tokens:
         return 0
     if request.score_from is not None:
         return 0
-    left = request.sampling.max_new_tokens - sequence.num_output_tokens
+    left = request.sampling.max_new_tokens - num_output_tokens
     return min(left, config.max_model_len - sequence.num_tokens) - 1
 
 

@@ -111,7 +111,10 @@ def choice_rows(
         mode = target_mode(sequence.request.decoding)
         known = drafts.get(index, [])
         rows += [
-            LogitRow(index, item.stop - 1 + count, sequence, mode, count, known)
+            # a token that is expected counts as a draft
+            LogitRow(
+                index, item.stop - 1 + count, sequence, mode, sequence.num_expected + count, known
+            )
             for count in range(1 + item.num_drafts)
         ]
     return rows

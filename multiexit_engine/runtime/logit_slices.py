@@ -7,14 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.plan import ExitPlan
-from multiexit_engine.runtime.flight import Flight
+from multiexit_engine.runtime.flight import Place
 from multiexit_engine.runtime.logit_rows import LogitRow
 from multiexit_engine.transfer import to_device
+
+
+class StatesAtLayer(Protocol):
+    """Rows that have come to a layer, as a flight has them."""
+
+    def rows_of(self, places: Sequence[Place]) -> list[int | None]:
+        """The rows in which these positions stand; None where one is not here."""
+
+    def take(self, rows: list[int]) -> Tensor:
+        """[rows, hidden]: the states of some rows."""
 
 
 @dataclass(slots=True)
@@ -31,7 +42,7 @@ class LogitSlice:
     has_edits: bool = False
     _parts: dict[int, list[tuple[list[int], Tensor]]] = field(default_factory=dict)
 
-    def keep(self, layer: int, flight: Flight) -> None:
+    def keep(self, layer: int, flight: StatesAtLayer) -> None:
         """Take the states of those rows that have come to a layer where they are needed."""
         wanted = [self.rows[r] for r in self.plan.rows_at.get(layer, ())]
         if not wanted:

@@ -1,7 +1,7 @@
 """The order of steps: each run to its end, or the next one launched before the last one is known.
 
-A step in which every sequence gets one plain token says before it ends what the next one computes,
-all but the tokens themselves, and these are on the device. So the next step is planned and
+A step that was launched says before it ends what the next one computes, all but the tokens
+themselves, and these are on the device. So the next step is planned and
 launched while this one runs. A sequence that turns out to have ended was planned in vain: its row
 is computed and thrown away. Its blocks may have another owner by then, whose writes the device
 makes later.
@@ -18,7 +18,7 @@ from dataclasses import replace
 from multiexit_engine.batch import ScheduledBatch, StepOutput
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.request import SequenceStatus
-from multiexit_engine.runtime.decode_steps import LaunchedStep
+from multiexit_engine.runtime.launched_step import LaunchedStep
 from multiexit_engine.runtime.runner import ModelRunner
 from multiexit_engine.runtime.scheduler import Scheduler
 
@@ -45,7 +45,7 @@ class StepLoop:
             self._scheduler.advance(step, output.waiting)
             return output
         self._scheduler.advance(step.batch)
-        if self._config.async_scheduling:
+        if self._config.async_scheduling and step.coming.may_be_followed:
             self._look_ahead(step)
         return self._runner.finish(step)
 
@@ -53,7 +53,7 @@ class StepLoop:
         """What was planned, if it still makes sense, else a new plan; launched if it fits."""
         planned, self._next = self._next, None
         if isinstance(planned, LaunchedStep):
-            if any(sequence.status is SequenceStatus.RUNNING for sequence in planned.rows):
+            if _living(planned.batch) is not None:
                 return planned
             # its inputs may not be overwritten before the device has read them
             planned.wait()
@@ -77,6 +77,8 @@ class StepLoop:
             item.sequence
             for item in batch.scheduled
             if item.sequence.status is SequenceStatus.RUNNING
+            and item.sequence.num_tokens == item.stop
+            and item.sequence.request.score_from is None
             and item.stop + 1 < self._config.max_model_len
             and item.stop + 1 - len(item.sequence.request.prompt_token_ids)
             < item.sequence.request.sampling.max_new_tokens

@@ -6,29 +6,28 @@ The one place that joins models and decoding. Knows nothing of queues, blocks' o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from multiexit_engine.batch import CheckedDrafts, ScheduledBatch, ScheduledSequence, StepOutput
+from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.plan import ExitPlanner, plan_segments
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.params import EarlyExit, Exit
-from multiexit_engine.request import ChosenToken, ScoredToken
+from multiexit_engine.params import EarlyExit
 from multiexit_engine.runtime.choosing import TokenChooser
-from multiexit_engine.runtime.chosen_rows import Choice
-from multiexit_engine.runtime.decode_steps import DecodeSteps, LaunchedStep
+from multiexit_engine.runtime.decode_steps import DecodeSteps
 from multiexit_engine.runtime.draft_lengths import DraftLengths
 from multiexit_engine.runtime.drafting import Drafter, Drafts
 from multiexit_engine.runtime.early_exits import EarlyExits, EarlyRows
 from multiexit_engine.runtime.exit_readings import ExitReadings, read_exits
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.graphs import Eager, Graphs, Pieces, capture_on
+from multiexit_engine.runtime.handing_out import hand_out, hand_out_scores
+from multiexit_engine.runtime.launched_step import LaunchedStep
 from multiexit_engine.runtime.logit_rows import LogitRow, all_rows, choice_rows, target_rows
 from multiexit_engine.runtime.logit_slices import LogitSlice
 from multiexit_engine.runtime.sources import read_sources
@@ -61,7 +60,7 @@ class ModelRunner:
             config.device,
         )
         self._chooser = TokenChooser(model.heads, ExitPlanner(model.config), config.device)
-        self._decode = _decode_steps(model, kv_cache, self._chooser, config)
+        self._decode = _decode_steps(model, kv_cache, self._states, self._chooser, config)
         self._drafter = Drafter(model, kv_cache, self._states, self._chooser)
         self._early_exits = EarlyExits(model, self._chooser)
 
@@ -75,7 +74,7 @@ class ModelRunner:
             batch: the step. It may count on tokens that are not known yet.
             before: the step that is choosing these; it has not been waited for.
         """
-        if self._decode is None or not self._decode.fits(batch):
+        if self._decode is None or not self._decode.fits(batch, before):
             return None
         self._prepare_blocks(batch)
         return self._decode.launch(batch, before)
@@ -113,8 +112,8 @@ class ModelRunner:
         wait_for(self.config.device)
         drafts.read()
         chosen = [pair for part in coming for pair in part.read(output)]
-        _hand_out([*chosen, *early.chosen], drafts, output)
-        _hand_out_scores([pair for part in coming_scores for pair in part.read(output)], output)
+        hand_out([*chosen, *early.chosen], drafts.known, output)
+        hand_out_scores([pair for part in coming_scores for pair in part.read(output)], output)
         clock.mark()
         self.draft_lengths.record(batch, clock.seconds(), output)
         return output
@@ -187,16 +186,20 @@ class ModelRunner:
 
 
 def _decode_steps(
-    model: MultiExitModel, kv_cache: PagedKVCache, chooser: TokenChooser, config: EngineConfig
+    model: MultiExitModel,
+    kv_cache: PagedKVCache,
+    states: ExitStates,
+    chooser: TokenChooser,
+    config: EngineConfig,
 ) -> DecodeSteps | None:
-    """What runs plain decode steps without waits; None on a CPU, which never waits."""
+    """What launches whole steps; None on a CPU, which never waits."""
     if config.device.type == "cpu" or model.config.encoder is not None:
         return None
     pieces: Pieces = Eager()
     if config.cuda_graphs:
         capture = capture_on(config.device)
         pieces = Graphs(config.cuda_graphs, config.max_model_len, capture)
-    return DecodeSteps(model, kv_cache, chooser, config, pieces)
+    return DecodeSteps(model, kv_cache, states, chooser, config, pieces)
 
 
 def _items(batch: ScheduledBatch) -> Iterable[tuple[int, ScheduledSequence]]:
@@ -213,53 +216,3 @@ def _first_rows(item: ScheduledSequence) -> ScheduledSequence:
 def _with_fixed_heads(rows: Sequence[LogitRow]) -> list[LogitRow]:
     """The rows whose heads are known before the step runs."""
     return [row for row in rows if not isinstance(row.mode, EarlyExit)]
-
-
-def _hand_out(
-    chosen: Sequence[tuple[LogitRow, Choice]], drafts: Drafts, output: StepOutput
-) -> None:
-    """Give each sequence what its rows gave: of a drafted one what its drafts were right about."""
-    checks: dict[int, dict[int, Choice]] = {index: {} for index in drafts.known}
-    sequences = {}
-    for row, choice in chosen:
-        if row.item in checks:
-            checks[row.item][row.num_drafts] = choice
-            sequences[row.item] = row.sequence
-        elif isinstance(choice, str):
-            output.failures[row.sequence.request.request_id] = choice
-        else:
-            output.tokens.append((row.sequence, _with_exit(row, choice)))
-    for index, choices in checks.items():
-        tokens = _accepted([choices[count] for count in sorted(choices)], drafts.known[index])
-        if isinstance(tokens, str):
-            output.failures[sequences[index].request.request_id] = tokens
-        else:
-            checked = CheckedDrafts(tokens, len(drafts.known[index]))
-            output.checked.append((sequences[index], checked))
-
-
-def _with_exit(row: LogitRow, tokens: list[ChosenToken]) -> list[ChosenToken]:
-    """The tokens of a row, with the exit that it chose, if it did."""
-    if row.confidence is None:
-        return tokens
-    layer = row.mode.layer if isinstance(row.mode, Exit) else None
-    return [t._replace(exit_layer=layer, confidence=row.confidence) for t in tokens]
-
-
-def _hand_out_scores(scored: Iterable[tuple[LogitRow, ScoredToken]], output: StepOutput) -> None:
-    """Give each request its scores in the order of its prompt."""
-    in_order = sorted(scored, key=lambda pair: (pair[0].item, pair[0].position))
-    for request, pairs in groupby(in_order, key=lambda pair: pair[0].sequence.request):
-        output.scored.append((request, [score for _, score in pairs]))
-
-
-def _accepted(choices: Sequence[Choice], drafts: Sequence[int]) -> list[ChosenToken] | str:
-    """The target's tokens up to and with the first that is not the draft at its place."""
-    tokens: list[ChosenToken] = []
-    for choice, draft in zip(choices, [*drafts, None], strict=True):
-        if isinstance(choice, str):
-            return choice
-        tokens += choice
-        if choice[0].token_id != draft:
-            break
-    return tokens

@@ -33,7 +33,8 @@ def test_padded_pieces_give_the_ids_of_the_reference(folder, device):
     engine = Engine.from_pretrained(folder, backend="native", **kept)
     runner = engine._core.runner
     pieces = Graphs((2, 4), 64, capture=lambda call: call)
-    parts = engine._model, runner.kv_cache, runner._chooser, engine.config, pieces
+    kept_by_runner = runner.kv_cache, runner._states, runner._chooser
+    parts = engine._model, *kept_by_runner, engine.config, pieces
     runner._decode = DecodeSteps(*parts)
     with nullcontext() if device == "cuda" else assume_device("cuda"):
         found = ids(engine)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from multiexit_engine import Contrast, Exit, Original, SamplingParams
+from multiexit_engine import Contrast, DoLa, Exit, Original, SamplingParams
 from multiexit_engine.runtime.graphs import Graphs, graph_sizes
 from multiexit_engine.runtime.settings import pick_graph_sizes
 from tests.runtime.on_simulated_device import on_cpu, on_device, token_ids
@@ -105,16 +105,56 @@ def test_groups_whose_heads_have_one_matrix_are_chosen_in_one_piece(folder):
 
 
 def test_steps_beyond_the_largest_size_run_without_graphs(folder):
-    wanted = token_ids(on_cpu(folder).generate(PROMPTS, GREEDY, Exit(2)))
+    prompts = [[*prompt, 3] for prompt in PROMPTS]
+    wanted = token_ids(on_cpu(folder).generate(prompts, GREEDY, Exit(2)))
     with on_device(folder, cuda_graphs=(4,)) as (engine, device):
-        assert token_ids(engine.generate(PROMPTS, GREEDY, Exit(2))) == wanted
+        assert token_ids(engine.generate(prompts, GREEDY, Exit(2))) == wanted
         assert not device.counts["captures"]
 
 
-def test_rows_with_listed_logprobs_bring_their_step_back_to_python(folder):
-    wanted = token_ids(on_cpu(folder).generate(PROMPTS[:2], [GREEDY, LISTED], MODES[:2]))
-    with on_device(folder, cuda_graphs=(1, 2)) as (engine, _):
-        assert token_ids(engine.generate(PROMPTS[:2], [GREEDY, LISTED], MODES[:2])) == wanted
+@pytest.mark.parametrize(
+    ("sampling", "mode"),
+    [
+        (SamplingParams(max_new_tokens=9, ignore_eos=True, temperature=0.9, seed=1), Original()),
+        (LISTED, Contrast(4, 2)),
+        (GREEDY, DoLa("low")),
+        (SamplingParams(max_new_tokens=9, presence_penalty=0.5), Exit(4)),
+    ],
+    ids=["top_k", "logprobs", "dola", "penalties"],
+)
+def test_layers_are_replayed_for_rows_whose_tokens_are_chosen_outside(folder, sampling, mode):
+    prompts, kinds = [[1, 2, 3], [5, 6]], [GREEDY, sampling]
+    wanted = token_ids(on_cpu(folder).generate(prompts, kinds, [Contrast(4, 2), mode]))
+    with on_device(folder, cuda_graphs=(1, 2)) as (engine, device):
+        assert token_ids(engine.generate(prompts, kinds, [Contrast(4, 2), mode])) == wanted
+        for prompt, own, way in zip(prompts, kinds, [Contrast(4, 2), mode], strict=True):
+            engine.add_request(prompt, own, way)
+        for _ in range(2):
+            engine.step()
+        device.counts.clear()
+        engine.step()
+    # spans of layers, and the head of the one plain row
+    assert device.counts["replays"] >= 3
+    assert device.counts["synchronisations"] == 1
+    assert not device.counts["waits"]
+
+
+def test_rows_that_decode_are_replayed_beside_a_prompt(folder):
+    wanted = token_ids(on_cpu(folder).generate([[1, 2, 3], [7] * 30], GREEDY, Contrast(4, 2)))
+    with on_device(folder, cuda_graphs=(1, 2)) as (engine, device):
+        names = [engine.add_request([1, 2, 3], GREEDY, Contrast(4, 2))]
+        for _ in range(3):
+            engine.step()
+        names.append(engine.add_request([7] * 30, GREEDY, Contrast(4, 2)))
+        device.counts.clear()
+        engine.step()
+        # the spans to 2 and to 4; the heads choose for two rows now, which is new
+        assert device.counts["replays"] == 2
+        assert device.counts["synchronisations"] == 1
+        outputs = {}
+        while engine.has_unfinished():
+            outputs |= {output.request_id: output for output in engine.step()}
+    assert token_ids([outputs[name] for name in names]) == wanted
 
 
 def test_preempted_and_cached_sequences_give_the_ids_of_the_cpu(folder):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from multiexit_engine import Contrast, Exit, Original, SamplingParams, SelfSpeculative
+from multiexit_engine import Contrast, DoLa, Exit, Original, SamplingParams, SelfSpeculative
 from tests.engine.company import run_in_random_company
 from tests.runtime.on_simulated_device import on_cpu, on_device, token_ids
 from tests.tiny import save_gpt2
@@ -45,6 +45,66 @@ def test_the_next_step_is_launched_before_the_last_one_is_waited_for(folder):
         assert device.counts == {
             "pinned copies": 1, "copies to the host": 1, "synchronisations": 1
         }  # fmt: skip
+
+
+WARPED = SamplingParams(max_new_tokens=9, ignore_eos=True, temperature=0.9, seed=1)
+LISTED = SamplingParams(max_new_tokens=9, ignore_eos=True, logprobs=2)
+PENALISED = SamplingParams(max_new_tokens=9, ignore_eos=True, repetition_penalty=1.3)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "mode"),
+    [(WARPED, Original()), (LISTED, Contrast(4, 2)), (GREEDY, DoLa("low"))],
+    ids=["warped", "logprobs", "dola"],
+)
+def test_rows_that_look_at_their_distribution_are_launched_ahead_too(folder, sampling, mode):
+    wanted = token_ids(on_cpu(folder).generate([[1, 2, 3], [5, 6]], [sampling, GREEDY], mode))
+    with ahead(folder, cuda_graphs=(1, 2)) as (engine, device):
+        names = [engine.add_request([1, 2, 3], sampling, mode)]
+        names += [engine.add_request([5, 6], GREEDY, mode)]
+        outputs, replays = {}, 0
+        while engine.has_unfinished():
+            replays = device.counts["replays"]
+            outputs |= {output.request_id: output for output in engine.step()}
+            assert device.num_waiting() > 0 or not engine.has_unfinished()
+    assert replays
+    assert token_ids([outputs[name] for name in names]) == wanted
+
+
+def test_penalties_wait_for_the_tokens_that_they_count_and_others_go_on(folder):
+    prompts = [[1, 2, 3], [5, 6]]
+    wanted = whole(on_cpu(folder).generate(prompts, [PENALISED, WARPED]))
+    with ahead(folder, cuda_graphs=(1, 2)) as (engine, device):
+        assert whole(engine.generate(prompts, [PENALISED, WARPED])) == wanted
+        assert device.counts["replays"] > device.counts["captures"]
+
+
+def test_a_prompt_that_arrives_is_launched_ahead_and_so_is_what_follows_it(folder):
+    long = SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=0.8, seed=2)
+    wanted = token_ids(on_cpu(folder).generate([[1, 2, 3], [*range(40)]], [long, DRAWN]))
+    with ahead(folder, max_num_batched_tokens=16) as (engine, device):
+        first = engine.add_request([1, 2, 3], long)
+        for _ in range(3):
+            engine.step()
+        second = engine.add_request([*range(40)], DRAWN)
+        outputs = {}
+        for _ in range(8):
+            outputs |= {output.request_id: output for output in engine.step()}
+            assert device.num_waiting() > 0
+        while engine.has_unfinished():
+            outputs |= {output.request_id: output for output in engine.step()}
+    assert token_ids([outputs[first], outputs[second]]) == wanted
+
+
+def test_prompts_are_scored_while_others_decode(folder):
+    scored = SamplingParams(max_new_tokens=3, ignore_eos=True, prompt_logprobs=2)
+    prompts = [[1, 2, 3], [*range(40)]]
+    wanted = on_cpu(folder).generate(prompts, [GREEDY, scored])
+    with ahead(folder, max_num_batched_tokens=16) as (engine, _):
+        found = engine.generate(prompts, [GREEDY, scored])
+    assert token_ids(found) == token_ids(wanted)
+    ids = [[list(p) for p in output[1].prompt_logprobs[1:]] for output in (found, wanted)]
+    assert ids[0] == ids[1]
 
 
 CASES = {
@@ -107,25 +167,33 @@ def test_preempted_sequences_give_the_ids_of_the_cpu(folder):
 
 def test_requests_in_random_company_give_their_ids_with_graphs(folder):
     draw = random.Random(3)
-    modes = [Original(), Exit(2), Contrast(4, 2)]
+    modes = [Original(), Exit(2), Contrast(4, 2), DoLa("low")]
+    wishes = [
+        {"top_k": 0},
+        {},
+        {"top_p": 0.9},
+        {"logprobs": 1},
+        {"presence_penalty": 0.5},
+        {"n": 2},
+    ]
     requests = [
         (
             [draw.randrange(250) for _ in range(draw.randrange(1, 12))],
             SamplingParams(
                 max_new_tokens=draw.randrange(1, 7),
-                temperature=draw.choice([0.0, 1.0]),
-                top_k=0,
+                temperature=1.0 if i % 3 else 0.0,
                 seed=i,
+                **(wishes[i % 6] if i % 3 else {}),
             ),
             draw.choice(modes),
         )
-        for i in range(10)
+        for i in range(12)
     ]
     alone = on_cpu(folder)
     options = {"max_batch_size": 4, "max_num_batched_tokens": 16, "cuda_graphs": (1, 2, 4)}
     with ahead(folder, **options) as (engine, _):
         found, aborted = run_in_random_company(engine, requests, draw)
-    assert len(found) + len(aborted) == 10
+    assert len(found) + len(aborted) == 12
     for place, ids in found.items():
         prompt, sampling, mode = requests[place]
         assert ids == [o.token_ids for o in alone.generate(prompt, sampling, mode)[0].outputs]

@@ -1,0 +1,181 @@
+"""The pieces that plain decode steps are made of, over memory that stays where it is.
+
+Spans of layers from one exit that somebody reads to the next, then heads. What a piece does depends
+on its key and on the memory's contents alone, so that it can be captured as a graph. Knows nothing
+of sequences, of queues, or of which rows a step has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.batch import ForwardBatch, SequenceLayout
+from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.decoding.exits import Draws, pair_tokens
+from multiexit_engine.decoding.plan import HeadGroup, Segment
+from multiexit_engine.layers.exit_heads import Head, HeadOperands
+from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.ops import shared_head_tokens
+from multiexit_engine.ops.tokens import RowGroup
+from multiexit_engine.runtime.decode_memory import DecodeMemory
+from multiexit_engine.runtime.graphs import Pieces
+
+
+class _Part(NamedTuple):
+    """Rows with the same heads.
+
+    Attributes:
+        place: of the list of these rows in memory; None for the first rows of the step.
+        upper: their head.
+        lower: what it is contrasted with, if anything.
+        size: how many, padding included.
+    """
+
+    place: int | None
+    upper: Head
+    lower: Head | None
+    size: int
+
+
+class DecodePieces:
+    """Runs the pieces of steps of one decoder-only model.
+
+    Args:
+        model: the decoder.
+        kv_cache: of the model.
+        memory: the rows' inputs and results.
+        pieces: how pieces run.
+    """
+
+    def __init__(
+        self, model: MultiExitModel, kv_cache: PagedKVCache, memory: DecodeMemory, pieces: Pieces
+    ) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._memory = memory
+        self._pieces = pieces
+        num_rows = memory.spare_row + 1
+        self._starts = torch.arange(num_rows + 1, dtype=torch.int32, device=kv_cache.device)
+        # the states after each layer where a span of layers ends
+        self._states: dict[int, Tensor] = {}
+        self._matrices: dict[Head, tuple[int, int]] = {}
+
+    def size(self, num_rows: int) -> int:
+        """Rows to run for so many, padding included."""
+        return self._pieces.size(num_rows)
+
+    def states(self, layer: int) -> Tensor:
+        """[rows of the memory, hidden]: what the rows that ran so far have after a layer."""
+        return self._states[layer]
+
+    def put_states(self, layer: int, rows: Tensor, states: Tensor) -> None:
+        """Take states [n, hidden] after a layer, which others computed, for rows [n] int64."""
+        self._states_after(layer, states).index_copy_(0, rows, states)
+
+    def run_layers(self, segments: Sequence[Segment], num_keys: int) -> None:
+        """Run segments of layers on the first rows of the memory.
+
+        Args:
+            segments: without gaps from layer 0 on.
+            num_keys: of the longest context.
+        """
+        bound = self._pieces.bound(num_keys)
+        for segment in segments:
+            # rows that have left may stand where padding would: what they write nobody reads
+            size = self._pieces.size(segment.num_seqs)
+            call = partial(self._span, segment.start, segment.stop, size, bound)
+            self._pieces.run(("layers", segment.start, segment.stop, size, bound), size, call)
+
+    def choose(self, groups: Sequence[HeadGroup], are_listed: bool) -> None:
+        """Choose the tokens of rows with plain heads.
+
+        Args:
+            groups: rows with the same heads.
+            are_listed: whether the memory lists the rows of each group; else there is one group, of
+                the first rows.
+        """
+        for parts in self._by_matrix(groups, are_listed):
+            size = max(part.size for part in parts)
+            self._pieces.run(("heads", parts), size, partial(self._choose, parts))
+
+    def _span(self, start: int, stop: int, size: int, bound: int) -> None:
+        """Run a span of layers on the first ``size`` rows, from the memory of states to it."""
+        inputs = self._memory.inputs
+        positions = inputs["positions"][:size]
+        layout = SequenceLayout(
+            query_lens=(1,) * size,
+            context_lens=(bound,) * size,
+            cu_query_lens=self._starts[: size + 1],
+            context_lens_device=inputs["contexts"][:size],
+            block_tables=inputs["tables"][:size],
+            has_bounds=True,
+        )
+        tokens = inputs["tokens"][:size] if start else self._tokens(size)
+        forward = ForwardBatch(tokens, positions, inputs["slots"][:size], layout)
+        hidden = self._states[start][:size] if start else self._model.embed(tokens, positions)
+        hidden = self._model.run_layers(hidden, start, stop, self._kv_cache, forward)
+        self._states_after(stop, hidden)[:size] = hidden
+
+    def _states_after(self, layer: int, like: Tensor) -> Tensor:
+        if layer not in self._states:
+            self._states[layer] = like.new_zeros(self._memory.spare_row + 1, like.shape[1])
+        return self._states[layer]
+
+    def _tokens(self, size: int) -> Tensor:
+        """[size] int64: from the host, or where only the device knows them from there."""
+        known = self._memory.inputs["tokens"][:size]
+        sources = self._memory.inputs["sources"][:size]
+        chosen = self._memory.results["tokens"][sources.clamp(min=0)]
+        # whatever a row of NaN chose is embedded before the host hears of it
+        chosen = chosen.clamp(0, self._model.config.vocab_size - 1)
+        return torch.where(sources < 0, known, chosen)
+
+    def _by_matrix(self, groups: Sequence[HeadGroup], are_listed: bool) -> list[tuple[_Part, ...]]:
+        """The groups of rows, those together whose upper heads have one matrix."""
+        found: dict[tuple[int, int], list[_Part]] = {}
+        for place, group in enumerate(groups):
+            own = place if are_listed else None
+            part = _Part(own, group.upper, group.lower, self._pieces.size(len(group.rows)))
+            found.setdefault(self._matrix(group.upper), []).append(part)
+        return [tuple(parts) for parts in found.values()]
+
+    def _matrix(self, head: Head) -> tuple[int, int]:
+        """What is the same for heads with the same matrix and bias."""
+        if head not in self._matrices:
+            operands = self._model.heads.operands(head, self._states[head.layer][:1])
+            self._matrices[head] = id(operands.weight), id(operands.bias)
+        return self._matrices[head]
+
+    def _choose(self, parts: tuple[_Part, ...]) -> None:
+        """Choose tokens of the rows of groups whose heads have one matrix, which is read once."""
+        inputs, results = self._memory.inputs, self._memory.results
+        rows = [self._rows_of(part) for part in parts]
+        own = rows[0] if len(parts) == 1 else torch.cat([r for r in rows if isinstance(r, Tensor)])
+        draws = Draws(inputs["temperatures"][own], inputs["seeds"][own], inputs["counts"][own])
+        alpha = inputs["alphas"][own]
+        counts = torch.zeros_like(draws.seeds, dtype=torch.int32)
+        pairs = list(zip(parts, rows, strict=True))
+        uppers = [self._operands(part.upper, place) for part, place in pairs]
+        lowers = [part.lower and self._operands(part.lower, place) for part, place in pairs]
+        if len(parts) == 1:
+            found = pair_tokens(uppers[0], lowers[0], alpha, draws, counts)
+        else:
+            hidden = torch.cat([upper.hidden for upper in uppers])
+            groups = [RowGroup(p.size, *(low or ())) for p, low in zip(parts, lowers, strict=True)]
+            _, weight, bias = uppers[0]
+            found = shared_head_tokens(hidden, weight, bias, groups, alpha, None, *draws, counts)
+        results["tokens"][own], results["logprobs"][own] = found[0], found[1].float()
+        results["candidates"][own] = counts
+
+    def _rows_of(self, part: _Part) -> Tensor | slice:
+        if part.place is None:
+            return slice(part.size)
+        return self._memory.inputs["groups"][part.place][: part.size]
+
+    def _operands(self, head: Head, rows: Tensor | slice) -> HeadOperands:
+        return self._model.heads.operands(head, self._states[head.layer][rows])
