@@ -16,7 +16,7 @@ import torch
 import typer
 from agreement import describe, gaps_where_they_part
 from bars import BAR_COLUMNS, latency_bars
-from bytes_read import mean_context, step_bytes
+from bytes_read import has_codes, mean_context, step_bytes
 from checkpoints import KEPT_CHECKPOINTS, Shape, make_checkpoint
 from comparison import (
     BackendName,
@@ -57,11 +57,12 @@ def modes(shape: Shape) -> dict[str, DecodingMode]:
     }
 
 
-def bytes_of(way: Way, job: Job) -> float:
+def bytes_of(way: Way, job: Job, backend: str) -> float:
     """Bytes that one of the way's decode steps must read."""
     layers = job.shape.lower if way.mode == "exit" else job.shape.upper
     context = mean_context(len(job.prompts[0]), job.new_tokens)
-    return step_bytes(job.shape, layers, way.weights, context)
+    by_codes = way.name.startswith("engine") and has_codes(job.shape, way.weights, backend)
+    return step_bytes(job.shape, layers, way.weights, context, by_codes=by_codes)
 
 
 def engine_ways(job: Job, weights: str, engine: Engine) -> list[Way]:
@@ -73,7 +74,7 @@ def engine_ways(job: Job, weights: str, engine: Engine) -> list[Way]:
     return [*ways, engine_way(engine, "first token", weights, Original(), job.prompts, 1)]
 
 
-def figures(ways: list[Way], job: Job, read: float) -> list[dict[str, Any]]:
+def figures(ways: list[Way], job: Job, backend: str, read: float) -> list[dict[str, Any]]:
     """A row for each way; ``read`` is the measured speed of a plain read in bytes per second."""
     rows = []
     for way in ways:
@@ -86,13 +87,13 @@ def figures(ways: list[Way], job: Job, read: float) -> list[dict[str, Any]]:
             "seconds": way.seconds,
         }
         if way.num_tokens > 1:
-            row["step_bytes"] = bytes_of(way, job)
-            row["floor_tokens_per_s"] = read / bytes_of(way, job)
+            row["step_bytes"] = bytes_of(way, job, backend)
+            row["floor_tokens_per_s"] = read / row["step_bytes"]
         rows.append(row)
     return rows
 
 
-def step_shares(ways: list[Way], job: Job, read: float) -> dict[str, float]:
+def step_shares(ways: list[Way], job: Job, backend: str, read: float) -> dict[str, float]:
     """Share of ``read`` that a whole decode step of Original reaches, by weights."""
     found = {(way.name, way.weights): way for way in ways}
     shares = {}
@@ -100,7 +101,7 @@ def step_shares(ways: list[Way], job: Job, read: float) -> dict[str, float]:
         if name == "engine Original":
             first = median(found["engine first token", weights].seconds)
             step = (median(way.seconds) - first) / (job.new_tokens - 1)
-            shares[weights] = bytes_of(way, job) / step / read
+            shares[weights] = bytes_of(way, job, backend) / step / read
     return shares
 
 
@@ -145,12 +146,12 @@ def run_shape(job: Job, setting: Setting) -> Measured:
         measure([reading, *ways], job.rounds)
         same = agreements(ways, job, engines)
     read = read_bytes / median(reading.seconds)
-    rows = figures(ways, job, read)
+    rows = figures(ways, job, setting.backend, read)
     for row in rows:
         row["tokens_agree"] = same.get((row["way"], row["weights"]), "")
-    shares = step_shares(ways, job, read)
+    shares = step_shares(ways, job, setting.backend, read)
     rates = {(way.name, way.weights): way.rate for way in ways}
-    floors = {(way.name, way.weights): read / bytes_of(way, job) for way in ways}
+    floors = {(way.name, way.weights): read / bytes_of(way, job, setting.backend) for way in ways}
     bars = latency_bars(rates, floors, shares)
     lengths = f"{len(job.prompts[0])} + {job.new_tokens} tokens"
     title = (

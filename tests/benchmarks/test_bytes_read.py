@@ -1,8 +1,8 @@
 """Bytes of a step, counted from a config, are those of the model's own tensors."""
 
 import pytest
-from bytes_read import mean_context, step_bytes, weights_of_step
-from checkpoints import TINY, TINY_LLAMA, Shape
+from bytes_read import has_codes, mean_context, step_bytes, weights_of_step
+from checkpoints import GPT_NEO_125M, TINY, TINY_LLAMA, Shape
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 TINY_NEO = Shape(
@@ -56,3 +56,15 @@ def test_an_int8_weight_costs_its_share_of_a_scale_too():
 
 def test_the_mean_context_lies_in_the_middle_of_the_new_tokens():
     assert mean_context(32, 64) == 64
+
+
+def test_of_a_head_that_is_read_by_codes_a_byte_of_each_number_counts():
+    whole = step_bytes(TINY, 4, "float32", 10)
+    coded = step_bytes(TINY, 4, "float32", 10, by_codes=True)
+    assert whole - coded == 1031 * (3 * 64 - 12)
+
+
+def test_small_heads_other_types_and_the_reference_have_no_codes():
+    assert not has_codes(TINY, "float32", "auto")
+    assert not has_codes(GPT_NEO_125M, "bfloat16", "auto")
+    assert not has_codes(GPT_NEO_125M, "float32", "reference")

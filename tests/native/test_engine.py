@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from multiexit_engine import Contrast, DoLa, Engine, Exit, Original, SamplingParams
+from multiexit_engine.layers import rough_heads
 from tests.tiny import save_gpt2
 
 PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12, 6, 3], [9] * 40, [77], [5, 6], [8] * 9]
@@ -62,3 +63,26 @@ def test_tokens_are_the_same_whether_or_not_logprobs_are_asked_for(folder, tempe
     options = {"temperature": temperature, "seed": 11, "top_k": 0}
     bare = [tokens for tokens, _ in results(engine, PROMPTS, MODES, **options)]
     assert bare == [t for t, _ in results(engine, PROMPTS, MODES, **options, logprobs=0)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_codes_of_heads_change_no_token(folder, monkeypatch, temperature):
+    options = {"temperature": temperature, "seed": 11, "top_k": 0}
+    expected = results(new_engine(folder), PROMPTS, MODES, **options)
+    monkeypatch.setattr(rough_heads, "LEAST_NUMBERS", 1)
+    monkeypatch.setattr(rough_heads, "are_codes_fast", lambda: True)
+    asked, tokens = [], rough_heads.RoughHeads.tokens
+
+    def note(self, rows, *head):
+        found = tokens(self, rows, *head)
+        asked.append((rows.is_contrasted, found is not None and bool((found[1] == 0).all())))
+        return found
+
+    monkeypatch.setattr(rough_heads.RoughHeads, "tokens", note)
+    engine = new_engine(folder)
+    assert results(engine, PROMPTS, MODES, **options) == expected
+    for prompt, mode, own in zip(PROMPTS, MODES, expected, strict=True):
+        assert results(engine, [prompt], mode, **options) == [own]
+    # without an exact look at any row
+    assert (False, True) in asked
+    assert temperature or (True, True) in asked
