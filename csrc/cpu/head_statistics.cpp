@@ -36,6 +36,8 @@ void unite(const Distribution* pieces, int64_t count, int64_t row, const HeadSta
 
 // Rows whose logits of a piece wait in the cache together.
 constexpr int64_t kRows = 32;
+// Rows whose pieces a thread unites at once: some 2 us each.
+constexpr int64_t kRowsOfUnion = 4;
 
 // product(row, rows, first, count, logits, stride) gives some rows' logits of some tokens.
 template <class Product>
@@ -59,7 +61,10 @@ void statistics_of(int threads, int64_t rows, int64_t vocab, const HeadStatistic
       }
     }
   });
-  for (int64_t row = 0; row < rows; ++row) unite(found + row * pieces, pieces, row, out);
+  in_chunks(threads, rows, kRowsOfUnion, [&](int64_t first, int64_t count, int) {
+    for (int64_t row = first; row < first + count; ++row)
+      unite(found + row * pieces, pieces, row, out);
+  });
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from multiexit_engine.decoding.parallel import (
     certain_rows,
+    lone_best_tokens,
     rows_to_refine,
     sure_rows,
     tested_layers,
@@ -246,7 +247,7 @@ class ParallelBatch:
     def _certain(self, rows: list[int], *, has_bias: bool) -> tuple[list[int], list[int]]:
         """Rows that leave whatever rough logits lack, and those that need exact ones to tell.
 
-        The tokens of the former are read with those that leave last.
+        Where the rough logits name the tokens of the former, too, these are read no more.
         """
         if not rows:
             return [], []
@@ -262,8 +263,25 @@ class ParallelBatch:
         is_sure, is_unsure = certain_rows(found, errors, [self._mode(row) for row in rows])
         verdicts = list(zip(rows, is_sure.tolist(), is_unsure.tolist(), strict=True))
         sure = [row for row, yes, _ in verdicts if yes]
-        self._untested += sure
+        if sure:
+            is_told = is_sure & lone_best_tokens(found, errors)
+            tells = has_bias or operands.bias is None
+            told = self._take_told(rows, is_told.tolist(), found.tokens) if tells else set()
+            self._untested += [row for row in sure if row not in told]
         return sure, [row for row, yes, no in verdicts if not yes and not no]
+
+    def _take_told(self, rows: list[int], is_told: list[bool], tokens: Tensor) -> set[int]:
+        """Keep tokens of rows whose probabilities nobody asks for; gives those rows."""
+        places = [
+            place
+            for place, (row, told) in enumerate(zip(rows, is_told, strict=True))
+            if told and not self._answers[self._owner[row]].has_log_probs
+        ]
+        if not places:
+            return set()
+        taken = [rows[place] for place in places]
+        self._token_ids[self._index(taken)] = tokens[self._index(places)]
+        return set(taken)
 
     def _sure(self, rows: list[int]) -> list[int]:
         """Those of the rows whose own prediction is sure enough, which gives their tokens."""

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from multiexit_engine import Engine, Original, Parallel, SamplingParams
+from multiexit_engine.layers.rough_heads import RoughHeads
 from multiexit_engine.ops import PackedSources, PackedTexts, head_statistics
 from tests.golden.acd_checkpoints import byte_tokenizer
 
@@ -191,6 +192,23 @@ def test_exact_tests_read_only_rows_that_rough_ones_leave_open(monkeypatch, roug
     exact_rows.clear()
     rows_of(elmer, SOURCES, Parallel("confidence", "max_prob", 0.0, length=11))
     assert not exact_rows
+
+
+def test_the_test_that_lets_a_row_go_tells_its_token(monkeypatch, rough_heads):
+    rough_heads(True)
+    elmer = Engine.from_pretrained(GOLDEN, dtype="float32")
+    read, best_tokens = [], RoughHeads.best_tokens
+
+    def counted(self, hidden, *rest):
+        read.append(hidden.shape[0])
+        return best_tokens(self, hidden, *rest)
+
+    monkeypatch.setattr(RoughHeads, "best_tokens", counted)
+    mode = Parallel("confidence", "max_prob", 0.6, length=11)
+    computed, _ = rows_of(elmer, SOURCES, mode)
+    num_left = computed[0] - computed[-1]
+    assert num_left > 0
+    assert sum(read) == computed[-1]
 
 
 def test_a_further_pass_computes_the_least_likely_tokens_again(elmer):
