@@ -12,11 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from multiexit_engine.ops.narrowing import Narrowing, keep_min_p, keep_top_k, keep_top_p
 from multiexit_engine.params import SamplingParams
 from multiexit_engine.transfer import to_device
 
 # Room for tokens that tie with the k-th best, which top_k keeps.
 TIES = 64
+# a row of a ``Narrowing`` that keeps all tokens
+NOT_NARROWED = (0, -1.0, 0.0)
 
 
 def warp_scores(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -31,7 +34,7 @@ def warp_scores(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
     Source: transformers' Temperature-, TopK-, TopP-, MinP- and TypicalLogitsWarper, in this order.
     """
-    scores = scores / _column([p.temperature for p in params], scores)
+    scores = scores / _column([p.temperature for p in params], scores)[:, None]
     scores = _keep_top_k(scores, [p.top_k for p in params])
     by_width: dict[int, list[int]] = {}
     for index, param in enumerate(params):
@@ -49,9 +52,32 @@ def is_warped(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0 or params.typical_p < 1
 
 
+def narrowing_of(params: Sequence[SamplingParams], device: torch.device) -> Narrowing | None:
+    """What ``warp_scores`` does to rows beside temperature and typical_p, for ops that choose.
+
+    None where no row asks for anything; rows that are greedy ask for nothing.
+    """
+    asked = [narrowing_row(own) for own in params]
+    if all(row == NOT_NARROWED for row in asked):
+        return None
+    top_k, unlikely, min_p = zip(*asked, strict=True)
+    return Narrowing(
+        to_device(top_k, device, torch.int32),
+        to_device(unlikely, device, torch.float32),
+        to_device(min_p, device, torch.float32),
+    )
+
+
+def narrowing_row(params: SamplingParams) -> tuple[int, float, float]:
+    """The numbers of one row of a ``Narrowing``."""
+    if params.is_greedy:
+        return NOT_NARROWED
+    return params.top_k, _unlikely(params), params.min_p
+
+
 def _column(numbers: list[float], like: Tensor) -> Tensor:
-    """[rows, 1] of one number for each row."""
-    return to_device(numbers, like.device, like.dtype)[:, None]
+    """[rows] of one number for each row."""
+    return to_device(numbers, like.device, like.dtype)
 
 
 def _keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
@@ -60,13 +86,7 @@ def _keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
     if largest == 0:
         return scores
     best = scores.topk(largest, -1).values
-    last = to_device([min(k, largest) - 1 if k else 0 for k in top_k], scores.device)[:, None]
-    threshold = best.gather(1, last)
-    is_off = [k == 0 or k >= vocab for k in top_k]
-    if any(is_off):
-        column = to_device(is_off, scores.device)[:, None]
-        threshold = threshold.masked_fill(column, -math.inf)
-    return scores.masked_fill(scores < threshold, -math.inf)
+    return keep_top_k(scores, best, to_device(top_k, scores.device))
 
 
 def _width(top_k: int, vocab: int) -> int:
@@ -97,23 +117,17 @@ def _keep_by_mass(scores: Tensor, params: list[SamplingParams], width: int) -> T
 
 def _filter_by_mass(scores: Tensor, params: list[SamplingParams]) -> Tensor:
     if any(p.top_p < 1 for p in params):
-        scores = _keep_top_p(scores, [p.top_p for p in params])
+        scores = keep_top_p(scores, _column([_unlikely(p) for p in params], scores))
     if any(p.min_p > 0 for p in params):
-        probs = scores.softmax(-1)
-        least = _column([p.min_p for p in params], scores) * probs.amax(-1, keepdim=True)
-        scores = scores.masked_fill(probs < least, -math.inf)
+        scores = keep_min_p(scores, _column([p.min_p for p in params], scores))
     if any(p.typical_p < 1 for p in params):
         scores = _keep_typical(scores, [p.typical_p for p in params])
     return scores
 
 
-def _keep_top_p(scores: Tensor, top_p: list[float]) -> Tensor:
-    ascending = scores.sort(dim=-1, stable=True)
-    # A row without top_p gets a threshold that no sum of probabilities is below.
-    unlikely = _column([1 - p if p < 1 else -1.0 for p in top_p], scores)
-    is_out = ascending.values.softmax(-1).cumsum(-1) <= unlikely
-    is_out[:, -1] = False
-    return scores.masked_fill(is_out.scatter(1, ascending.indices, is_out), -math.inf)
+def _unlikely(params: SamplingParams) -> float:
+    """See ``Narrowing``: without top_p a threshold that no sum of probabilities is below."""
+    return 1 - params.top_p if params.top_p < 1 else NOT_NARROWED[1]
 
 
 def _keep_typical(scores: Tensor, typical_p: list[float]) -> Tensor:
@@ -122,7 +136,7 @@ def _keep_typical(scores: Tensor, typical_p: list[float]) -> Tensor:
     by_distance = (-logprobs - entropy).abs().sort(dim=-1, stable=True)
     mass = scores.gather(1, by_distance.indices).softmax(-1).cumsum(-1)
     # A row without typical_p never reaches the mass it asks for and keeps every distance.
-    asked = _column([p if p < 1 else math.inf for p in typical_p], scores)
+    asked = _column([p if p < 1 else math.inf for p in typical_p], scores)[:, None]
     last = (mass < asked).sum(-1, keepdim=True).clamp(max=scores.shape[1] - 1)
     is_out = by_distance.values > by_distance.values.gather(1, last)
     is_out[:, 0] = False

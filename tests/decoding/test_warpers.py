@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,8 @@ from transformers.generation.logits_process import (
 )
 
 from multiexit_engine.decoding import warpers
-from multiexit_engine.decoding.warpers import warp_scores
+from multiexit_engine.decoding.warpers import narrowing_of, warp_scores
+from multiexit_engine.ops.narrowing import narrowed_scores
 from multiexit_engine.params import SamplingParams
 
 
@@ -58,6 +60,29 @@ def test_equals_transformers_warpers(params, vocab, seed):
     scores = random_scores(len(params), vocab, seed)
     expected = torch.stack([by_transformers(s, p) for s, p in zip(scores, params, strict=True)])
     assert torch.equal(warp_scores(scores, params), expected)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    params=st.lists(ANY_PARAMS, min_size=1, max_size=5),
+    vocab=st.sampled_from([1, 7, 100, 257]),
+    seed=st.integers(0, 1000),
+)
+def test_what_ops_narrow_by_is_what_warpers_do(params, vocab, seed):
+    params = [replace(own, typical_p=1.0) for own in params]
+    scores = random_scores(len(params), vocab, seed).round(decimals=1)
+    narrowing = narrowing_of(params, scores.device)
+    heat = torch.tensor([own.temperature for own in params])[:, None]
+    found = scores / heat if narrowing is None else narrowed_scores(scores / heat, narrowing)
+    assert torch.equal(found, warp_scores(scores, params))
+
+
+def test_greedy_rows_are_not_narrowed():
+    greedy, drawn = (SamplingParams(temperature=heat, top_p=0.5) for heat in (0.0, 1.0))
+    assert narrowing_of([greedy], torch.device("cpu")) is None
+    found = narrowing_of([greedy, drawn], torch.device("cpu"))
+    assert found.top_k.tolist() == [0, 50]
+    assert found.unlikely.tolist() == [-1.0, 0.5]
 
 
 def test_tokens_that_tie_with_the_last_of_top_k_stay():
