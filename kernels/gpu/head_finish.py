@@ -8,6 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from multiexit_engine.kernels.head_lists import (
+    candidates,
+    edited_score,
+    from_order,
+    in_order,
+    is_narrowed,
+)
+from multiexit_engine.kernels.head_narrowing import narrowed_choice
 from multiexit_engine.kernels.noise import gumbel
 
 _NO_TOKEN = tl.constexpr(2147483647)
@@ -67,29 +75,6 @@ def head_finish_kernel(
 
 
 @triton.jit
-def _candidates(
-    listed_ptr, logit_ptr, score_ptr, row, start, count, num_tiles,
-    BLOCK_V: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
-    """Tokens, logits (-inf: no candidate) and scores of the listed tiles from ``start`` on."""
-    index = start + tl.arange(0, LISTED)
-    mask = index < count
-    tile = tl.load(listed_ptr + row * num_tiles + index, mask=mask, other=0)  # [LISTED]
-    token = tile[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-    place = row * num_tiles * BLOCK_V + token
-    logit = tl.load(logit_ptr + place, mask=mask[:, None], other=float("-inf"))  # [LISTED, BLOCK_V]
-    score = tl.load(score_ptr + place, mask=mask[:, None], other=0.0)  # [LISTED, BLOCK_V]
-    return token, logit, score
-
-
-@triton.jit
-def _in_order(x):
-    """float32 as int32 of the same order."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
 def _least_of_largest(
     logit_ptr, row, wanted, num_tiles, vocab, BLOCK_V: tl.constexpr, LISTED: tl.constexpr
 ):
@@ -97,8 +82,8 @@ def _least_of_largest(
 
     All tiles must be listed. Halves the span of all numbers; ends when the count is right.
     """
-    low = _in_order(tl.full((), -3.4028234e38, tl.float32)).to(tl.int64)
-    high = _in_order(tl.full((), 3.4028234e38, tl.float32)).to(tl.int64) + 1
+    low = in_order(tl.full((), -3.4028234e38, tl.float32)).to(tl.int64)
+    high = in_order(tl.full((), 3.4028234e38, tl.float32)).to(tl.int64) + 1
     found = tl.zeros((), tl.int64)
     while (high - low > 1) & (found != wanted):
         middle = (low + high) // 2
@@ -110,46 +95,10 @@ def _least_of_largest(
                 mask=place < vocab,
                 other=float("-inf"),
             )  # [LISTED * BLOCK_V]
-            found += tl.sum((_in_order(logit) >= middle).to(tl.int64), 0)
+            found += tl.sum((in_order(logit) >= middle).to(tl.int64), 0)
         low = tl.where(found >= wanted, middle, low)
         high = tl.where(found >= wanted, high, middle)
-    bits = low.to(tl.int32)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _ones(word):
-    """How many bits of an int32 are set."""
-    x = word.to(tl.uint32, bitcast=True)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x = x + (x >> 8)
-    return ((x + (x >> 16)) & 0x3F).to(tl.int32)
-
-
-@triton.jit
-def _after_edits(
-    score, token, mask, row, vocab, edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr,
-    loss_ptr,
-):  # fmt: skip
-    """Scores of tokens after the row's edits, whose numbers stand in the order of tokens.
-
-    Which of them is a token's is known from its word of bits: the first of the word, and how many
-    bits are set before its own.
-    """
-    place = row * ((vocab + 31) // 32) + token // 32
-    lane = token % 32
-    word = tl.load(edited_ptr + place, mask=mask, other=0)
-    allowed = tl.load(allowed_ptr + place, mask=mask, other=0)
-    mask = mask & ((word >> lane & 1) != 0)
-    index = tl.load(start_ptr + place, mask=mask, other=0) + _ones(word & ((1 << lane) - 1))
-    score += tl.load(add_ptr + index, mask=mask, other=0.0)
-    penalty = tl.load(penalty_ptr + index, mask=mask, other=1.0)
-    score = tl.where(score < 0, score * penalty, score / penalty)
-    score -= tl.load(loss_ptr + index, mask=mask, other=0.0)
-    return tl.where((allowed >> lane & 1) != 0, score, float("-inf"))
+    return from_order(low)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "vocab"])
@@ -161,6 +110,9 @@ def contrast_finish_kernel(
     add_ptr,
     penalty_ptr,
     loss_ptr,
+    top_k_ptr,
+    unlikely_ptr,
+    min_p_ptr,
     group_ptr,
     least_ptr,
     alpha_ptr,
@@ -187,6 +139,7 @@ def contrast_finish_kernel(
     MIXED: tl.constexpr,
     LEAST: tl.constexpr,
     EDITED: tl.constexpr,
+    NARROWED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """The best of the candidates, with the final threshold, and of the tokens below it.
@@ -195,7 +148,8 @@ def contrast_finish_kernel(
     their mass in proportion to exp(score). How many those are goes to ``num_candidates_ptr``, if
     it is not None. With LEAST the threshold lets so many tokens pass at
     least; all tiles are listed of rows that ask for another number than 1. With EDITED the listed
-    tokens of rows with edits are judged by what these leave of their scores.
+    tokens of rows with edits are judged by what these leave of their scores. With NARROWED rows
+    that ask for it draw from a part of their tokens.
     """
     row = tl.program_id(0).to(tl.int64)
     alpha = tl.load(alpha_ptr + row)
@@ -232,7 +186,7 @@ def contrast_finish_kernel(
     best = float("-inf")
     choice = _NO_TOKEN + 0
     for start in range(0, count, LISTED):
-        token, logit, score = _candidates(
+        token, logit, score = candidates(
             listed_ptr, candidate_logit_ptr, candidate_score_ptr, row, start, count, num_tiles,
             BLOCK_V, LISTED,
         )  # fmt: skip
@@ -249,7 +203,7 @@ def contrast_finish_kernel(
     mass_units = tl.zeros((), tl.int64)
     num_plausible = tl.zeros((), tl.int32)
     for start in range(0, count, LISTED):
-        token, logit, score = _candidates(
+        token, logit, score = candidates(
             listed_ptr, candidate_logit_ptr, candidate_score_ptr, row, start, count, num_tiles,
             BLOCK_V, LISTED,
         )  # fmt: skip
@@ -263,7 +217,22 @@ def contrast_finish_kernel(
     shift = top - best + tl.log(mass_units.to(tl.float32)) - tl.log(score_units.to(tl.float32))
     value = best + shift
 
-    if is_scored:
+    narrows = False
+    if NARROWED:
+        top_k = tl.load(top_k_ptr + row)
+        unlikely = tl.load(unlikely_ptr + row)
+        min_p = tl.load(min_p_ptr + row)
+        narrows = is_narrowed(top_k, unlikely, min_p, temperature)
+        if narrows:
+            seed = tl.load(seed_ptr + row)
+            position = tl.load(position_ptr + row)
+            key, choice, value = narrowed_choice(
+                tile_stat_ptr, listed_ptr, candidate_logit_ptr, candidate_score_ptr, row, num_rows,
+                num_tiles, vocab, top_k, unlikely, min_p, temperature, seed, position, threshold,
+                shift, base, edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
+                TILES, BLOCK_V, LISTED, CONTRAST, EDITED,
+            )  # fmt: skip
+    if is_scored & (narrows == 0):
         seed = tl.load(seed_ptr + row)
         position = tl.load(position_ptr + row)
         heat = tl.where(temperature > 0, temperature, 1.0)
@@ -271,7 +240,7 @@ def contrast_finish_kernel(
             tile_stat_ptr, tile_token_ptr, row, num_rows, num_tiles, TILES
         )
         for start in range(0, count, LISTED):
-            token, logit, score = _candidates(
+            token, logit, score = candidates(
                 listed_ptr, candidate_logit_ptr, candidate_score_ptr, row, start, count, num_tiles,
                 BLOCK_V, LISTED,
             )  # fmt: skip
@@ -279,8 +248,8 @@ def contrast_finish_kernel(
             final = tl.where(plausible, score + shift, logit)
             wanted = final
             if EDITED:
-                wanted = base + _after_edits(
-                    final - base, token, logit > float("-inf"), row, vocab, edited_ptr, start_ptr,
+                wanted = edited_score(
+                    final, base, token, logit > float("-inf"), row, vocab, edited_ptr, start_ptr,
                     allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
                 )  # fmt: skip
             keys = wanted / heat

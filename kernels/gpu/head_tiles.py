@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from multiexit_engine.kernels.head_lists import is_narrowed
 from multiexit_engine.kernels.noise import gumbel
 
 _NO_TOKEN = tl.constexpr(2147483647)
@@ -128,6 +129,9 @@ def head_kernel(
     tile_token_ptr,
     edited_ptr,
     allowed_ptr,
+    top_k_ptr,
+    unlikely_ptr,
+    min_p_ptr,
     num_rows,
     num_lowers,
     vocab,
@@ -137,6 +141,7 @@ def head_kernel(
     CONTRAST: tl.constexpr,
     MIXED: tl.constexpr,
     EDITED: tl.constexpr,
+    NARROWED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -150,7 +155,9 @@ def head_kernel(
     the candidates, are listed with their logit and their contrast score. With MIXED each row has
     a lower head of its own, by its place in the table of addresses, or none (-1). With EDITED
     tokens whose scores will be edited are listed as well, and those not allowed are never best;
-    both are bits, of which a tile has one word for each row.
+    both are bits, of which a tile has one word for each row. With NARROWED rows that draw from a
+    part of their tokens get all their logits in scratch, keys without noise of tokens that are
+    allowed and not edited, and the sum of exp(key - best) of those.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -196,6 +203,13 @@ def head_kernel(
         allowed = tl.load(allowed_ptr + word, mask=row_mask, other=0)  # [BLOCK_R]
         is_edited = others & ((edited[None, :] >> lane & 1) != 0)
         is_allowed = (allowed[None, :] >> lane & 1) != 0
+    if NARROWED:
+        top_k = tl.load(top_k_ptr + rows, mask=row_mask, other=0)  # [BLOCK_R]
+        unlikely = tl.load(unlikely_ptr + rows, mask=row_mask, other=-1.0)  # [BLOCK_R]
+        min_p = tl.load(min_p_ptr + rows, mask=row_mask, other=0.0)  # [BLOCK_R]
+        narrows = is_narrowed(top_k, unlikely, min_p, temperature)
+        slots = place[None, :] * BLOCK_V + tl.arange(0, BLOCK_V)[:, None]
+        tl.store(candidate_logit_ptr + slots, logits, mask=narrows[None, :])
     if CONTRAST:
         limit = tl.full((BLOCK_R,), float("inf"), tl.float32)
         hot = is_contrasted & (top >= seen + log_alpha)
@@ -232,11 +246,17 @@ def head_kernel(
             else:
                 kept = is_edited
             kept_logits = tl.where(kept, logits, float("-inf"))
-            tl.store(candidate_logit_ptr + slots, kept_logits, mask=listed[None, :])
+            takes = listed
+            if NARROWED:
+                takes = listed & (narrows == 0)
+            tl.store(candidate_logit_ptr + slots, kept_logits, mask=takes[None, :])
             index = tl.atomic_add(count_ptr + rows, 1, mask=listed, sem="relaxed")
             tl.store(listed_ptr + rows * num_tiles + index, tile, mask=listed)
     if CONTRAST:
-        others = others & (logits < limit[None, :])
+        below = logits < limit[None, :]
+        if NARROWED:
+            below = below | narrows[None, :]
+        others = others & below
     if EDITED:
         others = others & is_allowed & (is_edited == 0)
     if sampled or MIXED or EDITED or not CONTRAST:
@@ -246,10 +266,17 @@ def head_kernel(
             position = tl.load(position_ptr + rows, mask=row_mask, other=0)  # [BLOCK_R]
             noise = gumbel(seed[None, :], position[None, :], entries[:, None])
             heat = tl.where(temperature > 0, temperature, 1.0)
-            noise = tl.where((temperature > 0)[None, :], noise, 0.0)
+            is_noisy = temperature > 0
+            if NARROWED:
+                is_noisy = is_noisy & (narrows == 0)
+            noise = tl.where(is_noisy[None, :], noise, 0.0)
             keys = logits / heat[None, :] + noise
         keys = tl.where(others, keys, float("-inf"))
         key, token, value = _best_of(keys, logits, entries)
         tl.store(tile_stat_ptr + 2 * field + place, key, mask=row_mask)
         tl.store(tile_stat_ptr + 3 * field + place, value, mask=row_mask)
         tl.store(tile_token_ptr + place, token, mask=row_mask)
+        if NARROWED:
+            # of nothing but -inf the sum is 0, not NaN
+            shares = tl.exp(keys - tl.where(key == float("-inf"), 0.0, key)[None, :])
+            tl.store(tile_stat_ptr + 4 * field + place, tl.sum(shares, 0), mask=narrows)

@@ -65,14 +65,22 @@ def head_config(rows: int, dtype: torch.dtype) -> HeadConfig:
     return HeadConfig(32, 64, 64, 6, 8, 128)
 
 
-def mixed_config(rows: int, dtype: torch.dtype) -> HeadConfig:
-    """``head_config`` of rows with lower heads of their own or edits, which need more registers."""
+def mixed_config(rows: int, dtype: torch.dtype, has_all: bool = False) -> HeadConfig:
+    """``head_config`` of rows with lower heads of their own, edits or narrowing, or all of these.
+
+    Which need more registers. Of 8 warps one program fits a multiprocessor with 168 as with 255.
+    """
     config = head_config(rows, dtype)
-    return config if dtype == torch.float32 else config._replace(max_registers=168)
+    if dtype == torch.float32:
+        return config
+    return config._replace(max_registers=255 if has_all or config.num_warps == 8 else 168)
 
 
-# Candidate tiles that the last kernel reads at once.
-LISTED_AT_ONCE = 128
+def finish_config(edited: bool, narrowed: bool) -> dict[str, int]:
+    """Listed tiles that the last kernel reads at once, its warps and its registers: no spills."""
+    if not narrowed:
+        return {"LISTED": 128, **options(8, 144)}
+    return {"LISTED": 64, **options(8, 255)} if edited else {"LISTED": 128, **options(16, 128)}
 
 
 def head_tokens(
@@ -120,22 +128,26 @@ def shared_head_tokens(
     num_candidates: Tensor | None = None,
     *,
     edits: Any = None,
+    narrowing: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``multiexit_engine.ops.tokens``. Two launches for each 64 rows, whatever the groups.
 
     A lower head is read where a row of its own has a candidate. Rows with ``min_candidates`` other
     than 1 read their lower head in full. Of the biases of lower heads it knows the shared head's
     own. Tokens whose scores are edited are listed as candidates are, with their logits; the last
-    launch edits them. Scratch as for ``contrast_tokens``.
+    launch edits them. Scratch as for ``contrast_tokens``; a row that is narrowed writes all of its
+    logits there, and reads those of tiles that can hold tokens which are kept.
     """
-    lower = _lower_of(groups, hidden, bias, alpha, min_candidates)
+    is_plain = edits is None and narrowing is None
+    lower = _lower_of(groups, hidden, bias, alpha, min_candidates, is_plain)
     if lower is not None:
         lower = lower._replace(num_candidates=num_candidates)
     elif num_candidates is not None:
         num_candidates.zero_()
     drawing = _Drawing(temperature, seeds, positions)
     packed = None if edits is None else pack_edits(edits, weight.shape[0])
-    return _choose(_Upper(hidden, weight, bias), lower, drawing, packed)
+    narrow = None if narrowing is None else _Narrowing(*narrowing)
+    return _choose(_Upper(hidden, weight, bias), lower, drawing, packed, narrow)
 
 
 class _Upper(NamedTuple):
@@ -148,6 +160,12 @@ class _Drawing(NamedTuple):
     temperature: Tensor
     seeds: Tensor
     positions: Tensor
+
+
+class _Narrowing(NamedTuple):
+    top_k: Tensor
+    unlikely: Tensor
+    min_p: Tensor
 
 
 class _Lower(NamedTuple):
@@ -191,12 +209,14 @@ def _lower_of(
     bias: Tensor | None,
     alpha: Tensor,
     least: Tensor | None,
+    is_plain: bool,
 ) -> _Lower | None:
+    """What rows are contrasted with; where scores are changed as if each had a head of its own."""
     contrasted = [group for group in groups if group.lower_weight is not None]
     if not contrasted:
         return None
     first = contrasted[0].lower_weight
-    if len(groups) == 1 and bias is None:
+    if len(groups) == 1 and bias is None and is_plain:
         return _Lower(groups[0].lower_hidden, first, alpha, least)
     heads = {
         (group.lower_weight.data_ptr(), group.lower_bias is not None): None for group in contrasted
@@ -229,7 +249,11 @@ def _named(groups: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
 
 
 def _choose(
-    upper: _Upper, lower: _Lower | None, drawing: _Drawing, edits: PackedEdits | None = None
+    upper: _Upper,
+    lower: _Lower | None,
+    drawing: _Drawing,
+    edits: PackedEdits | None = None,
+    narrowing: _Narrowing | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, device = upper.hidden.shape[0], upper.hidden.device
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
@@ -241,6 +265,7 @@ def _choose(
             None if lower is None else lower.rows(part),
             _Drawing(*(column[part] for column in drawing)),
             None if edits is None else edits.rows(part),
+            None if narrowing is None else _Narrowing(*(column[part] for column in narrowing)),
             tokens[part],
             logprobs[part],
         )
@@ -252,24 +277,29 @@ def _choose_part(
     lower: _Lower | None,
     drawing: _Drawing,
     edits: PackedEdits | None,
+    narrowing: _Narrowing | None,
     tokens: Tensor,
     logprobs: Tensor,
 ) -> None:
     rows, width = upper.hidden.shape
     vocab, device = upper.weight.shape[0], upper.hidden.device
     is_mixed = lower is not None and lower.groups is not None
-    is_plain = not is_mixed and edits is None
-    config = (head_config if is_plain else mixed_config)(rows, upper.hidden.dtype)
+    is_changed = edits is not None or narrowing is not None
+    config = head_config(rows, upper.hidden.dtype)
+    if is_mixed or is_changed:
+        has_all = is_mixed and edits is not None and narrowing is not None
+        config = mixed_config(rows, upper.hidden.dtype, has_all)
     num_tiles = triton.cdiv(vocab, config.block_v)
     overlap = overlaps_launches(device)
-    stats = torch.empty(4, rows, num_tiles, dtype=torch.float32, device=device)
+    num_fields = 4 if narrowing is None else 5
+    stats = torch.empty(num_fields, rows, num_tiles, dtype=torch.float32, device=device)
     best = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
     candidates: tuple[Tensor, ...] = (stats, best, best, stats, stats)
-    if lower is not None or edits is not None:
+    if lower is not None or is_changed:
         running, count = kept_scratch("heads", [-math.inf, 0.0], MAX_ROWS, device)
-        listed = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
+        lists = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
         pairs = torch.empty(2, rows, num_tiles * config.block_v, dtype=torch.float32, device=device)
-        candidates = (running, count.view(torch.int32), listed, pairs[0], pairs[1])
+        candidates = (running, count.view(torch.int32), lists, pairs[0], pairs[1])
     below: tuple[Tensor | None, ...] = (upper.hidden, upper.weight, None, None)
     alpha = listing = drawing.temperature
     if lower is not None:
@@ -287,6 +317,7 @@ def _choose_part(
         stats,
         best,
         *((None, None) if edits is None else (edits.edited, edits.allowed)),
+        *(narrowing or (None, None, None)),
         rows,
         0 if lower is None or lower.table is None else lower.table.shape[0],
         vocab,
@@ -296,6 +327,7 @@ def _choose_part(
         CONTRAST=lower is not None,
         MIXED=is_mixed,
         EDITED=edits is not None,
+        NARROWED=narrowing is not None,
         BLOCK_V=config.block_v,
         BLOCK_R=config.block_r,
         BLOCK_K=config.block_k,
@@ -306,13 +338,14 @@ def _choose_part(
     tail = {"TILES": triton.next_power_of_2(num_tiles), "OVERLAP": overlap}
     if overlap:
         tail["launch_pdl"] = True
-    if lower is None and edits is None:
+    if lower is None and not is_changed:
         head_finish_kernel[(rows,)](
             stats, best, tokens, logprobs, rows, num_tiles, vocab, **tail, **options(4)
         )
         return
     contrast_finish_kernel[(rows,)](
         *((None,) * 7 if edits is None else edits),
+        *(narrowing or (None, None, None)),
         None if lower is None else lower.groups,
         None if lower is None else lower.least,
         alpha,
@@ -327,11 +360,11 @@ def _choose_part(
         num_tiles,
         vocab,
         BLOCK_V=config.block_v,
-        LISTED=LISTED_AT_ONCE,
         CONTRAST=lower is not None,
         MIXED=is_mixed,
         LEAST=lower is not None and lower.least is not None,
         EDITED=edits is not None,
+        NARROWED=narrowing is not None,
         **tail,
-        **options(8, 128),
+        **finish_config(edits is not None, narrowing is not None),
     )

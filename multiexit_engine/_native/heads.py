@@ -149,8 +149,9 @@ def shared_head_tokens(
     num_candidates: Tensor | None = None,
     *,
     edits: None = None,
+    narrowing: None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``multiexit_engine.ops.shared_head_tokens``; knows no edits."""
+    """See ``multiexit_engine.ops.shared_head_tokens``; knows no edits and no narrowing."""
     hidden, shift = hidden.float().contiguous(), vector(bias)
     rows = ChosenRows(temperature, seeds, positions, num_candidates)
     lowers = LowerHeads(groups, alpha, min_candidates)

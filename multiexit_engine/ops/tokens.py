@@ -1,7 +1,7 @@
 """Tokens straight from hidden states: head, contrast and choice as one op.
 
 For rows whose request asks for nothing between logits and choice but changes of single tokens'
-scores (no top-k or its kin), a backend need not bring logits to memory.
+scores, top-k, top-p and min-p, a backend need not bring logits to memory.
 Knows nothing of layers or requests.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.edits import TokenEdits, edited_scores
 from multiexit_engine.ops.heads import head_logits
+from multiexit_engine.ops.narrowing import Narrowing, narrowed_scores
 from multiexit_engine.ops.operands import fits_ring, is_dense, is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.ops.sampling import gumbel_noise
@@ -125,6 +126,7 @@ def shared_head_tokens(
     num_candidates: Tensor | None = None,
     *,
     edits: TokenEdits | None = None,
+    narrowing: Narrowing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose a token for each row where rows share a head but not what it is contrasted with.
 
@@ -145,12 +147,14 @@ def shared_head_tokens(
             row, 0 of one that is not contrasted; or None.
         edits: what is done to scores before a token is chosen: to the logits of rows without lower
             head, to the log-probabilities of others. None: nothing.
+        narrowing: the tokens that may be drawn, after edits and temperature, in rows that are not
+            greedy. None: all.
 
     Returns:
         [rows] int64 tokens and [rows] float32 their log-probabilities, as those ops give them,
         before any edit; -inf where the edits leave no token (float64 for float64 inputs).
 
-    Source: as ``head_tokens`` and ``contrast_tokens``.
+    Source: as ``head_tokens`` and ``contrast_tokens``; ``narrowed_scores`` for what may be drawn.
     """
     parts = []
     start = 0
@@ -163,9 +167,9 @@ def shared_head_tokens(
     scores = torch.cat(parts)
     log_probs = scores.log_softmax(-1)
     if edits is None:
-        return drawn_tokens(log_probs, temperature, seeds, positions)
+        return drawn_tokens(log_probs, temperature, seeds, positions, narrowing)
     edited = edited_scores(scores, edits)
-    tokens, left = drawn_tokens(edited, temperature, seeds, positions)
+    tokens, left = drawn_tokens(edited, temperature, seeds, positions, narrowing)
     log_probs = log_probs.gather(1, tokens[:, None])[:, 0]
     return tokens, torch.where(left == -torch.inf, left, log_probs)
 
@@ -192,12 +196,18 @@ def _group_scores(
 
 
 def drawn_tokens(
-    log_probs: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
+    log_probs: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    narrowing: Narrowing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The choice of ``head_tokens`` from [rows, vocab] log-probabilities."""
     sampled = (temperature > 0)[:, None]
     heat = torch.where(sampled, temperature[:, None], 1.0)
     scores = log_probs / heat
+    if narrowing is not None:
+        scores = torch.where(sampled, narrowed_scores(scores, narrowing), scores)
     if log_probs.device.type != "cpu" or bool(sampled.any()):
         noise = gumbel_noise(seeds, positions, log_probs.shape[1])
         scores = scores + torch.where(sampled, noise, 0.0)
@@ -256,9 +266,10 @@ def _shared_reads(
     groups: Sequence[RowGroup],
     *_: object,
     edits: TokenEdits | None = None,
+    narrowing: Narrowing | None = None,
 ) -> bool:
     is_read = is_plain(hidden, weight) and is_streamable(weight, *lower_weights(groups))
-    return edits is None and is_read
+    return edits is None and narrowing is None and is_read
 
 
 def lower_weights(groups: Sequence[RowGroup]) -> list[Weight]:

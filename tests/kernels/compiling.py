@@ -60,7 +60,8 @@ TYPES = {
     **dict.fromkeys(("query_start_ptr", "key_start_ptr", "group_ptr", "ticket_ptr"), "*i32"),
     **dict.fromkeys(("lower_table_ptr", "least_ptr"), "*i64"),
     **dict.fromkeys(("num_candidates_ptr", "edited_ptr", "allowed_ptr", "is_edited_ptr"), "*i32"),
-    **dict.fromkeys(("add_ptr", "penalty_ptr", "loss_ptr"), "*fp32"),
+    **dict.fromkeys(("add_ptr", "penalty_ptr", "loss_ptr", "unlikely_ptr", "min_p_ptr"), "*fp32"),
+    "top_k_ptr": "*i32",
     **dict.fromkeys(("scale", "eps"), "fp32"),
 }
 
@@ -71,8 +72,15 @@ MIXED = ("lower_table_ptr", "group_ptr")
 EDITS = (
     "edited_ptr", "start_ptr", "allowed_ptr", "is_edited_ptr", "add_ptr", "penalty_ptr", "loss_ptr",
 )  # fmt: skip
-# Lower heads of rows, and whether scores are edited.
-HEADS = (("no", False), ("one", False), ("own", False), ("no", True), ("own", True))
+# What a row's draw is narrowed by.
+NARROWING = ("top_k_ptr", "unlikely_ptr", "min_p_ptr")
+# Lower heads of rows, whether scores are edited, and whether draws are narrowed.
+HEADS = (
+    ("no", False, False),
+    ("one", False, False),
+    *((own, edited, False) for own, edited in (("own", False), ("no", True), ("own", True))),
+    *((own, edited, True) for own in ("no", "own") for edited in (False, True)),
+)
 
 
 class Shipped(NamedTuple):
@@ -92,8 +100,8 @@ def shipped(capability: int) -> Iterator[Shipped]:
     for dtype in DTYPES:
         yield from (Shipped(*item) for item in layers(dtype))
         for rows in (1, 16, 32, 64):
-            for lowers, edited in HEADS:
-                yield _head(rows, dtype, lowers, edited, overlap)
+            for kind in HEADS:
+                yield _head(rows, dtype, *kind, overlap)
             yield from (_statistics(rows, dtype, is_listed) for is_listed in (True, False))
         for head_dim in (64, 128):
             yield from (_packed(head_dim, dtype, is_listed) for is_listed in (True, False))
@@ -114,30 +122,35 @@ def shipped(capability: int) -> Iterator[Shipped]:
     )
 
 
-def _head(rows: int, dtype: torch.dtype, lowers: str, edited: bool, overlap: bool) -> Shipped:
+def _head(
+    rows: int, dtype: torch.dtype, lowers: str, edited: bool, narrowed: bool, overlap: bool
+) -> Shipped:
     """The tiles of a head, its rows contrasted with no lower head, with one, or each with its own.
 
     Where each row has its own the heads have a bias, which takes more registers than none.
     """
-    is_plain = lowers != "own" and not edited
-    config = (heads.head_config if is_plain else heads.mixed_config)(rows, dtype)
+    config = heads.head_config(rows, dtype)
+    if lowers == "own" or edited or narrowed:
+        config = heads.mixed_config(rows, dtype, lowers == "own" and edited and narrowed)
     unused: dict[str, Any] = {
         "no": dict.fromkeys(("bias_ptr", "lower_ptr", "lower_weight_ptr", *MIXED)),
         "one": dict.fromkeys(("bias_ptr", *MIXED)),
         "own": {},
     }[lowers]
     return Shipped(
-        f"head rows={rows} lowers={lowers} edited={edited}",
+        f"head rows={rows} lowers={lowers} edited={edited} narrowed={narrowed}",
         head_tiles.head_kernel,
         dtype,
         {
             **unused,
             **({} if edited else {"edited_ptr": None, "allowed_ptr": None}),
+            **({} if narrowed else dict.fromkeys(NARROWING)),
             "EVEN": 1024 % config.block_k == 0,
             "HAS_BIAS": lowers == "own",
             "CONTRAST": lowers != "no",
             "MIXED": lowers == "own",
             "EDITED": edited,
+            "NARROWED": narrowed,
             "BLOCK_V": config.block_v,
             "BLOCK_R": config.block_r,
             "BLOCK_K": config.block_k,
@@ -204,24 +217,28 @@ def _finishes(overlap: bool) -> Iterator[Shipped]:
             {"TILES": 4096, "LISTED": is_listed, **unlisted},
             options(4),
         )
-    for lowers, edited in HEADS[1:]:
+    for lowers, edited, narrowed in HEADS[1:]:
         unused = () if edited else EDITS
+        unused += () if narrowed else NARROWING
+        last_options = heads.finish_config(edited, narrowed)
+        listed = last_options.pop("LISTED")
         unused += () if lowers == "own" else ("group_ptr", "least_ptr")
         yield Shipped(
-            f"contrast finish lowers={lowers} edited={edited}",
+            f"contrast finish lowers={lowers} edited={edited} narrowed={narrowed}",
             head_finish.contrast_finish_kernel,
             DTYPES[0],
             {
                 **tail,
                 **dict.fromkeys(unused),
                 "BLOCK_V": 32,
-                "LISTED": heads.LISTED_AT_ONCE,
+                "LISTED": listed,
                 "CONTRAST": lowers != "no",
                 "MIXED": lowers == "own",
                 "LEAST": lowers == "own",
                 "EDITED": edited,
+                "NARROWED": narrowed,
             },
-            options(8, 128),
+            last_options,
         )
 
 

@@ -1,0 +1,92 @@
+"""What the last half of ``heads`` reads of single tokens: listed tiles, and edits of scores.
+
+Knows nothing of how a token is chosen among them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def candidates(
+    listed_ptr, logit_ptr, score_ptr, row, start, count, num_tiles,
+    BLOCK_V: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """Tokens, logits (-inf: no candidate) and scores of the listed tiles from ``start`` on."""
+    index = start + tl.arange(0, LISTED)
+    mask = index < count
+    tile = tl.load(listed_ptr + row * num_tiles + index, mask=mask, other=0)  # [LISTED]
+    token = tile[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    place = row * num_tiles * BLOCK_V + token
+    logit = tl.load(logit_ptr + place, mask=mask[:, None], other=float("-inf"))  # [LISTED, BLOCK_V]
+    score = tl.load(score_ptr + place, mask=mask[:, None], other=0.0)  # [LISTED, BLOCK_V]
+    return token, logit, score
+
+
+@triton.jit
+def is_narrowed(top_k, unlikely, min_p, temperature):
+    """Whether a row's draw is from a part of its tokens."""
+    return (temperature > 0) & ((top_k > 0) | (unlikely >= 0) | (min_p > 0))
+
+
+@triton.jit
+def in_order(x):
+    """float32 as int32 of the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def from_order(x):
+    """The float32 of which ``x`` is ``in_order``."""
+    bits = x.to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _ones(word):
+    """How many bits of an int32 are set."""
+    x = word.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def _after_edits(
+    score, token, mask, row, vocab, edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr,
+    loss_ptr,
+):  # fmt: skip
+    """Scores of tokens after the row's edits, whose numbers stand in the order of tokens.
+
+    Which of them is a token's is known from its word of bits: the first of the word, and how many
+    bits are set before its own.
+    """
+    place = row * ((vocab + 31) // 32) + token // 32
+    lane = token % 32
+    word = tl.load(edited_ptr + place, mask=mask, other=0)
+    allowed = tl.load(allowed_ptr + place, mask=mask, other=0)
+    mask = mask & ((word >> lane & 1) != 0)
+    index = tl.load(start_ptr + place, mask=mask, other=0) + _ones(word & ((1 << lane) - 1))
+    score += tl.load(add_ptr + index, mask=mask, other=0.0)
+    penalty = tl.load(penalty_ptr + index, mask=mask, other=1.0)
+    score = tl.where(score < 0, score * penalty, score / penalty)
+    score -= tl.load(loss_ptr + index, mask=mask, other=0.0)
+    return tl.where((allowed >> lane & 1) != 0, score, float("-inf"))
+
+
+@triton.jit
+def edited_score(
+    score, base, token, mask, row, vocab, edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr,
+    loss_ptr,
+):  # fmt: skip
+    """``_after_edits`` of score - base, with base added: the very score where nothing is edited."""
+    changed = _after_edits(
+        score - base, token, mask, row, vocab, edited_ptr, start_ptr, allowed_ptr, add_ptr,
+        penalty_ptr, loss_ptr,
+    )  # fmt: skip
+    return tl.where(changed == score - base, score, base + changed)
