@@ -148,7 +148,7 @@ class EngineConfig:
         seed: of requests that bring none.
         quantization: of the weight matrices; None for ``dtype``.
         cuda_graphs: numbers of rows that decode steps are captured for; none: they run from Python.
-        async_scheduling: launch a plain decode step before the tokens of the last one are known.
+        async_scheduling: launch a step before the tokens of the last one are known.
     """
 
     device: torch.device

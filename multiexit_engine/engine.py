@@ -71,6 +71,7 @@ class Engine:
             self._scheduler = core.scheduler
             mode = Original() if decoding is None else decoding
             self._intake = Intake(config, self._model, self.tokenizer, mode, checkpoint.folder)
+        self._default_mode: DecodingMode = mode
         self._feeds = Feeds(self._core)
         self._ids = itertools.count()
         self._random = random.Random(config.seed)
@@ -95,6 +96,7 @@ class Engine:
         prefix_caching: bool = True,
         quantization: str | None = None,
         cuda_graphs: bool | Sequence[int] | str = False,
+        warm_up: bool = False,
         async_scheduling: bool = False,
         revision: str | None = None,
         seed: int = 0,
@@ -127,6 +129,8 @@ class Engine:
             cuda_graphs: capture the layers of decode steps, and plain heads, for some numbers of
                 rows up to max_batch_size (True) or for those given (a list, or "1,2,4"); the tokens
                 stay the same. CUDA only, not for encoder-decoders; docs/gpu.md says which steps.
+            warm_up: capture all of them at once, for requests in the mode ``decoding``, instead of
+                each when it is first needed. Only with cuda_graphs.
             async_scheduling: launch a step before the tokens of the last one are known. As
                 cuda_graphs.
             revision: of a hub id.
@@ -159,7 +163,26 @@ class Engine:
             cuda_graphs=cuda_graphs,
             async_scheduling=async_scheduling,
         )
-        return cls(opened, config, decoding)
+        engine = cls(opened, config, decoding)
+        if warm_up:
+            engine.warm_up()
+        return engine
+
+    def warm_up(self, decoding: DecodingMode | None = None) -> None:
+        """Capture the decode steps of one mode, for every number of rows and bound of keys.
+
+        Requests in this mode find them captured; those in other modes capture theirs as they go.
+
+        Args:
+            decoding: by default the engine's own.
+
+        Raises:
+            ValueError: there is nothing to capture, or the model lacks what the mode names.
+        """
+        if not self.config.cuda_graphs or not isinstance(self._core, EngineCore):
+            raise ValueError("warm_up captures CUDA graphs: give cuda_graphs=True as well")
+        mode = self._default_mode if decoding is None else decoding
+        self._core.warm_up(mode, self._intake.depth_of(mode))
 
     @property
     def model_config(self) -> ModelConfig:

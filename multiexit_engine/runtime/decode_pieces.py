@@ -65,6 +65,16 @@ class DecodePieces:
         self._states: dict[int, Tensor] = {}
         self._matrices: dict[Head, tuple[int, int]] = {}
 
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Numbers of rows that pieces may be captured for."""
+        return self._pieces.sizes
+
+    @property
+    def bounds(self) -> Sequence[int]:
+        """Numbers of keys that pieces may be captured for."""
+        return self._pieces.bounds
+
     def size(self, num_rows: int) -> int:
         """Rows to run for so many, padding included."""
         return self._pieces.size(num_rows)

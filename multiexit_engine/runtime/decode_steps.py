@@ -8,6 +8,7 @@ their distributions is launched after them. Knows nothing of queues or texts.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -16,9 +17,14 @@ from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.exits import takes_pair
-from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner, plan_segments
+from multiexit_engine.decoding.plan import (
+    ExitPlan,
+    ExitPlanner,
+    plan_segments,
+    target_mode,
+)
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.params import Contrast, EarlyExit, Exit, Original
+from multiexit_engine.params import Contrast, DecodingMode, EarlyExit, Exit, Original
 from multiexit_engine.request import sequence_seed
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choice
@@ -30,7 +36,7 @@ from multiexit_engine.runtime.launched_step import ComingStep, LaunchedStep
 from multiexit_engine.runtime.logit_rows import LogitRow, choice_rows, target_rows
 from multiexit_engine.runtime.logit_slices import LogitSlice
 from multiexit_engine.runtime.step_clock import StepClock
-from multiexit_engine.transfer import to_device
+from multiexit_engine.transfer import to_device, wait_for
 
 PLAIN = (Original, Exit, Contrast)
 Items = Sequence[tuple[int, ScheduledSequence]]
@@ -147,6 +153,26 @@ class DecodeSteps:
         clock.mark()
         return LaunchedStep(batch, coming, clock, self._device)
 
+    def warm_up(self, mode: DecodingMode, depth: int) -> None:
+        """Run every piece of steps in one mode once, on padding, so that all are captured.
+
+        Args:
+            mode: whose heads are loaded.
+            depth: layers that it runs.
+        """
+        mode = target_mode(mode)
+        plan = self._planner.plan([mode])
+        for size in self._pieces.sizes:
+            self._memory.send(self._turn, [], size, [], [[]])
+            segments = plan_segments([depth] * size, plan.rows_at)
+            for bound in self._pieces.bounds:
+                self._pieces.run_layers(segments, bound)
+            if isinstance(mode, PLAIN) and takes_pair(mode, self._model.heads):
+                group = replace(plan.groups[0], rows=tuple(range(size)))
+                for are_listed in (False, True):
+                    self._pieces.choose([group], are_listed)
+        wait_for(self._device)
+
     def _places(self, steady: Items, chunks: Items) -> dict[int, int]:
         """The row in memory of each item that has one."""
         places = {index: row for row, (index, _) in enumerate(steady)}
@@ -202,7 +228,7 @@ class DecodeSteps:
     ) -> bool:
         """Whether the rows that choose in pieces are not just the first ones, all alike."""
         rows = [places[row.item] for row in plain]
-        return len(plan.groups) > 1 or rows != list(range(len(rows)))
+        return len(plan.groups) > 1 or sorted(rows) != list(range(len(rows)))
 
     def _run_chunks(
         self,

@@ -20,7 +20,15 @@ LEAST_BOUND = 256
 
 
 class Pieces(Protocol):
-    """How the pieces of a step run."""
+    """How the pieces of a step run.
+
+    Attributes:
+        sizes: numbers of rows that pieces may be captured for; none where nothing is captured.
+        bounds: numbers of keys likewise.
+    """
+
+    sizes: Sequence[int]
+    bounds: Sequence[int]
 
     def size(self, num_rows: int) -> int:
         """Rows to run for so many sequences, padding included."""
@@ -34,6 +42,9 @@ class Pieces(Protocol):
 
 class Eager:
     """Runs every piece from Python, for just the rows there are."""
+
+    sizes: Sequence[int] = ()
+    bounds: Sequence[int] = ()
 
     def size(self, num_rows: int) -> int:
         return num_rows
@@ -55,8 +66,8 @@ class Graphs:
     """
 
     def __init__(self, sizes: Sequence[int], max_model_len: int, capture: Capture) -> None:
-        self._sizes = sorted(sizes)
-        self._max_model_len = max_model_len
+        self.sizes: Sequence[int] = sorted(sizes)
+        self.bounds: Sequence[int] = key_bounds(max_model_len)
         self._capture = capture
         self._captured: dict[Hashable, Call] = {}
 
@@ -66,15 +77,14 @@ class Graphs:
         return len(self._captured)
 
     def size(self, num_rows: int) -> int:
-        place = bisect_left(self._sizes, num_rows)
-        return self._sizes[place] if place < len(self._sizes) else num_rows
+        place = bisect_left(self.sizes, num_rows)
+        return self.sizes[place] if place < len(self.sizes) else num_rows
 
     def bound(self, num_keys: int) -> int:
-        bound = max(LEAST_BOUND, 1 << (num_keys - 1).bit_length())
-        return min(bound, self._max_model_len)
+        return self.bounds[bisect_left(self.bounds, num_keys)]
 
     def run(self, key: Hashable, size: int, call: Call) -> None:
-        if size > self._sizes[-1]:
+        if size > self.sizes[-1]:
             call()
         elif key in self._captured:
             self._captured[key]()
@@ -99,6 +109,12 @@ def capture_on(device: torch.device) -> Capture:
         return graph.replay
 
     return capture
+
+
+def key_bounds(max_model_len: int) -> tuple[int, ...]:
+    """256 and powers of two, up to the longest sequence."""
+    count = max(0, (max_model_len - 1).bit_length() - (LEAST_BOUND - 1).bit_length())
+    return (*(LEAST_BOUND << power for power in range(count)), max_model_len)
 
 
 def graph_sizes(max_batch_size: int) -> tuple[int, ...]:

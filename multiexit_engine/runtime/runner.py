@@ -17,7 +17,7 @@ from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.plan import ExitPlanner, plan_segments
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.params import EarlyExit
+from multiexit_engine.params import DecodingMode, EarlyExit
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.decode_steps import DecodeSteps
 from multiexit_engine.runtime.draft_lengths import DraftLengths
@@ -78,6 +78,12 @@ class ModelRunner:
             return None
         self._prepare_blocks(batch)
         return self._decode.launch(batch, before)
+
+    @torch.inference_mode()
+    def warm_up(self, mode: DecodingMode, depth: int) -> None:
+        """Capture what steps in a mode will replay that runs so many layers."""
+        assert self._decode is not None, "nothing is captured on a CPU"
+        self._decode.warm_up(mode, depth)
 
     def finish(self, step: LaunchedStep) -> StepOutput:
         """Wait for a launched step."""

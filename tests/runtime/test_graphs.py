@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multiexit_engine import Contrast, DoLa, Exit, Original, SamplingParams
-from multiexit_engine.runtime.graphs import Graphs, graph_sizes
+from multiexit_engine.runtime.graphs import Graphs, graph_sizes, key_bounds
 from multiexit_engine.runtime.settings import pick_graph_sizes
 from tests.runtime.on_simulated_device import on_cpu, on_device, token_ids
 from tests.tiny import save_gpt2
@@ -176,4 +176,23 @@ def test_sizes_grow_by_eight_and_hold_the_largest_batch():
 
 def test_keys_are_bounded_by_a_power_of_two_within_the_model():
     graphs = Graphs((4,), 1000, capture=lambda call: call)
-    assert [graphs.bound(n) for n in (1, 256, 257, 513)] == [256, 256, 512, 1000]
+    assert [graphs.bound(n) for n in (1, 256, 257, 513, 1000)] == [256, 256, 512, 1000, 1000]
+    assert [key_bounds(n) for n in (64, 256, 257, 1024)] == [
+        (64,), (256,), (256, 257), (256, 512, 1024)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [Contrast(4, 2), Exit(2), DoLa("low")], ids=str)
+def test_a_warm_engine_captures_nothing_more_in_its_mode(folder, mode):
+    wanted = token_ids(on_cpu(folder).generate(PROMPTS, SAMPLING, mode))
+    with on_device(folder, cuda_graphs=(1, 2, 4, 8), max_model_len=64) as (engine, device):
+        engine.warm_up(mode)
+        captures = device.counts["captures"]
+        assert token_ids(engine.generate(PROMPTS, SAMPLING, mode)) == wanted
+        assert device.counts["captures"] == captures > 0
+        assert device.counts["replays"]
+
+
+def test_there_is_nothing_to_warm_up_without_graphs(folder):
+    with pytest.raises(ValueError, match="give cuda_graphs=True as well"):
+        on_cpu(folder, warm_up=True)
