@@ -59,6 +59,14 @@ def long_config(group: int, head_dim: int, dtype: torch.dtype) -> AttentionConfi
     return AttentionConfig(rows, 64 if head_dim <= 128 else 32, 2, 8)
 
 
+def biased(config: AttentionConfig, dtype: torch.dtype) -> AttentionConfig:
+    """The same for scores with biases, whose tile wants registers too: fewer keys at once.
+
+    With 64 keys ptxas spills on sm_120.
+    """
+    return config if dtype == torch.float32 else config._replace(block_n=32)
+
+
 def merge_options(head_dim: int) -> dict[str, int]:
     """Launch options that hold the parts of a head in registers."""
     return options(4 if head_dim <= 128 else 8, 128)
@@ -73,6 +81,31 @@ def paged_attention(
     window: int | None,
 ) -> Tensor:
     """See ``multiexit_engine.ops.attention``. Two launches for decode rows, one for prefill."""
+    return attend_paged(query, key_cache, value_cache, layout, scale, window, None)
+
+
+def biased_paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: Any,
+    scale: float,
+    bias: Tensor,
+) -> Tensor:
+    """See ``multiexit_engine.ops.biased_attention``; as many launches."""
+    return attend_paged(query, key_cache, value_cache, layout, scale, None, bias)
+
+
+def attend_paged(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: Any,
+    scale: float,
+    window: int | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Both of the above: ``bias`` [heads, distances], or None."""
     tokens, heads, head_dim = query.shape
     if query.stride(2) != 1 or query.stride(1) != head_dim:
         query = query.contiguous()
@@ -90,19 +123,26 @@ def paged_attention(
         "WINDOW": window or 0,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
     }
-    cache = {"HEADS": heads, "KV_HEADS": key_cache.shape[2], "BLOCK_SIZE": key_cache.shape[1]}
+    cache = {
+        "HEADS": heads,
+        "KV_HEADS": key_cache.shape[2],
+        "BLOCK_SIZE": key_cache.shape[1],
+        "BIAS_SIZE": 0 if bias is None else bias.shape[1],
+    }
+    bias = None if bias is None else bias.contiguous()
     if shorts:
         max_queries = max(queries for queries, _ in shorts)
         max_context = max(context for _, context in shorts)
-        _short(query, key_cache, value_cache, layout, scale, output, config, shape, cache,
+        _short(query, key_cache, value_cache, layout, scale, bias, output, config, shape, cache,
                max_queries, max_context)  # fmt: skip
     if len(shorts) < len(layout.query_lens):
         config = long_config(group, head_dim, query.dtype)
+        config = config if bias is None else biased(config, query.dtype)
         num_seqs = len(layout.query_lens)
         blocks = tokens // (config.block_m // group) + num_seqs
         long_kernel[(key_cache.shape[2], blocks)](
             query, key_cache, value_cache, layout.block_tables,
-            layout.cu_query_lens, layout.context_lens_device, output, scale, num_seqs,
+            layout.cu_query_lens, layout.context_lens_device, bias, output, scale, num_seqs,
             query.stride(0), layout.block_tables.stride(0),
             **shape, **cache, MOST_QUERIES=most, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             STAGES=config.num_stages, **options(config.num_warps, config.max_registers),
@@ -116,6 +156,7 @@ def _short(
     value_cache: Tensor,
     layout: Any,
     scale: float,
+    bias: Tensor | None,
     output: Tensor,
     config: AttentionConfig,
     shape: dict[str, int],
@@ -132,7 +173,7 @@ def _short(
     cut = {"BLOCK_N": config.block_n, "MIN_CHUNK": MIN_CHUNK, "MAX_PARTS": MAX_PARTS}
     short_kernel[(parts, key_cache.shape[2], num_seqs)](
         query, key_cache, value_cache, layout.block_tables,
-        layout.cu_query_lens, layout.context_lens_device, partial, weight, scale,
+        layout.cu_query_lens, layout.context_lens_device, bias, partial, weight, scale,
         query.stride(0), layout.block_tables.stride(0), max_queries,
         **shape, **cache, **cut, BLOCK_M=config.block_m, STAGES=config.num_stages,
         **options(config.num_warps, config.max_registers),

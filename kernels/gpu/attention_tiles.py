@@ -24,6 +24,10 @@ def attend(
     begin,
     end,
     scale,
+    bias_row,
+    places,
+    BIAS_SIZE: tl.constexpr,
+    BIAS_AFTER: tl.constexpr,
     WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -35,7 +39,9 @@ def attend(
 ):
     """Online softmax over keys [begin, end): sums of values, largest scores (base 2), sums of p.
 
-    A row that sees none of the keys has zeros and a largest score of -inf.
+    A row that sees none of the keys has zeros and a largest score of -inf. With BIAS_SIZE biases at
+    ``bias_row`` [BLOCK_M] scores gain the one of their distance, ``places`` [BLOCK_M] less key,
+    which begin with that of -BIAS_AFTER; farther distances have the first and the last one.
     """
     dims = tl.arange(0, BLOCK_D)
     dim_mask = dims < HEAD_DIM
@@ -62,7 +68,13 @@ def attend(
         visible = key_mask[None, :] & row_mask[:, None] & (keys[None, :] <= positions[:, None])
         if WINDOW > 0:
             visible = visible & (positions[:, None] - keys[None, :] < WINDOW)
-        scores = tl.where(visible, scores * (scale * _LOG2_E), float("-inf"))
+        scores = scores * (scale * _LOG2_E)
+        if BIAS_SIZE > 0:
+            distance = tl.maximum(places[:, None] - keys[None, :] + BIAS_AFTER, 0)
+            distance = tl.minimum(distance, BIAS_SIZE - 1)
+            gain = tl.load(bias_row[:, None] + distance, mask=visible, other=0.0)
+            scores += gain.to(tl.float32) * _LOG2_E  # [BLOCK_M, BLOCK_N]
+        scores = tl.where(visible, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         # Without this a row that has seen nothing yet would compute -inf - -inf.
         finite = tl.where(new_largest == float("-inf"), 0.0, new_largest)
@@ -93,6 +105,7 @@ def short_kernel(
     table_ptr,
     start_ptr,
     context_ptr,
+    bias_ptr,
     partial_ptr,
     weight_ptr,
     scale,
@@ -104,6 +117,7 @@ def short_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    BIAS_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -146,9 +160,14 @@ def short_kernel(
         mask=mask,
         other=0.0,
     )
+    bias_row = head
+    if BIAS_SIZE > 0:
+        bias_row = bias_ptr + head * BIAS_SIZE
+    positions = context - num_queries + index
     output, largest, total = attend(
-        query, context - num_queries + index, row_mask, key_ptr, value_ptr,
+        query, positions, row_mask, key_ptr, value_ptr,
         table_ptr + seq * table_stride, kv_head, begin, end, scale,
+        bias_row, positions, BIAS_SIZE, 0,
         WINDOW, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
     )  # fmt: skip
     row = ((seq * max_queries + index) * HEADS + head) * num_parts + part
@@ -239,6 +258,7 @@ def long_kernel(
     table_ptr,
     start_ptr,
     context_ptr,
+    bias_ptr,
     output_ptr,
     scale,
     num_seqs,
@@ -249,6 +269,7 @@ def long_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    BIAS_SIZE: tl.constexpr,
     MOST_QUERIES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -284,9 +305,14 @@ def long_kernel(
     if WINDOW > 0:
         begin = tl.maximum(0, context - num_queries + offset - WINDOW + 1)
     end = tl.minimum(context, context - num_queries + offset + QUERIES)
+    bias_row = head
+    if BIAS_SIZE > 0:
+        bias_row = bias_ptr + head * BIAS_SIZE
+    positions = context - num_queries + index
     output, _, total = attend(
-        query, context - num_queries + index, row_mask, key_ptr, value_ptr,
+        query, positions, row_mask, key_ptr, value_ptr,
         table_ptr + seq * table_stride, kv_head, begin, end, scale,
+        bias_row, positions, BIAS_SIZE, 0,
         WINDOW, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
     )  # fmt: skip
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multiexit_engine.kernels.attention import paged_attention
+from multiexit_engine.kernels.attention import attend_paged, paged_attention
 from multiexit_engine.kernels.block_parts import PartNorm, added, inner
 from multiexit_engine.kernels.norms import rms_norm
 from multiexit_engine.kernels.products import Norm, product
@@ -72,7 +72,8 @@ def _attended(
             for heads, own in ((query, attention.query_norm), (key, attention.key_norm))
         )
         query = place(query, key, value, slots, turn)
-    mixed = paged_attention(
-        query, slots.key_cache, slots.value_cache, batch.layout, attention.scale, attention.window
-    )
+    mixed = attend_paged(
+        query, slots.key_cache, slots.value_cache, batch.layout, attention.scale, attention.window,
+        attention.bias,
+    )  # fmt: skip
     return mixed.flatten(1)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from multiexit_engine.kernels.attention import AttentionConfig, long_config
+from multiexit_engine.kernels.attention import AttentionConfig, biased, long_config
 from multiexit_engine.kernels.attention_tiles import attend, sequence_of_block
 from multiexit_engine.kernels.launch import options
 from multiexit_engine.kernels.row_lists import RowList
@@ -70,6 +70,15 @@ def packed_attention(
     )
 
 
+def biased_packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, lens: Sequence[int], scale: float, bias: Tensor
+) -> Tensor:
+    """See ``multiexit_engine.ops.biased_attention``. One launch."""
+    return attend_packed(
+        query, key, value, PackedStarts.of(lens, lens, query.device), scale, bias=bias
+    )
+
+
 def attend_packed(
     query: Tensor,
     key: Tensor,
@@ -77,11 +86,13 @@ def attend_packed(
     starts: PackedStarts,
     scale: float,
     listed: RowList | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The same where the device knows already how the sequences lie.
 
     Queries, keys and values may be columns of wider rows: they are read where they lie. Of
-    listed queries ``starts`` counts the places; the result has nothing in the other rows.
+    listed queries ``starts`` counts the places; the result has nothing in the other rows. With a
+    bias [heads, distances] queries and keys of a sequence are the same tokens, and none is listed.
     """
     rows, heads, head_dim = query.shape
     if query.stride(2) != 1 or query.stride(1) != head_dim:
@@ -92,13 +103,15 @@ def attend_packed(
     if not rows:
         return output
     config = packed_config(head_dim, query.dtype)
+    config = config if bias is None else biased(config, query.dtype)
     table = torch.zeros(1, dtype=torch.int32, device=query.device)
     num_seqs = len(starts.queries) - 1
     packed_kernel[(heads, rows // config.block_m + num_seqs)](
-        query, key, value, table, starts.queries, starts.keys, output,
+        query, key, value, table, starts.queries, starts.keys,
+        None if bias is None else bias.contiguous(), output,
         None if listed is None else listed.rows, scale, num_seqs, query.stride(0),
         LISTED=listed is not None, HEADS=heads, KEY_HEADS=key.stride(0) // head_dim,
-        HEAD_DIM=head_dim, ONE_PAGE=ONE_PAGE,
+        HEAD_DIM=head_dim, ONE_PAGE=ONE_PAGE, BIAS_SIZE=0 if bias is None else bias.shape[1],
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         STAGES=config.num_stages, **options(config.num_warps, config.max_registers),
@@ -122,6 +135,7 @@ def packed_kernel(
     table_ptr,
     query_start_ptr,
     key_start_ptr,
+    bias_ptr,
     output_ptr,
     row_ptr,
     scale,
@@ -132,6 +146,7 @@ def packed_kernel(
     KEY_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ONE_PAGE: tl.constexpr,
+    BIAS_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -167,9 +182,13 @@ def packed_kernel(
     )
     sees_all = num_keys + tl.zeros((BLOCK_M,), tl.int32)
     place = first_key.to(tl.int64) * KEY_HEADS * HEAD_DIM
+    bias_row = index
+    if BIAS_SIZE > 0:
+        bias_row = bias_ptr + head * BIAS_SIZE + tl.zeros((BLOCK_M,), tl.int32)
     output, _, total = attend(
         query, sees_all, row_mask, key_ptr + place, value_ptr + place, table_ptr, head,
         0, num_keys, scale,
+        bias_row, index, BIAS_SIZE, BIAS_SIZE // 2,
         0, KEY_HEADS, HEAD_DIM, ONE_PAGE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
     )  # fmt: skip
     output = output / tl.where(total == 0.0, 1.0, total)[:, None]

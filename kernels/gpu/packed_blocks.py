@@ -81,7 +81,8 @@ def _attended(hidden: Tensor, block: Any, texts: _Texts) -> Tensor:
         fused = _span(keyed, qkv, width, 3 * width, norm.before)
         key, value = torch.split(fused, width, dim=1)
     query, key, value = (_heads(part, attention.head_dim) for part in (query, key, value))
-    mixed = attend_packed(query, key, value, texts.starts, attention.scale)
+    assert texts.rows is None or attention.bias is None, "distances are those of whole texts"
+    mixed = attend_packed(query, key, value, texts.starts, attention.scale, bias=attention.bias)
     return norm.after(added(own, mixed.flatten(1), attention.output))
 
 

@@ -155,7 +155,8 @@ def _prefill_part(layout: SequenceLayout, seq: int, block_size: int, window: int
     return _Part(slice(start, start + query_len), 1, slots, mask, is_causal)
 
 
-def _kernel_reads(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: object) -> bool:
+def kernel_reads(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: object) -> bool:
+    """Whether the GPU's kernels take queries and cache: one type, heads of up to 256."""
     kinds = (torch.bfloat16, torch.float16, torch.float32)
     same = query.dtype == key_cache.dtype == value_cache.dtype
     return same and query.dtype in kinds and query.shape[2] <= 256
@@ -165,7 +166,7 @@ paged_attention.backend(
     "triton",
     "multiexit_engine.kernels.attention:paged_attention",
     device="cuda",
-    supports=_kernel_reads,
+    supports=kernel_reads,
 )
 paged_attention.backend(
     "cpu",

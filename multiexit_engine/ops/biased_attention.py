@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from multiexit_engine.batch import SequenceLayout
+from multiexit_engine.ops.attention import kernel_reads
 from multiexit_engine.ops.operands import is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 
@@ -95,6 +96,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
     return mixed[0].transpose(0, 1)
 
 
+biased_paged_attention.backend(
+    "triton",
+    "multiexit_engine.kernels.attention:biased_paged_attention",
+    device="cuda",
+    supports=kernel_reads,
+)
+biased_packed_attention.backend(
+    "triton",
+    "multiexit_engine.kernels.packed_attention:biased_packed_attention",
+    device="cuda",
+    supports=lambda query, *_: query.dtype in (torch.bfloat16, torch.float16, torch.float32),
+)
 biased_paged_attention.backend(
     "cpu",
     "multiexit_engine._native:biased_paged_attention",

@@ -62,13 +62,12 @@ def _has_matrices_to_stream(
 ) -> bool:
     """Whether the GPU's kernels read the matrices: all of a model's, or none.
 
-    They know no copied rows, and no biases for distances, as T5 has them. Codes take the type of
-    their rows, which blocks with norms behind their parts keep in float32.
+    They know no copied rows. Codes take the type of their rows, which blocks with norms behind
+    their parts keep in float32.
     """
     weight, is_post_norm = blocks[0].attention.qkv.weight, blocks[0].is_post_norm
     is_read = not is_post_norm if isinstance(weight, QuantizedWeight) else is_dense(weight)
-    is_known = batch.copied is None and blocks[0].attention.bias is None
-    return is_read and is_known and is_plain(hidden)
+    return is_read and batch.copied is None and is_plain(hidden)
 
 
 decoder_blocks.backend(

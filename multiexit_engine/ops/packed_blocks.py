@@ -108,12 +108,8 @@ def packed_blocks(
 def _has_matrices_to_stream(
     hidden: Tensor, blocks: Sequence[Any], *_: object, **__: object
 ) -> bool:
-    """Whether the GPU's kernels read the matrices: all of a model's, or none.
-
-    They read no biases for distances, as T5 has them.
-    """
-    first = blocks[0].attention
-    return is_plain(hidden) and is_dense(first.qkv.weight) and first.bias is None
+    """Whether the GPU's kernels read the matrices: all of a model's, or none."""
+    return is_plain(hidden) and is_dense(blocks[0].attention.qkv.weight)
 
 
 packed_blocks.backend(

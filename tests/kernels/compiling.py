@@ -105,14 +105,17 @@ def shipped(capability: int) -> Iterator[Shipped]:
             yield from (_statistics(rows, dtype, is_listed) for is_listed in (True, False))
         for head_dim in (64, 128):
             yield from (_packed(head_dim, dtype, is_listed) for is_listed in (True, False))
-        for num_heads, kv_heads, head_dim, window in (
-            (16, 16, 64, 0),
-            (12, 12, 64, 256),
-            (32, 8, 128, 0),
-            (20, 4, 96, 0),
-            (8, 1, 256, 0),
+            yield _packed(head_dim, dtype, is_listed=False, reach=128)
+        for num_heads, kv_heads, head_dim, window, reach in (
+            (16, 16, 64, 0, 0),
+            (12, 12, 64, 256, 0),
+            (32, 8, 128, 0, 0),
+            (20, 4, 96, 0, 0),
+            (8, 1, 256, 0, 0),
+            (12, 12, 64, 0, 129),
+            (32, 32, 128, 0, 129),
         ):
-            yield from _attention(dtype, num_heads, kv_heads, head_dim, window, overlap)
+            yield from _attention(dtype, num_heads, kv_heads, head_dim, window, reach, overlap)
     yield from _finishes(overlap)
     yield Shipped(
         "compact", row_lists.compact_kernel, DTYPES[0], {"BLOCK": row_lists._BLOCK}, options(4)
@@ -182,16 +185,19 @@ def _statistics(rows: int, dtype: torch.dtype, is_listed: bool) -> Shipped:
     )
 
 
-def _packed(head_dim: int, dtype: torch.dtype, is_listed: bool) -> Shipped:
+def _packed(head_dim: int, dtype: torch.dtype, is_listed: bool, reach: int = 0) -> Shipped:
     """Keys and values lie in rows of queries, keys and values."""
     tiles = packed_attention.packed_config(head_dim, dtype)
+    tiles = attention.biased(tiles, dtype) if reach else tiles
     return Shipped(
-        f"packed heads=16x{head_dim} listed={is_listed}",
+        f"packed heads=16x{head_dim} listed={is_listed} reach={reach}",
         packed_attention.packed_kernel,
         dtype,
         {
             **({} if is_listed else {"row_ptr": None}),
             "LISTED": is_listed,
+            **({} if reach else {"bias_ptr": None}),
+            "BIAS_SIZE": 2 * reach + 1 if reach else 0,
             "HEADS": 16,
             "KEY_HEADS": 48,
             "HEAD_DIM": head_dim,
@@ -243,16 +249,24 @@ def _finishes(overlap: bool) -> Iterator[Shipped]:
 
 
 def _attention(
-    dtype: torch.dtype, num_heads: int, kv_heads: int, head_dim: int, window: int, overlap: bool
+    dtype: torch.dtype,
+    num_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+    reach: int,
+    overlap: bool,
 ) -> Iterator[Shipped]:
     group = num_heads // kv_heads
-    name = f"heads={num_heads}/{kv_heads}x{head_dim} window={window}"
+    name = f"heads={num_heads}/{kv_heads}x{head_dim} window={window} reach={reach}"
     shape = {
         "HEAD_DIM": head_dim,
         "WINDOW": window,
         "BLOCK_D": triton.next_power_of_2(head_dim),
     }
-    cache = {"HEADS": num_heads, "KV_HEADS": kv_heads, "BLOCK_SIZE": 16}
+    cache = {"HEADS": num_heads, "KV_HEADS": kv_heads, "BLOCK_SIZE": 16, "BIAS_SIZE": reach}
+    if not reach:
+        cache["bias_ptr"] = None
     short = attention.short_config(group, head_dim, dtype)
     cut = {
         "BLOCK_N": short.block_n,
@@ -274,6 +288,7 @@ def _attention(
         attention.merge_options(head_dim),
     )
     long = attention.long_config(group, head_dim, dtype)
+    long = attention.biased(long, dtype) if reach else long
     yield Shipped(
         f"long {name}",
         attention_tiles.long_kernel,

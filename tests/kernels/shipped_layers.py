@@ -31,6 +31,11 @@ PRODUCTS = {
         "NORM": "layer", "HAS_BIAS": True, "FORM": "tanh", "SPLIT": True,
     },
     "rms norm, gated, split": {"NORM": "rms", "GATED": True, "FORM": "silu", "SPLIT": True},
+    "rms norm, split": {"NORM": "rms", "SPLIT": True},
+    "rms norm, relu, split": {"NORM": "rms", "FORM": "relu", "SPLIT": True},
+    "rms norm, gated gelu, split": {"NORM": "rms", "GATED": True, "FORM": "tanh", "SPLIT": True},
+    "relu": {"FORM": "relu"},
+    "gated gelu": {"GATED": True, "FORM": "tanh"},
 }  # fmt: skip
 
 
@@ -38,6 +43,7 @@ PRODUCTS = {
 QKV = {
     "gpt2": (64, {"NORM": "layer", "ROTARY": False, "HAS_BIAS": True, "SPLIT": True}),
     "llama": (128, {"NORM": "rms", "ROTARY": True, "HAS_BIAS": False, "SPLIT": True}),
+    "t5": (64, {"NORM": "rms", "ROTARY": False, "HAS_BIAS": False, "SPLIT": True}),
     "wide llama": (96, {"NORM": "rms", "ROTARY": True, "HAS_BIAS": True, "SPLIT": False}),
 }
 _Item = tuple[str, Any, torch.dtype, dict[str, Any], dict[str, int], dict[str, str]]
