@@ -1,6 +1,5 @@
-"""Requests with a source: mixed with each other, preempted, aborted, badly made."""
+"""Requests with a source: aborted, forced to begin and end, badly made."""
 
-import random
 import shutil
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from typer.testing import CliRunner
 
 from multiexit_engine import (
     Contrast,
-    DoLa,
-    EarlyExit,
     Engine,
     Exit,
     FinishReason,
@@ -28,16 +25,6 @@ DIRECT = {
     "lm_head_layer_indices": (1, 2, 3, 4),
     "vocab_projection_mode": "SHARED_PROJECTION_DIRECT",
 }
-MODES = [
-    Original(),
-    Exit(2),
-    Contrast("original", 2),
-    SelfSpeculative(1, draft_len=3),
-    SelfSpeculative(2, draft_len=2, target=Contrast(4, 1)),
-    DoLa((1, 2)),
-    EarlyExit(0.05, layers=(1, 2)),
-    EarlyExit(0.05, layers=(1, 2), kv="copy"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -59,56 +46,8 @@ def engine(folder):
     return new_engine(folder)
 
 
-def mixed_requests(count):
-    draw = random.Random(5)
-    requests = []
-    for i in range(count):
-        source = [draw.randrange(3, 400) for _ in range(draw.randint(1, 60))]
-        kind = i % 4
-        params = SamplingParams(
-            max_new_tokens=draw.randint(1, 40),
-            temperature=0.0 if kind < 2 else 1.5,
-            no_repeat_ngram_size=3 if i % 5 == 0 else 0,
-            seed=i,
-            n=3 if kind == 3 else 1,
-            num_beams=3 if kind == 1 and i % 8 == 1 else 1,
-        )
-        mode = MODES[i % len(MODES)]
-        if params.num_beams > 1 and isinstance(mode, SelfSpeculative):
-            mode = Exit(3)
-        requests.append((source, params, mode))
-    return requests
-
-
 def tokens(output):
     return [completion.token_ids for completion in output.outputs]
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    engine = new_engine(folder, prefix_caching=False, backend="reference")
-    requests = mixed_requests(32)
-    return requests, [tokens(engine.generate([p], s, m)[0]) for p, s, m in requests]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"backend": "reference", "block_size": 5},
-        {"block_size": 4, "max_num_batched_tokens": 9, "max_batch_size": 7},
-        {"block_size": 2, "kv_cache_memory": 90 * 4 * 2 * 2 * 64 * 4},
-    ],
-    ids=["plain", "reference", "few tokens a step", "preempted"],
-)
-def test_a_batch_gives_each_request_what_it_gets_alone(folder, alone, options):
-    engine = new_engine(folder, **options)
-    requests, wanted = alone
-    outputs = engine.generate(*map(list, zip(*requests, strict=True)))
-    assert [tokens(output) for output in outputs] == wanted
-    assert engine.stats().num_free_kv_blocks == engine.stats().num_kv_blocks
-    assert bool(engine.stats().num_preemptions) == ("kv_cache_memory" in options)
-    engine._scheduler.check_integrity()
 
 
 def test_equal_beginnings_after_other_sources_share_nothing(folder):
