@@ -45,7 +45,8 @@ class OneByOne:
                 found = found or (int(probs.argmax()), layer + 1)
                 if kv == "copy":
                     places = batch.positions, batch.slot_mapping
-                    self.model.write_kv(hidden, layer + 1, self.depth, self.cache, *places)
+                    for block in list(self.model.blocks)[layer + 1 :]:
+                        block.write_kv(hidden, self.cache, *places)
                     break
         self.token_ids.append(found[0])
         return found
