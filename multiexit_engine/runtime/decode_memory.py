@@ -72,7 +72,8 @@ class DecodeRow(NamedTuple):
 
     Attributes:
         token: its last token, or 0 where only the device knows it.
-        source: then the row of the step before that chooses it, else -1.
+        source: then the row that chooses it, else -1: of the step before, or of the round of
+            drafts before.
         position: of that token, 0-based.
         block_table: its KV blocks.
         seed: of its random numbers.
@@ -133,6 +134,7 @@ class DecodeMemory:
         self._results = Packed(
             [
                 ("tokens", torch.int64, rows),
+                ("drafts", torch.int64, rows),
                 ("logprobs", torch.float32, rows),
                 ("candidates", torch.int32, rows),
             ],
@@ -147,8 +149,7 @@ class DecodeMemory:
     def send(
         self,
         turn: int,
-        rows: Sequence[DecodeRow],
-        size: int,
+        rows: Sequence[DecodeRow | None],
         others: Sequence[DecodeRow],
         groups: Sequence[Sequence[int]],
     ) -> None:
@@ -156,15 +157,14 @@ class DecodeMemory:
 
         Args:
             turn: which twin; the step that used it last must be over.
-            rows: the first rows of the memory, one for each sequence that runs through pieces.
-            size: rows that run; those beyond ``rows`` are padding.
-            others: rows from ``size`` on, of which the heads alone read: they have no table here.
+            rows: the first rows of the memory, which run through pieces; None is padding.
+            others: rows behind them, of which the heads alone read: they have no table here.
             groups: rows with the same heads, each list to be padded to the longest size there is.
         """
         arrays = self._inputs.on_host(turn)
-        running = [*rows, *[self._padding] * (size - len(rows))]
+        running = [row or self._padding for row in rows]
         every = [*running, *others]
-        count, block = len(every), self._block_size
+        size, count, block = len(running), len(every), self._block_size
         arrays["tokens"][:count] = [row.token for row in every]
         arrays["sources"][:count] = [row.source for row in every]
         arrays["positions"][:count] = [row.position for row in every]
@@ -194,6 +194,11 @@ class DecodeMemory:
             *(arrays[name][rows].tolist() for name in ("tokens", "logprobs", "candidates")),
             strict=True,
         )
+
+    def drafts(self, turn: int, rows: Sequence[int]) -> list[int]:
+        """What rows drafted, once they were waited for."""
+        found: list[int] = self._results.on_host(turn)["drafts"][rows].tolist()
+        return found
 
     def _fill_tables(self, turn: int, tables: Any, rows: Sequence[DecodeRow]) -> None:
         """Write the block tables that are not what they were when this twin was sent last."""

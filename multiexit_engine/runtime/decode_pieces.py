@@ -20,7 +20,7 @@ from multiexit_engine.decoding.exits import Draws, pair_tokens
 from multiexit_engine.decoding.plan import HeadGroup, Segment
 from multiexit_engine.layers.exit_heads import Head, HeadOperands
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.ops import shared_head_tokens
+from multiexit_engine.ops import head_tokens, shared_head_tokens
 from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.runtime.decode_memory import DecodeMemory
 from multiexit_engine.runtime.graphs import Pieces
@@ -87,60 +87,79 @@ class DecodePieces:
         """Take states [n, hidden] after a layer, which others computed, for rows [n] int64."""
         self._states_after(layer, states).index_copy_(0, rows, states)
 
-    def run_layers(self, segments: Sequence[Segment], num_keys: int) -> None:
-        """Run segments of layers on the first rows of the memory.
+    def run_layers(
+        self, segments: Sequence[Segment], num_keys: int, batch: int, first: int = 0
+    ) -> None:
+        """Run segments of layers on rows of the memory.
 
         Args:
-            segments: without gaps from layer 0 on.
+            segments: without gaps.
             num_keys: of the longest context.
+            batch: sequences of the step, padding included.
+            first: of the rows.
         """
         bound = self._pieces.bound(num_keys)
         for segment in segments:
             # rows that have left may stand where padding would: what they write nobody reads
             size = self._pieces.size(segment.num_seqs)
-            call = partial(self._span, segment.start, segment.stop, size, bound)
-            self._pieces.run(("layers", segment.start, segment.stop, size, bound), size, call)
+            span = segment.start, segment.stop, first, size, bound
+            self._pieces.run(("layers", *span), batch, partial(self._span, *span))
 
-    def choose(self, groups: Sequence[HeadGroup], are_listed: bool) -> None:
+    def draft(self, head: Head, num_tokens: int, first: int, size: int, batch: int) -> None:
+        """Draft with an exit, for rows that only want the best token or one by temperature.
+
+        Args:
+            head: of the exit.
+            num_tokens: how many tokens of the vocabulary are looked at.
+            first: of the rows.
+            size: how many rows, padding included.
+            batch: sequences of the step, padding included.
+        """
+        what = head, num_tokens, first, size
+        self._pieces.run(("draft", *what), batch, partial(self._draft, *what))
+
+    def choose(self, groups: Sequence[HeadGroup], batch: int, are_listed: bool) -> None:
         """Choose the tokens of rows with plain heads.
 
         Args:
+            batch: sequences of the step, padding included.
             groups: rows with the same heads.
             are_listed: whether the memory lists the rows of each group; else there is one group, of
                 the first rows.
         """
         for parts in self._by_matrix(groups, are_listed):
-            size = max(part.size for part in parts)
-            self._pieces.run(("heads", parts), size, partial(self._choose, parts))
+            self._pieces.run(("heads", parts), batch, partial(self._choose, parts))
 
-    def _span(self, start: int, stop: int, size: int, bound: int) -> None:
-        """Run a span of layers on the first ``size`` rows, from the memory of states to it."""
-        inputs = self._memory.inputs
-        positions = inputs["positions"][:size]
+    def _span(self, start: int, stop: int, first: int, size: int, bound: int) -> None:
+        """Run a span of layers on ``size`` rows, from the memory of states to it."""
+        inputs, rows = self._memory.inputs, slice(first, first + size)
+        positions = inputs["positions"][rows]
         layout = SequenceLayout(
             query_lens=(1,) * size,
             context_lens=(bound,) * size,
             cu_query_lens=self._starts[: size + 1],
-            context_lens_device=inputs["contexts"][:size],
-            block_tables=inputs["tables"][:size],
+            context_lens_device=inputs["contexts"][rows],
+            block_tables=inputs["tables"][rows],
             has_bounds=True,
         )
-        tokens = inputs["tokens"][:size] if start else self._tokens(size)
-        forward = ForwardBatch(tokens, positions, inputs["slots"][:size], layout)
-        hidden = self._states[start][:size] if start else self._model.embed(tokens, positions)
+        tokens = inputs["tokens"][rows] if start else self._tokens(rows)
+        forward = ForwardBatch(tokens, positions, inputs["slots"][rows], layout)
+        hidden = self._states[start][rows] if start else self._model.embed(tokens, positions)
         hidden = self._model.run_layers(hidden, start, stop, self._kv_cache, forward)
-        self._states_after(stop, hidden)[:size] = hidden
+        self._states_after(stop, hidden)[rows] = hidden
 
     def _states_after(self, layer: int, like: Tensor) -> Tensor:
         if layer not in self._states:
             self._states[layer] = like.new_zeros(self._memory.spare_row + 1, like.shape[1])
         return self._states[layer]
 
-    def _tokens(self, size: int) -> Tensor:
-        """[size] int64: from the host, or where only the device knows them from there."""
-        known = self._memory.inputs["tokens"][:size]
-        sources = self._memory.inputs["sources"][:size]
-        chosen = self._memory.results["tokens"][sources.clamp(min=0)]
+    def _tokens(self, rows: slice) -> Tensor:
+        """[rows] int64: from the host, or where only the device knows them from there."""
+        known = self._memory.inputs["tokens"][rows]
+        sources = self._memory.inputs["sources"][rows]
+        # only rounds of drafts begin elsewhere than at the first row
+        found = self._memory.results["drafts" if rows.start else "tokens"]
+        chosen = found[sources.clamp(min=0)]
         # whatever a row of NaN chose is embedded before the host hears of it
         chosen = chosen.clamp(0, self._model.config.vocab_size - 1)
         return torch.where(sources < 0, known, chosen)
@@ -160,6 +179,12 @@ class DecodePieces:
             operands = self._model.heads.operands(head, self._states[head.layer][:1])
             self._matrices[head] = id(operands.weight), id(operands.bias)
         return self._matrices[head]
+
+    def _draft(self, head: Head, num_tokens: int, first: int, size: int) -> None:
+        inputs, rows = self._memory.inputs, slice(first, first + size)
+        operands = self._operands(head, rows).first(num_tokens)
+        draws = inputs["temperatures"][rows], inputs["seeds"][rows], inputs["counts"][rows]
+        self._memory.results["drafts"][rows] = head_tokens(*operands, *draws)[0]
 
     def _choose(self, parts: tuple[_Part, ...]) -> None:
         """Choose tokens of the rows of groups whose heads have one matrix, which is read once."""

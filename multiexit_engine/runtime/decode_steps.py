@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
@@ -20,6 +18,7 @@ from multiexit_engine.decoding.exits import takes_pair
 from multiexit_engine.decoding.plan import (
     ExitPlan,
     ExitPlanner,
+    HeadGroup,
     plan_segments,
     target_mode,
 )
@@ -30,30 +29,21 @@ from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choice
 from multiexit_engine.runtime.decode_memory import MAX_GROUPS, TURNS, DecodeMemory, DecodeRow
 from multiexit_engine.runtime.decode_pieces import DecodePieces
+from multiexit_engine.runtime.draft_rounds import Items, Rounds
 from multiexit_engine.runtime.flight import Flight, Place
 from multiexit_engine.runtime.graphs import Pieces
 from multiexit_engine.runtime.launched_step import ComingStep, LaunchedStep
 from multiexit_engine.runtime.logit_rows import LogitRow, choice_rows, target_rows
 from multiexit_engine.runtime.logit_slices import LogitSlice
+from multiexit_engine.runtime.piece_drafter import PieceDrafter
+from multiexit_engine.runtime.state_rows import StateRows
 from multiexit_engine.runtime.step_clock import StepClock
 from multiexit_engine.transfer import to_device, wait_for
 
 PLAIN = (Original, Exit, Contrast)
-Items = Sequence[tuple[int, ScheduledSequence]]
-
-
-class _InMemory:
-    """The last rows of items as a flight would give them, from the memory's states."""
-
-    def __init__(self, states: Tensor, places: Mapping[int, int]) -> None:
-        self._states = states
-        self._places = places
-
-    def rows_of(self, places: Sequence[Place]) -> list[int | None]:
-        return [self._places[item] for item, _ in places]
-
-    def take(self, rows: list[int]) -> Tensor:
-        return self._states.index_select(0, to_device(rows, self._states.device))
+# Rows of the decode memory: so many for each sequence, and some for long drafts of few. The last
+# rows of chunks stand behind the others' padding.
+MOST_ROUNDS, SPARE_ROWS = 4, 16
 
 
 class DecodeSteps:
@@ -84,14 +74,14 @@ class DecodeSteps:
         self._planner = ExitPlanner(model.config)
         self._device = config.device
         self._memory = DecodeMemory(
-            # the last rows of chunks stand behind the padding of the others
-            2 * config.max_batch_size,
+            MOST_ROUNDS * config.max_batch_size + SPARE_ROWS,
             config.max_model_len,
             config.block_size,
             config.num_kv_blocks,
             config.device,
         )
         self._pieces = DecodePieces(model, kv_cache, self._memory, pieces)
+        self._drafter = PieceDrafter(model.config, self._memory, self._pieces, chooser)
         self._turn = 0
 
     def fits(self, batch: ScheduledBatch, before: LaunchedStep | None) -> bool:
@@ -101,7 +91,9 @@ class DecodeSteps:
             batch: the step.
             before: the step that is choosing the tokens that are not known.
         """
-        if batch.unread or any(map(_needs_the_host, batch.scheduled)):
+        if batch.unread or any(map(_chooses_its_exit, batch.scheduled)):
+            return False
+        if _has_drafts(batch) and not self._drafter.fits(batch):
             return False
         expecting = [item for item in batch.scheduled if item.sequence.num_expected]
         if not expecting:
@@ -117,38 +109,48 @@ class DecodeSteps:
     def launch(self, batch: ScheduledBatch, before: LaunchedStep | None = None) -> LaunchedStep:
         """Start a step that ``fits``; ``before`` is choosing the tokens that are not known."""
         clock = StepClock(self._device)
-        clock.mark()
-        self._turn = (self._turn + 1) % TURNS
+        self._turn = turn = (self._turn + 1) % TURNS
         items = list(enumerate(batch.scheduled))
         steady = [pair for pair in items if _is_one_token(pair[1])]
         chunks = [pair for pair in items if not _is_one_token(pair[1])]
         rows = choice_rows(items, {})
-        places = self._places(steady, chunks)
+        rounds = Rounds.of(steady, self._pieces.size)
+        places = rounds.places | _places_of_chunks(chunks, rounds.num_rows)
         plain, looked_at = self._by_kind(rows)
         plan = self._plan(plain)
+        groups, are_listed = _groups_in_memory(plan, plain, places, rounds)
         slices = self._chooser.slices(looked_at)
         targets = self._chooser.scored_slices(target_rows(chunks))
         layers = {layer for p in (plan, *(s.plan for s in slices)) for layer in p.rows_at}
-        self._send(batch, places, plain, plan, before)
-        if steady:
-            depths = [item.sequence.request.depth for _, item in steady]
-            segments = plan_segments(depths, {at for at in layers if at <= depths[0]})
-            self._pieces.run_layers(segments, max(item.stop for _, item in steady))
+        inputs = _decode_rows(batch, places, _alphas(plan, plain), before)
+        self._memory.send(
+            turn,
+            [inputs.get(row) for row in range(rounds.num_rows)],
+            [inputs[row] for row in sorted(inputs) if row >= rounds.num_rows],
+            [group.rows for group in groups] if are_listed else [],
+        )
+        if len(rounds.sizes) > 1:
+            self._drafter.run(rounds, layers, places, clock.mark)
+        else:
+            clock.mark()
+            self._run_rows(rounds, layers)
         if chunks:
             self._run_chunks(batch, chunks, layers, places, targets)
         if plain:
-            self._pieces.choose(plan.groups, self._are_listed(plain, plan, places))
+            batch_size = rounds.sizes[0] if steady else self._pieces.size(len(plain))
+            self._pieces.choose(groups, batch_size, are_listed)
         choices = [self._choose_looking(part, places) for part in slices]
-        self._memory.fetch(self._turn)
+        self._memory.fetch(turn)
         coming = ComingStep(
             [*([self._plain_choices(plain, places)] if plain else []), *choices],
             [self._chooser.score(part) for part in targets],
             {
-                row.sequence: places[row.item]
+                row.sequence: places[row.item, row.position]
                 for row in rows
                 if not row.sequence.request.continuation
             },
-            not any(map(_branches, rows)),
+            not _has_drafts(batch) and not any(map(_branches, rows)),
+            lambda: self._drafter.drafts(rounds, places, turn),
         )
         clock.mark()
         return LaunchedStep(batch, coming, clock, self._device)
@@ -163,22 +165,15 @@ class DecodeSteps:
         mode = target_mode(mode)
         plan = self._planner.plan([mode])
         for size in self._pieces.sizes:
-            self._memory.send(self._turn, [], size, [], [[]])
+            self._memory.send(self._turn, [None] * size, [], [[]])
             segments = plan_segments([depth] * size, plan.rows_at)
             for bound in self._pieces.bounds:
-                self._pieces.run_layers(segments, bound)
+                self._pieces.run_layers(segments, bound, size)
             if isinstance(mode, PLAIN) and takes_pair(mode, self._model.heads):
                 group = replace(plan.groups[0], rows=tuple(range(size)))
                 for are_listed in (False, True):
-                    self._pieces.choose([group], are_listed)
+                    self._pieces.choose([group], size, are_listed)
         wait_for(self._device)
-
-    def _places(self, steady: Items, chunks: Items) -> dict[int, int]:
-        """The row in memory of each item that has one."""
-        places = {index: row for row, (index, _) in enumerate(steady)}
-        ending = [index for index, item in chunks if item.reaches_end]
-        first = self._pieces.size(len(steady)) if steady else 0
-        return places | {index: first + row for row, index in enumerate(ending)}
 
     def _by_kind(self, rows: Sequence[LogitRow]) -> tuple[list[LogitRow], list[LogitRow]]:
         """The rows whose tokens are chosen in pieces, and the others."""
@@ -198,44 +193,19 @@ class DecodeSteps:
     def _plan(self, rows: Sequence[LogitRow]) -> ExitPlan:
         return self._planner.plan([row.mode for row in rows])
 
-    def _send(
-        self,
-        batch: ScheduledBatch,
-        places: Mapping[int, int],
-        plain: Sequence[LogitRow],
-        plan: ExitPlan,
-        before: LaunchedStep | None,
-    ) -> None:
-        alphas = {
-            plain[row].item: alpha
-            for group in plan.groups
-            if group.alphas
-            for row, alpha in zip(group.rows, group.alphas, strict=True)
-        }
-        rows = {
-            index: _decode_row(batch.scheduled[index], alphas.get(index, 1.0), before)
-            for index in places
-        }
-        steady = [row for index, row in rows.items() if _is_one_token(batch.scheduled[index])]
-        size = self._pieces.size(len(steady)) if steady else 0
-        groups = [[places[plain[row].item] for row in group.rows] for group in plan.groups]
-        listed = groups if self._are_listed(plain, plan, places) else []
-        others = [*rows.values()][len(steady) :]
-        self._memory.send(self._turn, steady, size, others, listed)
-
-    def _are_listed(
-        self, plain: Sequence[LogitRow], plan: ExitPlan, places: Mapping[int, int]
-    ) -> bool:
-        """Whether the rows that choose in pieces are not just the first ones, all alike."""
-        rows = [places[row.item] for row in plain]
-        return len(plan.groups) > 1 or sorted(rows) != list(range(len(rows)))
+    def _run_rows(self, rounds: Rounds, layers: Collection[int]) -> None:
+        """Run the rows of the one round that there is, if there is one."""
+        if rounds.items:
+            depths = [item.sequence.request.depth for _, item in rounds.items]
+            segments = plan_segments(depths, {at for at in layers if at <= depths[0]})
+            self._pieces.run_layers(segments, rounds.num_keys, rounds.sizes[0])
 
     def _run_chunks(
         self,
         batch: ScheduledBatch,
         chunks: Items,
         layers: Collection[int],
-        places: Mapping[int, int],
+        places: Mapping[Place, int],
         targets: Sequence[LogitSlice],
     ) -> None:
         """Run chunks of prompts beside the pieces; the states of last rows go to the memory.
@@ -244,7 +214,8 @@ class DecodeSteps:
         without them, and these are under way while Python launches the pass.
         """
         flight = Flight(self._model, self._kv_cache, self._exit_states, dict(chunks))
-        last = {(index, item.stop - 1): places[index] for index, item in chunks if index in places}
+        ends = [(index, item.stop - 1) for index, item in chunks if item.reaches_end]
+        last = {place: places[place] for place in ends}
         depths = [item.sequence.request.depth for item in batch.scheduled]
         scored = {layer for part in targets for layer in part.plan.rows_at}
         for segment in plan_segments(depths, {*layers, *scored}):
@@ -265,20 +236,21 @@ class DecodeSteps:
             rows = to_device([place for _, place in here], self._device)
             self._pieces.put_states(layer, rows, states)
 
-    def _choose_looking(self, part: LogitSlice, places: Mapping[int, int]) -> Coming[Choice]:
+    def _choose_looking(self, part: LogitSlice, places: Mapping[Place, int]) -> Coming[Choice]:
         """Choose tokens of rows whose distributions are looked at, and leave them in memory."""
         for layer in part.plan.rows_at:
-            part.keep(layer, _InMemory(self._pieces.states(layer), places))
+            part.keep(layer, StateRows(self._pieces.states(layer), places))
         coming = self._chooser.choose(part)
         if coming.tokens is not None:
-            rows = to_device([places[row.item] for row in coming.rows], self._device)
+            own = [places[row.item, row.position] for row in coming.rows]
+            rows = to_device(own, self._device)
             self._memory.results["tokens"].index_copy_(0, rows, coming.tokens)
         return coming
 
     def _plain_choices(
-        self, plain: Sequence[LogitRow], places: Mapping[int, int]
+        self, plain: Sequence[LogitRow], places: Mapping[Place, int]
     ) -> Coming[Choice]:
-        turn, rows = self._turn, [places[row.item] for row in plain]
+        turn, rows = self._turn, [places[row.item, row.position] for row in plain]
 
         def read(output: StepOutput) -> list[tuple[LogitRow, Choice]]:
             chosen: list[tuple[LogitRow, Choice]] = []
@@ -291,9 +263,12 @@ class DecodeSteps:
         return Coming(plain, None, read)
 
 
-def _needs_the_host(item: ScheduledSequence) -> bool:
-    """Whether what is computed depends on what the host sees on the way."""
-    return item.num_drafts > 0 or isinstance(item.sequence.request.decoding, EarlyExit)
+def _chooses_its_exit(item: ScheduledSequence) -> bool:
+    return isinstance(item.sequence.request.decoding, EarlyExit)
+
+
+def _has_drafts(batch: ScheduledBatch) -> bool:
+    return any(item.num_drafts for item in batch.scheduled)
 
 
 def _is_one_token(item: ScheduledSequence) -> bool:
@@ -306,17 +281,80 @@ def _branches(row: LogitRow) -> bool:
     return request.is_beam_search or (request.sampling.n > 1 and row.num_output_tokens == 0)
 
 
-def _decode_row(item: ScheduledSequence, alpha: float, before: LaunchedStep | None) -> DecodeRow:
+def _places_of_chunks(chunks: Items, first: int) -> dict[Place, int]:
+    """Rows for the last positions of chunks with the ends of their sequences, one by one."""
+    ending = [(index, item.stop - 1) for index, item in chunks if item.reaches_end]
+    return {place: row for row, place in enumerate(ending, first)}
+
+
+def _groups_in_memory(
+    plan: ExitPlan, plain: Sequence[LogitRow], places: Mapping[Place, int], rounds: Rounds
+) -> tuple[list[HeadGroup], bool]:
+    """Groups of rows of the memory, and whether it lists them, not being its first rows alike."""
+    own = [places[row.item, row.position] for row in plain]
+    if len(plan.groups) == 1:
+        are_all_that_run = len(own) == sum(rounds.counts) and max(own) < rounds.num_rows
+        # with the padding between and behind rounds
+        count = rounds.num_rows if are_all_that_run else len(own)
+        if are_all_that_run or sorted(own) == list(range(count)):
+            return [replace(plan.groups[0], rows=tuple(range(count)))], False
+    return [replace(g, rows=tuple(own[row] for row in g.rows)) for g in plan.groups], True
+
+
+def _alphas(plan: ExitPlan, plain: Sequence[LogitRow]) -> dict[int, float]:
+    """The alpha of each item with a contrast."""
+    return {
+        plain[row].item: alpha
+        for group in plan.groups
+        if group.alphas
+        for row, alpha in zip(group.rows, group.alphas, strict=True)
+    }
+
+
+def _decode_rows(
+    batch: ScheduledBatch,
+    places: Mapping[Place, int],
+    alphas: Mapping[int, float],
+    before: LaunchedStep | None,
+) -> dict[int, DecodeRow]:
+    """What the step has to know of each row of the memory that is no padding."""
+    found = {}
+    for (index, position), row in places.items():
+        item = batch.scheduled[index]
+        number = position - (item.stop - 1)
+        source = places[index, position - 1] if number else None
+        found[row] = _decode_row(item, number, source, alphas.get(index, 1.0), before)
+    return found
+
+
+def _decode_row(
+    item: ScheduledSequence,
+    number: int,
+    source: int | None,
+    alpha: float,
+    before: LaunchedStep | None,
+) -> DecodeRow:
+    """One row.
+
+    Args:
+        item: whose row.
+        number: of its round.
+        source: the row whose draft it is, if it is one.
+        alpha: of its contrast.
+        before: the step that is choosing the item's token, if it is not known.
+    """
     sequence, request = item.sequence, item.sequence.request
-    is_known = item.stop <= len(sequence.token_ids)
-    assert is_known or before is not None, "nobody chooses this token"
+    is_known = source is None and item.stop <= len(sequence.token_ids)
+    if source is None and not is_known:
+        assert before is not None, "nobody chooses this token"
+        source = before.coming.token_rows[sequence]
     return DecodeRow(
         token=sequence.token_ids[item.stop - 1] if is_known else 0,
-        source=-1 if is_known or before is None else before.coming.token_rows[sequence],
-        position=item.stop - 1,
+        source=-1 if source is None else source,
+        position=item.stop - 1 + number,
         block_table=sequence.block_table,
         seed=sequence_seed(request.seed, sequence.index),
-        num_output_tokens=item.stop - len(request.prompt_token_ids),
+        num_output_tokens=item.stop + number - len(request.prompt_token_ids),
         temperature=request.sampling.temperature,
         alpha=alpha,
     )

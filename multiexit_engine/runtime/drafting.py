@@ -74,6 +74,13 @@ class Drafts:
         self._pending.clear()
 
 
+def draft_vocab(mode: SelfSpeculative, vocab_size: int) -> int:
+    """Tokens of the vocabulary, the first ones, among which drafts are chosen."""
+    if mode.draft_vocab == "auto":
+        return min(vocab_size, max(LEAST_DRAFT_VOCAB, vocab_size // 4))
+    return min(vocab_size, mode.draft_vocab)
+
+
 class Drafter:
     """Drafts with the exits of one model."""
 
@@ -111,19 +118,12 @@ class Drafter:
         for index, item in items.items():
             mode = item.sequence.request.decoding
             assert isinstance(mode, SelfSpeculative), "only these have drafts"
-            way = Exit(mode.draft_exit), self._vocab(mode)
+            way = Exit(mode.draft_exit), draft_vocab(mode, self._model.config.vocab_size)
             groups.setdefault(way, []).append(index)
         for (exit_mode, vocab), group in groups.items():
             group.sort(key=lambda index: -items[index].num_drafts)
             own = {index: items[index] for index in group}
             self._draft_group(exit_mode, vocab, own, drafts, tap_layers, keep)
-
-    def _vocab(self, mode: SelfSpeculative) -> int:
-        """Tokens of the vocabulary among which drafts are chosen."""
-        size = self._model.config.vocab_size
-        if mode.draft_vocab == "auto":
-            return min(size, max(LEAST_DRAFT_VOCAB, size // 4))
-        return min(size, mode.draft_vocab)
 
     def _draft_group(
         self,

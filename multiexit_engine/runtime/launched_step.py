@@ -5,7 +5,7 @@ Knows nothing of how the step runs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +27,14 @@ class ComingStep:
         scores: of rows that score.
         token_rows: for each sequence whose next token lies in the decode memory its row there.
         may_be_followed: whether the next step is known but for tokens.
+        drafts: gives the drafts of each drafted item of the step, once it was waited for.
     """
 
     choices: Sequence[Coming[Choice]]
     scores: Sequence[Coming[ScoredToken]]
     token_rows: Mapping[TokenSequence, int]
     may_be_followed: bool
+    drafts: Callable[[], Mapping[int, list[int]]]
 
 
 class LaunchedStep:
@@ -57,7 +59,8 @@ class LaunchedStep:
         """What it gave, as soon as it is known; what ended meanwhile is left out."""
         self._done.synchronize()
         output = StepOutput()
-        hand_out([p for part in self.coming.choices for p in part.read(output)], {}, output)
+        chosen = [pair for part in self.coming.choices for pair in part.read(output)]
+        hand_out(chosen, self.coming.drafts(), output)
         hand_out_scores([p for part in self.coming.scores for p in part.read(output)], output)
         return _living(output, [item.sequence for item in self.batch.scheduled])
 
@@ -66,6 +69,7 @@ def _living(output: StepOutput, sequences: Collection[TokenSequence]) -> StepOut
     """What a step gave to sequences and requests that have not ended."""
     ended = {s.request.request_id for s in sequences if s.request.is_finished}
     output.tokens = [pair for pair in output.tokens if not pair[0].is_finished]
+    output.checked = [pair for pair in output.checked if not pair[0].is_finished]
     output.beams = [pair for pair in output.beams if pair[0].request_id not in ended]
     output.scored = [pair for pair in output.scored if pair[0].request_id not in ended]
     output.failures = {name: why for name, why in output.failures.items() if name not in ended}

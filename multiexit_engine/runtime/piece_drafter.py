@@ -1,0 +1,140 @@
+"""Rounds of drafts and their check as pieces: all of a step's drafts without a wait.
+
+An exit drafts round by round, each from the tokens that the round before left on the device; then
+all rounds go on together through the layers above. Knows nothing of how drafts are accepted, nor
+of how many pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
+from multiexit_engine.config import ModelConfig
+from multiexit_engine.decoding.plan import Segment
+from multiexit_engine.layers.exit_heads import Head
+from multiexit_engine.params import Exit, SelfSpeculative
+from multiexit_engine.runtime.choosing import TokenChooser
+from multiexit_engine.runtime.decode_memory import DecodeMemory
+from multiexit_engine.runtime.decode_pieces import DecodePieces
+from multiexit_engine.runtime.draft_rounds import Rounds
+from multiexit_engine.runtime.drafting import draft_vocab
+from multiexit_engine.runtime.flight import Place
+from multiexit_engine.runtime.logit_rows import LogitRow, choice_rows
+from multiexit_engine.runtime.state_rows import StateRows
+from multiexit_engine.transfer import to_device
+
+
+class PieceDrafter:
+    """Drafts with the exits of one model, in the memory of its decode steps."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        memory: DecodeMemory,
+        pieces: DecodePieces,
+        chooser: TokenChooser,
+    ) -> None:
+        self._config = config
+        self._memory = memory
+        self._pieces = pieces
+        self._chooser = chooser
+
+    def fits(self, batch: ScheduledBatch) -> bool:
+        """Whether nobody looks at the drafts of a step before its end, and one exit makes them all.
+
+        Rows of other depths would stand between those that are checked.
+        """
+        steady = [item for item in batch.scheduled if item.num_tokens == 1 and item.reaches_end]
+        modes = [_drafting(item) for item in batch.scheduled if item.num_drafts]
+        rows = choice_rows(enumerate(batch.scheduled), {})
+        num_rows = Rounds.of(list(enumerate(steady)), self._pieces.size).num_rows
+        return (
+            len({(mode.draft_exit, mode.draft_vocab) for mode in modes}) == 1
+            and len({item.sequence.request.depth for item in steady}) == 1
+            and not any(row.needs_drafts for row in rows)
+            and num_rows + len(batch.scheduled) - len(steady) <= self._memory.spare_row
+        )
+
+    def run(
+        self,
+        rounds: Rounds,
+        layers: Collection[int],
+        places: Mapping[Place, int],
+        have_drafted: Callable[[], None],
+    ) -> None:
+        """Run all layers of a step's rounds.
+
+        Args:
+            rounds: at least two.
+            layers: whose outputs are kept.
+            places: the rows of positions.
+            have_drafted: is called when all drafts were launched.
+        """
+        _, first_item = rounds.items[0]
+        mode, depth = _drafting(first_item), first_item.sequence.request.depth
+        below = sorted({mode.draft_exit, *(at for at in layers if at < mode.draft_exit)})
+        batch, last = rounds.sizes[0], len(rounds.sizes) - 1
+        for number, (start, count) in enumerate(zip(rounds.starts, rounds.counts, strict=True)):
+            self._pieces.run_layers(_spans(0, below, count), rounds.num_keys, batch, start)
+            if number < last:
+                self._draft(mode, rounds, number, places)
+        have_drafted()
+        above = sorted({depth, *(at for at in layers if at > mode.draft_exit)})
+        spans = _spans(mode.draft_exit, above, rounds.num_rows)
+        self._pieces.run_layers(spans, rounds.num_keys, batch)
+
+    def drafts(
+        self, rounds: Rounds, places: Mapping[Place, int], turn: int
+    ) -> dict[int, list[int]]:
+        """The drafts of each drafted item, once they were waited for."""
+        return {
+            index: self._memory.drafts(
+                turn, [places[index, item.stop - 1 + number] for number in range(item.num_drafts)]
+            )
+            for index, item in rounds.items
+            if item.num_drafts
+        }
+
+    def _draft(
+        self, mode: SelfSpeculative, rounds: Rounds, number: int, places: Mapping[Place, int]
+    ) -> None:
+        vocab = draft_vocab(mode, self._config.vocab_size)
+        exit_mode = Exit(mode.draft_exit)
+        rows = [
+            LogitRow(
+                index,
+                item.stop - 1 + number,
+                item.sequence,
+                exit_mode,
+                item.sequence.num_expected + number,
+            )
+            for index, item in rounds.items
+            if item.num_drafts > number
+        ]
+        if all(map(self._chooser.is_direct, rows)):
+            start, size = rounds.starts[number], rounds.sizes[number]
+            self._pieces.draft(Head(mode.draft_exit), vocab, start, size, rounds.sizes[0])
+            return
+        states = StateRows(self._pieces.states(mode.draft_exit), places)
+        for part in self._chooser.draft_slices(rows):
+            part.keep(mode.draft_exit, states)
+            self._put(part.rows, self._chooser.drafts(part, vocab), places)
+
+    def _put(self, rows: Sequence[LogitRow], tokens: Tensor, places: Mapping[Place, int]) -> None:
+        index = to_device([places[row.item, row.position] for row in rows], tokens.device)
+        self._memory.results["drafts"].index_copy_(0, index, tokens)
+
+
+def _drafting(item: ScheduledSequence) -> SelfSpeculative:
+    mode = item.sequence.request.decoding
+    assert isinstance(mode, SelfSpeculative), "only these have drafts"
+    return mode
+
+
+def _spans(start: int, stops: Sequence[int], num_rows: int) -> list[Segment]:
+    return [
+        Segment(first, stop, num_rows) for first, stop in zip([start, *stops], stops, strict=False)
+    ]
