@@ -1,21 +1,15 @@
-"""Requests with a source: aborted, forced to begin and end, badly made."""
+"""Requests with a source: told apart, aborted, ended, badly made."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 from typer.testing import CliRunner
 
 from multiexit_engine import (
-    Contrast,
     Engine,
-    Exit,
     FinishReason,
-    Original,
     SamplingParams,
-    SelfSpeculative,
 )
 from multiexit_engine.cli.app import app
 from tests.tiny import byte_tokenizer
@@ -64,34 +58,6 @@ def test_an_aborted_request_gives_its_source_blocks_back(engine):
     assert engine.stats().num_free_kv_blocks < engine.stats().num_kv_blocks - 2
     assert engine.abort(name).outputs[0].finish_reason is FinishReason.ABORT
     assert engine.stats().num_free_kv_blocks == engine.stats().num_kv_blocks
-
-
-def test_self_speculation_gives_the_tokens_of_its_target(engine):
-    params = SamplingParams(max_new_tokens=30)
-    for target in (Original(), Exit(3), Contrast(4, 2)):
-        plain = engine.generate([[9, 8, 7, 6]], params, target)[0]
-        drafted = engine.generate([[9, 8, 7, 6]], params, SelfSpeculative(1, target=target))[0]
-        assert tokens(drafted) == tokens(plain)
-
-
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_forced_tokens_begin_and_end_outputs_as_in_transformers(engine, num_beams):
-    theirs = transformers.BartForConditionalGeneration.from_pretrained(BART).eval()
-    source = [7, 50, 120, 9]
-    wanted = theirs.generate(
-        torch.tensor([source]),
-        max_new_tokens=8,
-        num_beams=num_beams,
-        forced_bos_token_id=33,
-        forced_eos_token_id=44,
-        do_sample=False,
-    )[0].tolist()
-    params = SamplingParams(
-        max_new_tokens=8, num_beams=num_beams, forced_bos_token_id=33, forced_eos_token_id=44
-    )
-    found = engine.generate([source], params)[0].outputs[0].token_ids
-    assert [2, *found] == wanted
-    assert (found[0], found[-1], len(found)) == (33, 44, 8)
 
 
 def test_the_token_forced_by_the_checkpoint_ends_full_outputs(engine):
