@@ -29,7 +29,7 @@ from torch import Tensor
 
 from multiexit_engine import Engine, RequestOutput, SamplingParams, SelfSpeculative
 from multiexit_engine.params import DecodingMode, parse_decoding
-from multiexit_engine.runtime.logit_slices import LogitSlice
+from multiexit_engine.runtime.logit_rows import LogitRow
 
 TEXTS = [
     "The old man looked at the sea and",
@@ -46,15 +46,16 @@ class Oracle:
         self._rate = rate
         self._vocab_size = engine.model_config.vocab_size
         self.answers: dict[tuple[int, ...], list[int]] = {}
-        chooser = engine._core.runner._chooser
-        self._compute = chooser.drafts
-        chooser.drafts = self._drafts  # type: ignore[method-assign]
+        drafter = engine._core.runner._drafter
+        self._compute = drafter._tokens
+        drafter._tokens = self._tokens  # type: ignore[method-assign]
 
-    def _drafts(self, part: LogitSlice, num_tokens: int) -> Tensor:
-        self._compute(part, num_tokens)
-        return torch.tensor([self._draft(row) for row in part.rows])
+    def _tokens(self, group: Any, picks: Any, number: int, flight: Any, drafts: Any) -> Tensor:
+        self._compute(group, picks, number, flight, drafts)
+        rows = group.rows(number, flight.num_rows, drafts)
+        return torch.tensor([self._draft(row) for row in rows])
 
-    def _draft(self, row: Any) -> int:
+    def _draft(self, row: LogitRow) -> int:
         prompt = tuple(row.sequence.request.prompt_token_ids)
         place = row.num_output_tokens
         right = self.answers[prompt][place]

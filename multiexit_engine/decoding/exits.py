@@ -47,6 +47,11 @@ class Draws(NamedTuple):
     seeds: Tensor
     positions: Tensor
 
+    def later(self, num_tokens: int, count: int) -> Draws:
+        """Of the first ``count`` rows, so many tokens later."""
+        positions = self.positions[:count] + num_tokens
+        return Draws(self.temperature[:count], self.seeds[:count], positions)
+
 
 def mode_scores(
     plan: ExitPlan,
@@ -197,23 +202,20 @@ def no_premature_layers(plan: ExitPlan, device: torch.device) -> Tensor | None:
 
 
 def draft_tokens(
-    plan: ExitPlan, taps: Mapping[int, Tensor], heads: ExitHeads, draws: Draws, num_tokens: int
+    head: Head, tap: Tensor, heads: ExitHeads, draws: Draws, num_tokens: int
 ) -> Tensor:
     """[rows] int64: as ``mode_tokens`` of one exit, from the first tokens of the vocabulary only.
 
     Args:
-        plan: of rows that all have the same head and nothing beside it.
-        taps: as in ``mode_scores``.
+        head: of the exit.
+        tap: [rows, hidden_size] raw block outputs at its layer.
         heads: gives normalised hidden states and weights.
         draws: how each row's token is drawn.
         num_tokens: how many tokens of the vocabulary are looked at.
 
     Source: Zhao et al. 2025, arXiv:2502.14856, with the vocabulary's own order in place of counts.
     """
-    (group,) = plan.groups
-    head = group.upper
-    operands = heads.operands(head, _hidden(group.rows, head.layer, plan, taps))
-    return head_tokens(*operands.first(num_tokens), *draws)[0]
+    return head_tokens(*heads.operands(head, tap).first(num_tokens), *draws)[0]
 
 
 _Sharing: TypeAlias = list[tuple[list[HeadGroup], HeadOperands]]

@@ -24,7 +24,7 @@ from multiexit_engine.decoding.exits import (
     no_candidates,
     no_premature_layers,
 )
-from multiexit_engine.decoding.plan import ExitPlanner
+from multiexit_engine.decoding.plan import ExitPlanner, resolve_mode
 from multiexit_engine.decoding.processors import allowed_tokens, process_scores, token_edits
 from multiexit_engine.decoding.sampler import (
     TokenRow,
@@ -36,6 +36,7 @@ from multiexit_engine.decoding.sampler import (
 )
 from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.ops import device_kind
+from multiexit_engine.params import Exit
 from multiexit_engine.request import Request, ScoredToken, sequence_seed
 from multiexit_engine.runtime.chosen_rows import (
     NOT_A_NUMBER,
@@ -145,12 +146,20 @@ class TokenChooser:
         Direct rows look at the first ``num_tokens`` tokens of the vocabulary only.
         """
         if part.is_direct:
-            draws = self._draws(part.rows)
-            return draft_tokens(part.plan, part.taps, self._heads, draws, num_tokens)
+            mode = part.rows[0].mode
+            assert isinstance(mode, Exit), "an exit drafts"
+            return self.direct_drafts(
+                mode, part.taps[mode.layer], self.draws(part.rows), num_tokens
+            )
         allowed = self._allowed(part.rows)
         scores, _ = self.scores(part, allowed)
         pairs = zip(part.rows, allowed, strict=True)
         return choose_tokens(scores, [token_row(row)._replace(allowed=own) for row, own in pairs])
+
+    def direct_drafts(self, mode: Exit, tap: Tensor, draws: Draws, num_tokens: int) -> Tensor:
+        """See ``draft_tokens``; for rows of which ``is_direct`` is true."""
+        head = resolve_mode(mode, self._planner.config).upper
+        return draft_tokens(head, tap, self._heads, draws, num_tokens)
 
     def is_direct(self, row: LogitRow, with_edits: bool = False) -> bool:
         """Whether a row's token is all that is wanted of its distribution, after edits at most."""
@@ -207,7 +216,7 @@ class TokenChooser:
         )
 
     def _choose_directly(self, part: LogitSlice, counts: Tensor | None) -> Coming[Choice]:
-        draws = self._draws(part.rows)
+        draws = self.draws(part.rows)
         chosen = mode_tokens(part.plan, part.taps, self._heads, draws, counts, self._edits(part))
         coming = ToHost([*chosen, *([] if counts is None else [counts])])
 
@@ -281,7 +290,8 @@ class TokenChooser:
         found = dict(zip(masks, unpacked, strict=True))
         return [found.get(place) for place in range(len(rows))]
 
-    def _draws(self, rows: list[LogitRow]) -> Draws:
+    def draws(self, rows: list[LogitRow]) -> Draws:
+        """How the tokens of some rows are drawn."""
         sequences = [row.sequence for row in rows]
         heats = [s.request.sampling.temperature for s in sequences]
         state = [

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from multiexit_engine.batch import ScheduledSequence
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.decoding.exits import Draws
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import Exit, SelfSpeculative
 from multiexit_engine.request import Joining
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.logit_rows import LogitRow
-from multiexit_engine.transfer import ToHost, wait_for
+from multiexit_engine.runtime.round_batches import RoundBatches
+from multiexit_engine.transfer import ToHost, to_device, wait_for
 
 # of a smaller vocabulary's head there is little to save
 LEAST_DRAFT_VOCAB = 8192
@@ -52,8 +57,8 @@ class Drafts:
     def add(self, items: list[int], tokens: Tensor) -> None:
         """One more draft [items] int64 for each of some items."""
         self._pending.append((items, tokens))
-        for place, item in enumerate(items):
-            self.last[item] = tokens[place : place + 1]
+        for item, token in zip(items, tokens[:, None].unbind(), strict=True):
+            self.last[item] = token
 
     def fetch(self) -> None:
         """Have all drafts on the host; waits for the device."""
@@ -95,6 +100,7 @@ class Drafter:
         self._kv_cache = kv_cache
         self._states = states
         self._chooser = chooser
+        self._exits: dict[int, Exit] = {}
 
     def draft(
         self,
@@ -114,73 +120,115 @@ class Drafter:
             tap_layers: layers at which ``keep`` is called.
             keep: takes the states of rows that are needed later.
         """
-        groups: dict[tuple[Exit, int], list[int]] = {}
+        groups: dict[tuple[int, int], list[int]] = {}
         for index, item in items.items():
             mode = item.sequence.request.decoding
             assert isinstance(mode, SelfSpeculative), "only these have drafts"
-            way = Exit(mode.draft_exit), draft_vocab(mode, self._model.config.vocab_size)
-            groups.setdefault(way, []).append(index)
-        for (exit_mode, vocab), group in groups.items():
-            group.sort(key=lambda index: -items[index].num_drafts)
-            own = {index: items[index] for index in group}
-            self._draft_group(exit_mode, vocab, own, drafts, tap_layers, keep)
+            vocab = draft_vocab(mode, self._model.config.vocab_size)
+            groups.setdefault((mode.draft_exit, vocab), []).append(index)
+        for (layer, vocab), indices in groups.items():
+            indices.sort(key=lambda index: -items[index].num_drafts)
+            group = _Group(self._exit(layer), vocab, {index: items[index] for index in indices})
+            self._draft_group(group, drafts, tap_layers, keep)
 
-    def _draft_group(
-        self,
-        mode: Exit,
-        vocab: int,
-        items: dict[int, ScheduledSequence],
-        drafts: Drafts,
-        tap_layers: set[int],
-        keep: Keep,
-    ) -> None:
-        stops = sorted({mode.layer, *(layer for layer in tap_layers if layer < mode.layer)})
-        for count in range(max(item.num_drafts for item in items.values())):
-            aboard = [index for index, item in items.items() if item.num_drafts > count]
-            flight = self._begin(aboard, items, count, drafts)
+    def _exit(self, layer: int) -> Exit:
+        """The same object each time: plans are found by their modes' ids."""
+        return self._exits.setdefault(layer, Exit(layer))
+
+    def _draft_group(self, group: _Group, drafts: Drafts, tap_layers: set[int], keep: Keep) -> None:
+        layer, indices = group.mode.layer, list(group.items)
+        stops = sorted({layer, *(stop for stop in tap_layers if stop < layer)})
+        cache = self._kv_cache
+        rounds = RoundBatches([*group.items.values()], cache.block_size, cache.device)
+        tokens = rounds.first_tokens
+        picks = self._picks(group, drafts)
+        for number in range(rounds.count):
+            rows = rounds.rows(number)
+            aboard = dict(zip(indices, rows, strict=False))
+            forward = rounds.forward(number, tokens[: len(rows)])
+            flight = Flight(self._model, cache, self._states, aboard, forward=forward)
             for start, stop in zip([0, *stops], stops, strict=False):
                 flight.run(start, stop)
                 if stop in tap_layers:
                     keep(stop, flight)
             flight.keep(aboard)
-            self._add(mode, vocab, aboard, items, count, flight, drafts)
-        for index, item in items.items():
-            drafts.joining[index] = (Joining(mode.layer, item.stop - 1),)
+            tokens = self._tokens(group, picks, number, flight, drafts)
+            drafts.add(list(aboard), tokens)
+        for index, item in group.items.items():
+            drafts.joining[index] = (Joining(layer, item.stop - 1),)
 
-    def _begin(
-        self, aboard: list[int], items: dict[int, ScheduledSequence], count: int, drafts: Drafts
-    ) -> Flight:
-        rows = {
-            index: ScheduledSequence(items[index].sequence, items[index].stop - 1 + count, 1)
-            for index in aboard
-        }
-        tokens = {index: drafts.last[index] for index in aboard} if count else None
-        return Flight(self._model, self._kv_cache, self._states, rows, tokens=tokens)
+    def _picks(self, group: _Group, drafts: Drafts) -> _Picks:
+        rows = group.rows(0, len(group.items), drafts)
+        # a draft need not be what the rules of a later place would make of it
+        is_direct = [self._chooser.is_direct(row) for row in rows]
+        direct = [place for place, own in enumerate(is_direct) if own]
+        scored = [place for place, own in enumerate(is_direct) if not own]
+        return _Picks(direct, scored, self._chooser.draws([rows[place] for place in direct]))
 
-    def _add(
-        self,
-        mode: Exit,
-        vocab: int,
-        aboard: list[int],
-        items: dict[int, ScheduledSequence],
-        count: int,
-        flight: Flight,
-        drafts: Drafts,
-    ) -> None:
-        rows = [
-            LogitRow(
-                index,
-                items[index].stop - 1 + count,
-                items[index].sequence,
-                mode,
-                count,
-                drafts.known[index],
-            )
-            for index in aboard
-        ]
-        for part in self._chooser.draft_slices(rows):
-            part.keep(mode.layer, flight)
+    def _tokens(
+        self, group: _Group, picks: _Picks, number: int, flight: Flight, drafts: Drafts
+    ) -> Tensor:
+        """[rows] int64: a draft for each row of a round."""
+        direct = [place for place in picks.direct if place < flight.num_rows]
+        scored = [place for place in picks.scored if place < flight.num_rows]
+        draws = picks.draws.later(number, len(direct))
+        if not scored:
+            return self._chooser.direct_drafts(group.mode, flight.hidden, draws, group.vocab)
+        tokens = to_device([0] * flight.num_rows, self._kv_cache.device, torch.int64)
+        if direct:
+            own = flight.take(direct)
+            found = self._chooser.direct_drafts(group.mode, own, draws, group.vocab)
+            tokens.index_copy_(0, to_device(direct, tokens.device), found)
+        rows = group.rows(number, flight.num_rows, drafts)
+        places = {rows[place].item: place for place in scored}
+        for part in self._chooser.draft_slices([rows[place] for place in scored]):
+            part.keep(group.mode.layer, flight)
             if part.needs_drafts:
                 # penalties and bans look at the drafts before
                 drafts.fetch()
-            drafts.add([row.item for row in part.rows], self._chooser.drafts(part, vocab))
+            index = to_device([places[row.item] for row in part.rows], tokens.device)
+            tokens.index_copy_(0, index, self._chooser.drafts(part, group.vocab))
+        return tokens
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Items that draft with one exit, by falling number of drafts.
+
+    Attributes:
+        mode: the exit.
+        vocab: how many tokens those choose from of whom nothing else is wanted.
+        items: by their places in the step.
+    """
+
+    mode: Exit
+    vocab: int
+    items: dict[int, ScheduledSequence]
+
+    def rows(self, number: int, count: int, drafts: Drafts) -> list[LogitRow]:
+        """The rows that choose the drafts of a round, of the first ``count`` items."""
+        return [
+            LogitRow(
+                index,
+                item.stop - 1 + number,
+                item.sequence,
+                self.mode,
+                number,
+                drafts.known[index],
+            )
+            for index, item in islice(self.items.items(), count)
+        ]
+
+
+class _Picks(NamedTuple):
+    """How the items of a group choose.
+
+    Attributes:
+        direct: places of the items whose drafts nobody needs scores for.
+        scored: places of the others.
+        draws: of the direct ones, in the first round.
+    """
+
+    direct: list[int]
+    scored: list[int]
+    draws: Draws

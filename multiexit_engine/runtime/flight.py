@@ -33,6 +33,7 @@ class Flight:
             layer 0.
         joining: for each item what joins it.
         tokens: for items whose one row is not a token of the sequence yet, that token, [1] int64.
+        forward: the tensors of the items' rows, tokens included, where they have been built.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Flight:
         items: Mapping[int, ScheduledSequence],
         joining: Mapping[int, Sequence[Joining]] | None = None,
         tokens: Mapping[int, Tensor] | None = None,
+        forward: ForwardBatch | None = None,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
@@ -53,7 +55,7 @@ class Flight:
         # of items that copy keys and values, where the rows begin for which that is done now
         self._copied_from: dict[int, int] = {}
         self._copied: CopiedRows | None = None
-        self._forward = self._build()
+        self._forward = forward or self._build()
         self.hidden = model.embed(self._token_ids(tokens or {}), self._forward.positions)
 
     @property
@@ -125,6 +127,9 @@ class Flight:
 
     def keep(self, items: Collection[int]) -> None:
         """Keep the states of the rows of these items, each in its KV slot."""
+        if len(items) == len(self._aboard):
+            self._states.keep(self._forward.slot_mapping, self.hidden)
+            return
         rows = self._rows_of_items(items)
         self._states.keep(self._forward.slot_mapping[rows], self.hidden.index_select(0, rows))
 
