@@ -22,6 +22,7 @@ from multiexit_engine.layers.mlp import MLP
 from multiexit_engine.layers.norm import LayerNorm
 from multiexit_engine.models.base import load_original_head
 from multiexit_engine.models.encoder_decoder import Encoder, EncoderDecoderModel, load_cross
+from multiexit_engine.models.loading import load_layer_norm, load_linear
 
 _EPSILON = 1e-5  # not a switch of the config
 _FIRST_POSITION = 2  # row of the table that belongs to position 0
@@ -142,8 +143,8 @@ def _decoder_block(config: ModelConfig, loader: TensorLoader, layer: int) -> Dec
 def _mlp(config: ModelConfig, loader: TensorLoader, name: str, inner: int) -> MLP:
     width, family = config.hidden_size, config.family
     return MLP(
-        _linear(loader, f"{name}.fc1", inner, width),
-        _linear(loader, f"{name}.fc2", width, inner),
+        load_linear(loader, f"{name}.fc1", inner, width),
+        load_linear(loader, f"{name}.fc2", width, inner),
         kind=family["activation_function"],
     )
 
@@ -157,15 +158,8 @@ def _qkv(config: ModelConfig, loader: TensorLoader, name: str) -> Linear:
 
 
 def _square(config: ModelConfig, loader: TensorLoader, name: str) -> Linear:
-    return _linear(loader, name, config.hidden_size, config.hidden_size)
-
-
-def _linear(loader: TensorLoader, name: str, rows: int, columns: int) -> Linear:
-    weight = loader.load_weight(f"{name}.weight", rows, columns)
-    return Linear(weight, loader.load(f"{name}.bias", rows))
+    return load_linear(loader, name, config.hidden_size, config.hidden_size)
 
 
 def _norm(config: ModelConfig, loader: TensorLoader, name: str) -> LayerNorm:
-    width = config.hidden_size
-    weight, bias = loader.load(f"{name}.weight", width), loader.load(f"{name}.bias", width)
-    return LayerNorm(weight, bias, _EPSILON)
+    return load_layer_norm(loader, name, config.hidden_size, _EPSILON)
