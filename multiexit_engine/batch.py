@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multiexit_engine.request import ChosenToken, Joining, Request, ScoredToken, Sequence
+from multiexit_engine.request import ChosenToken, Held, Joining, Request, ScoredToken, Sequence
 from multiexit_engine.transfer import to_device
 
 
@@ -98,6 +98,7 @@ class StepOutput:
         beams: for each beam-search request the candidates of its beams.
         scored: for each request the log-probabilities of its prompt tokens, in order.
         waiting: sequences of which tokens still lack the keys and values above some layer.
+        held: those of them whose last row waits to go on.
         failures: requests whose own code or numbers failed, with the reason.
         num_candidates: for each distribution that was contrasted to choose a token, how many tokens
             were plausible.
@@ -108,6 +109,7 @@ class StepOutput:
     beams: list[tuple[Request, BeamCandidates]] = field(default_factory=list)
     scored: list[tuple[Request, list[ScoredToken]]] = field(default_factory=list)
     waiting: dict[Sequence, tuple[Joining, ...]] = field(default_factory=dict)
+    held: dict[Sequence, Held] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     num_candidates: list[int] = field(default_factory=list)
 

@@ -54,6 +54,20 @@ class Joining(NamedTuple):
     start: int
 
 
+class Held(NamedTuple):
+    """A sequence's last row that waits at an exit for others to go deeper with it.
+
+    Attributes:
+        layer: of the exit, after which its state was kept.
+        num_steps: in which it has waited.
+        said: what the exits up to there said of it.
+    """
+
+    layer: int
+    num_steps: int
+    said: tuple[float, int | None, int]
+
+
 class SequenceStatus(Enum):
     """Where a sequence stands with the scheduler."""
 
@@ -115,6 +129,8 @@ class Sequence:
         num_computed_tokens: how many of them have keys and values in the cache.
         waiting: which of those lack the keys and values above some layer, in order of position,
             which is that of falling layers.
+        held: of its last token, which then is among these, where it goes on; no next token is
+            chosen before.
         block_table: ids of its KV blocks, in order.
         source_table: ids of the blocks with what the decoder's layers read of the source.
         chosen: its output tokens with what is known of each.
@@ -132,6 +148,7 @@ class Sequence:
     token_ids: list[int]
     num_computed_tokens: int = 0
     waiting: tuple[Joining, ...] = ()
+    held: Held | None = None
     block_table: list[int] = field(default_factory=list)
     source_table: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
@@ -150,6 +167,12 @@ class Sequence:
     def num_tokens(self) -> int:
         """Its tokens, those included that are only expected yet."""
         return len(self.token_ids) + self.num_expected
+
+    def begin_again(self) -> None:
+        """Wait for a turn with nothing computed."""
+        self.num_computed_tokens = 0
+        self.waiting, self.held = (), None
+        self.status = SequenceStatus.WAITING
 
     @property
     def num_exact_tokens(self) -> int:

@@ -7,35 +7,47 @@ or of the layers between exits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import isnan, nan
+from time import perf_counter
 from typing import TypeAlias
 
 from torch import Tensor
 
 from multiexit_engine.batch import ScheduledBatch
+from multiexit_engine.decoding.depth_policy import MOST_STEPS, Crossroads, DepthPolicy
 from multiexit_engine.decoding.gates import bounds, passes, read_head, similarity
 from multiexit_engine.decoding.plan import resolve_mode
 from multiexit_engine.layers.exit_heads import Head
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.modes import EarlyExit, Exit, Original
-from multiexit_engine.request import ChosenToken, Joining
+from multiexit_engine.request import ChosenToken, Held, Joining
 from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.chosen_rows import Choice
+from multiexit_engine.runtime.deciding_rows import DecidingRow
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.logit_rows import LogitRow
 from multiexit_engine.runtime.logit_slices import LogitSlice
 
+# more rows than this are prompts, which never wait
+MOST_TIMED_ROWS = 256
 # of each layer the rows that decided there, and their states
 _Decided: TypeAlias = dict[int, tuple[list[LogitRow], Tensor]]
 
 
 class EarlyExits:
-    """Starts the rows of each step on one model."""
+    """Starts the rows of each step on one model.
 
-    def __init__(self, model: MultiExitModel, chooser: TokenChooser) -> None:
+    Args:
+        model: runs them.
+        chooser: of their tokens.
+        policy: says which of them wait for others; None where none ever does.
+    """
+
+    def __init__(
+        self, model: MultiExitModel, chooser: TokenChooser, policy: DepthPolicy | None
+    ) -> None:
         self.heads = model.heads
+        self.policy = policy
         self.chooser = chooser
         self.num_layers = model.config.num_layers
         self._config = model.config
@@ -59,43 +71,6 @@ class EarlyExits:
         return EarlyRows(self, deciding, batch)
 
 
-@dataclass(slots=True, eq=False)
-class _Row:
-    """A row that has not decided, and what the exits below said of it.
-
-    Attributes:
-        row: what chooses or scores.
-        mode: how it decides.
-        layers: where it is measured.
-        value: of the last measurement.
-        token: the best token of the last exit whose whole head was read.
-        streak: exits in a row with this token.
-    """
-
-    row: LogitRow
-    mode: EarlyExit
-    layers: frozenset[int]
-    value: float = nan
-    token: int | None = None
-    streak: int = 0
-
-    @property
-    def may_leave(self) -> bool:
-        """Prompts run through all layers, so that it does not matter how they are cut."""
-        return self.row.position >= len(self.row.sequence.request.prompt_token_ids)
-
-    def compares_at(self, layer: int) -> bool:
-        """Whether its next measurement compares the next layer's output with this layer's."""
-        return self.mode.measure == "similarity" and layer + 1 in self.layers
-
-    def note(self, value: float, token: int) -> None:
-        """Record what a whole head said."""
-        if self.mode.measure == "patience":
-            self.streak = self.streak + 1 if token == self.token and not isnan(value) else 1
-            value = float(self.streak)
-        self.value, self.token = value, token
-
-
 class EarlyRows:
     """The rows of one step that choose their exit.
 
@@ -108,6 +83,8 @@ class EarlyRows:
         joining: for each item its earlier tokens that wait.
         chosen: rows whose token the measure itself told.
         waiting: the sequences that left, and which of their tokens lack layers now.
+        held: those of them whose last row goes on in a later step.
+        entering: items whose last row was held before, and the layer above which it goes on.
     """
 
     def __init__(self, exits: EarlyExits, rows: Sequence[LogitRow], batch: ScheduledBatch) -> None:
@@ -119,27 +96,34 @@ class EarlyRows:
             for index, item in enumerate(batch.scheduled)
             if item.sequence.waiting
         }
-        self._undecided: list[_Row] = []
+        self._undecided: list[DecidingRow] = []
+        self._kept: dict[int, list[DecidingRow]] = {}
+        self.entering: dict[int, int] = {}
         for row in rows:
             assert isinstance(row.mode, EarlyExit), "only these decide"
-            self._undecided.append(_Row(row, row.mode, exits.layers_of(row.mode)))
-        self._compared: list[_Row] = []
+            deciding = DecidingRow.of(row, exits.layers_of(row.mode))
+            if (held := row.sequence.held) is None:
+                self._undecided.append(deciding)
+            else:
+                self._kept.setdefault(held.layer, []).append(deciding)
+                self.entering[row.item] = held.layer
+        self._all = [*self._undecided, *(row for kept in self._kept.values() for row in kept)]
+        self._seconds_in_layers = 0.0
+        self._compared: list[DecidingRow] = []
         self._states: Tensor | None = None
         self._riding: list[int] = []
         self._choosing: _Decided = {}
         self._scored: _Decided = {}
         self.chosen: list[tuple[LogitRow, Choice]] = []
         self.waiting: dict[TokenSequence, tuple[Joining, ...]] = {}
+        self.held: dict[TokenSequence, Held] = {}
 
     @property
     def layers(self) -> set[int]:
         """Where these rows are looked at."""
-        measured = {layer for row in self._undecided for layer in row.layers}
+        measured = {layer for row in self._all for layer in row.layers}
         compared = {
-            layer - 1
-            for row in self._undecided
-            for layer in row.layers
-            if row.compares_at(layer - 1)
+            layer - 1 for row in self._all for layer in row.layers if row.compares_at(layer - 1)
         }
         joined = {entry.layer for entries in self.joining.values() for entry in entries}
         return measured | compared | joined | set(self._returning.values())
@@ -152,6 +136,21 @@ class EarlyRows:
         """Slices of the rows that decided, whose tokens are still to be scored."""
         return _filled(self._exits.chooser.scored_slices(_rows_of(self._scored)), self._scored)
 
+    def run(self, start: int, stop: int, flight: Flight) -> None:
+        """Run layers on the rows that are here, and tell the policy what that took."""
+        started = perf_counter()
+        flight.run(start, stop)
+        is_timed = self._all and start < stop and 0 < flight.num_rows <= MOST_TIMED_ROWS
+        if self._exits.policy is not None and is_timed:
+            seconds = perf_counter() - started
+            self._seconds_in_layers += seconds
+            self._exits.policy.note_span(start, stop, flight.num_rows, seconds)
+
+    def note_step(self, seconds: float) -> None:
+        """Tell the policy what the step took in all."""
+        if self._exits.policy is not None and len(self._all) == self._batch.num_tokens:
+            self._exits.policy.note_rest(len(self._all), seconds - self._seconds_in_layers)
+
     def look(self, layer: int, flight: Flight) -> None:
         """Measure the rows that have come to a layer; those that pass decide, and may leave."""
         if layer == self._exits.num_layers:
@@ -161,12 +160,60 @@ class EarlyRows:
         self._leave_waiting(again, layer, flight)
         if here := [row for row in self._undecided if layer in row.layers]:
             self._measure(here, layer, flight)
-            self._decide([row for row in here if passes(row.mode, row.value)], layer, flight)
+            leaving = [row for row in here if passes(row.mode, row.value)]
+            if self._exits.policy is not None:
+                self._exits.policy.note_exit(layer, len(here), len(here) - len(leaving))
+            self._decide(leaving, layer, flight)
+        come_in = self._hold_or_let_go(layer, flight)
         self._compared = [row for row in self._undecided if row.compares_at(layer)]
         self._states = _states(self._compared, flight) if self._compared else None
-        self._leave_unless_others_go_on(layer, flight)
+        if not come_in:
+            self._leave_unless_others_go_on(layer, flight)
 
-    def _measure(self, rows: Sequence[_Row], layer: int, flight: Flight) -> None:
+    def _hold_or_let_go(self, layer: int, flight: Flight) -> bool:
+        """Let the rows that want to go deeper wait together, or go; whether some come in to go."""
+        kept = self._kept.pop(layer, [])
+        here = [row for row in self._undecided if row.may_wait_at(layer)]
+        if not kept and not here:
+            return False
+        if not self._holds(layer, kept, here, flight):
+            self._undecided += kept
+            return bool(kept)
+        self.held |= {row.row.sequence: row.held_at(layer) for row in (*kept, *here)}
+        self.waiting |= {row.row.sequence: row.row.sequence.waiting for row in kept}
+        flight.dismiss([row.row.item for row in kept])
+        self._undecided = [row for row in self._undecided if row not in here]
+        self._leave_waiting([row.row.item for row in here], layer, flight)
+        return False
+
+    def _holds(
+        self, layer: int, kept: list[DecidingRow], here: list[DecidingRow], flight: Flight
+    ) -> bool:
+        policy, wanting = self._exits.policy, [*kept, *here]
+        if policy is None or any(row.held_at(layer).num_steps > MOST_STEPS for row in kept):
+            return False
+        still_kept = sum(map(len, self._kept.values()))
+        num_busy = len(self._undecided) + len(kept) + still_kept + len(self.held)
+        own = {row.row.item for row in here}
+        return policy.holds(
+            Crossroads(
+                layer,
+                tuple(sorted({layer for row in self._all for layer in row.layers})),
+                num_held=len(wanting),
+                num_coming=len(self._all) - num_busy,
+                num_others=flight.num_rows_beyond(layer, own.union(self._riding)),
+                weight=sum(self._num_rows_of(row, layer, flight) for row in wanting) / len(wanting),
+            )
+        )
+
+    def _num_rows_of(self, row: DecidingRow, layer: int, flight: Flight) -> int:
+        """The rows that go through the layers above with one."""
+        if row.row.sequence.request.copies_kv:
+            return 1
+        starts = [e.start for e in self.joining.get(row.row.item, ()) if e.layer == layer]
+        return row.row.position + 1 - min([*starts, flight.first_position(row.row.item)])
+
+    def _measure(self, rows: Sequence[DecidingRow], layer: int, flight: Flight) -> None:
         self._compare([row for row in rows if row.mode.measure == "similarity"], flight)
         self._ask_probes([row for row in rows if row.mode.measure == "probe"], layer, flight)
         readers = [row for row in rows if row.mode.measure not in ("similarity", "probe")]
@@ -185,7 +232,7 @@ class EarlyRows:
             for row, *found in zip(whole, *(part.tolist() for part in reading), strict=True):
                 row.note(*found)
 
-    def _compare(self, rows: Sequence[_Row], flight: Flight) -> None:
+    def _compare(self, rows: Sequence[DecidingRow], flight: Flight) -> None:
         if not rows:
             return
         assert self._states is not None, "these rows were looked at one layer below"
@@ -194,7 +241,7 @@ class EarlyRows:
         for row, value in zip(rows, values, strict=True):
             row.value = value
 
-    def _ask_probes(self, rows: Sequence[_Row], layer: int, flight: Flight) -> None:
+    def _ask_probes(self, rows: Sequence[DecidingRow], layer: int, flight: Flight) -> None:
         if not rows:
             return
         heads = self._exits.heads
@@ -202,13 +249,13 @@ class EarlyRows:
         for row, value in zip(rows, values, strict=True):
             row.value = value
 
-    def _decide(self, rows: Sequence[_Row], layer: int, flight: Flight) -> None:
+    def _decide(self, rows: Sequence[DecidingRow], layer: int, flight: Flight) -> None:
         """Let rows take the head of a layer."""
         if not rows:
             return
         chooser, mode = self._exits.chooser, self._exits.modes[layer]
-        choosing: list[_Row] = []
-        scored: list[_Row] = []
+        choosing: list[DecidingRow] = []
+        scored: list[DecidingRow] = []
         for row in rows:
             row.row = row.row.decided(mode, row.value)
             if row.row.target is not None:
@@ -283,7 +330,7 @@ def _filled(slices: list[LogitSlice], kept: _Decided) -> list[LogitSlice]:
     return slices
 
 
-def _states(rows: Sequence[_Row], flight: Flight) -> Tensor:
+def _states(rows: Sequence[DecidingRow], flight: Flight) -> Tensor:
     """[rows, hidden]: the states of rows that are in the flight."""
     places = flight.rows_of([(row.row.item, row.row.position) for row in rows])
     return flight.take([place for place in places if place is not None])

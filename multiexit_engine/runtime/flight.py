@@ -30,10 +30,11 @@ class Flight:
         kv_cache: of the model.
         states: where joining rows come from.
         items: by their place in the step, in order of falling depth, the rows that begin at
-            layer 0.
+            layer 0, or enter later.
         joining: for each item what joins it.
         tokens: for items whose one row is not a token of the sequence yet, that token, [1] int64.
         forward: the tensors of the items' rows, tokens included, where they have been built.
+        entering: items whose own row was kept, too, and the layer at which it comes back.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Flight:
         joining: Mapping[int, Sequence[Joining]] | None = None,
         tokens: Mapping[int, Tensor] | None = None,
         forward: ForwardBatch | None = None,
+        entering: Mapping[int, int] | None = None,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
@@ -57,6 +59,8 @@ class Flight:
         self._copied: CopiedRows | None = None
         self._forward = forward or self._build()
         self.hidden = model.embed(self._token_ids(tokens or {}), self._forward.positions)
+        self._entering = dict(entering or {})
+        self.leave(self._entering)
 
     @property
     def aboard(self) -> Sequence[int]:
@@ -64,8 +68,18 @@ class Flight:
         return self._aboard
 
     @property
+    def is_over(self) -> bool:
+        """Whether no rows are here and none will be."""
+        return not self._aboard and not self._entering
+
+    def dismiss(self, items: Collection[int]) -> None:
+        """Let items that were to come back stay where they are."""
+        for item in items:
+            del self._entering[item]
+
+    @property
     def num_rows(self) -> int:
-        return self.hidden.shape[0]
+        return self.hidden.shape[0] if self._aboard else 0
 
     def first_position(self, item: int) -> int:
         """Where the rows of an item begin in its sequence, those that joined it included."""
@@ -75,8 +89,15 @@ class Flight:
         """Those of the items here whose requests need layers above this one."""
         return [i for i in self._aboard if self._items[i].sequence.request.depth > layer]
 
+    def num_rows_beyond(self, layer: int, without: Collection[int]) -> int:
+        """Rows here of requests that need layers above this one, but for those of some items."""
+        going = (item for item in self.going_beyond(layer) if item not in without)
+        return sum(self._items[item].num_tokens for item in going)
+
     def run(self, start: int, stop: int) -> None:
         """Run the 0-based blocks ``start`` to ``stop - 1`` on all rows that are here."""
+        if not self._aboard:
+            return
         batch = self._forward
         if self._copied is not None:
             batch = replace(batch, copied=self._copied)
@@ -139,18 +160,20 @@ class Flight:
         Where keys and values are copied, the layers above make them of the states that were kept,
         and nothing else.
         """
-        if not self._aboard:
-            return
-        spans = [self._items[item] for item in self._aboard]
-        for item, span in zip(self._aboard, spans, strict=True):
+        entering = [item for item, at in self._entering.items() if at == layer]
+        self.dismiss(entering)
+        here = sorted([*self._aboard, *entering])
+        spans = [self._items[item] for item in here]
+        for item, span in zip(here, spans, strict=True):
             for entry in self._joining.get(item, ()):
                 if entry.layer == layer:
                     self._take_along(item, span.sequence, entry.start)
-        self._copied = self._copied_rows()
         counts = [
-            span.start - self._items[item].start
-            for item, span in zip(self._aboard, spans, strict=True)
+            (span.stop if item in entering else span.start) - self._items[item].start
+            for item, span in zip(here, spans, strict=True)
         ]
+        num_rows, self._aboard = self.num_rows, here
+        self._copied = self._copied_rows()
         if not any(counts):
             return
         self._forward = self._build()
@@ -160,11 +183,13 @@ class Flight:
             start, stop = self._forward.layout.query_starts[place : place + 2]
             joined += range(start, start + count)
             stayed += range(start + count, stop)
-        assert len(stayed) == self.num_rows, "rows that were here stay here"
-        hidden = self.hidden.new_empty(self._forward.num_tokens, self.hidden.shape[1])
+        assert len(stayed) == num_rows, "rows that were here stay here"
         places = self._index(joined)
-        hidden.index_copy_(0, places, self._states.take(self._forward.slot_mapping[places]))
-        hidden.index_copy_(0, self._index(stayed), self.hidden)
+        states = self._states.take(self._forward.slot_mapping[places])
+        hidden = states.new_empty(self._forward.num_tokens, states.shape[1])
+        hidden.index_copy_(0, places, states)
+        if stayed:
+            hidden.index_copy_(0, self._index(stayed), self.hidden)
         self.hidden = hidden
 
     def _take_along(self, item: int, sequence: TokenSequence, start: int) -> None:
@@ -179,7 +204,7 @@ class Flight:
         rows = [
             ScheduledSequence(self._items[item].sequence, start, self._items[item].start - start)
             for item in self._aboard
-            if (start := self._copied_from.get(item)) is not None
+            if (start := self._copied_from.get(item, stop := self._items[item].start)) < stop
         ]
         if not rows:
             return None

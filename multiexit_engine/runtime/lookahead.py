@@ -42,7 +42,7 @@ class StepLoop:
             return None
         if isinstance(step, ScheduledBatch):
             output = self._runner.run(step)
-            self._scheduler.advance(step, output.waiting)
+            self._scheduler.advance(step, output.waiting, output.held)
             return output
         self._scheduler.advance(step.batch)
         if self._config.async_scheduling and step.coming.may_be_followed:

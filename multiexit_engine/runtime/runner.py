@@ -14,6 +14,7 @@ from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
+from multiexit_engine.decoding.depth_policy import DepthPolicy
 from multiexit_engine.decoding.plan import ExitPlanner, plan_segments
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.base import MultiExitModel
@@ -62,7 +63,7 @@ class ModelRunner:
         self._chooser = TokenChooser(model.heads, ExitPlanner(model.config), config.device)
         self._decode = _decode_steps(model, kv_cache, self._states, self._chooser, config)
         self._drafter = Drafter(model, kv_cache, self._states, self._chooser)
-        self._early_exits = EarlyExits(model, self._chooser)
+        self._early_exits = EarlyExits(model, self._chooser, _depth_policy(model, config))
 
     @torch.inference_mode()
     def launch(
@@ -108,7 +109,7 @@ class ModelRunner:
         self._run_layers(batch, [*choices, *targets], early, drafts, clock)
         choices = self._chooser.joined([*choices, *early.choices()])
         targets += early.targets()
-        output = StepOutput(waiting=early.waiting)
+        output = StepOutput(waiting=early.waiting, held=early.held)
         if any(part.needs_drafts for part in choices):
             # penalties and bans look at the drafts
             drafts.fetch()
@@ -121,7 +122,9 @@ class ModelRunner:
         hand_out([*chosen, *early.chosen], drafts.known, output)
         hand_out_scores([pair for part in coming_scores for pair in part.read(output)], output)
         clock.mark()
-        self.draft_lengths.record(batch, clock.seconds(), output)
+        seconds = clock.seconds()
+        early.note_step(sum(seconds))
+        self.draft_lengths.record(batch, seconds, output)
         return output
 
     @torch.inference_mode()
@@ -179,16 +182,22 @@ class ModelRunner:
             {index: _first_rows(item) for index, item in _items(batch)},
             drafts.joining | early.joining,
             drafts.last,
+            entering=early.entering,
         )
         depths = [item.sequence.request.depth for item in batch.scheduled]
         for segment in plan_segments(depths, tap_layers | drafts.joining_layers | early.layers):
             flight.narrow(segment.num_seqs)
-            if not flight.aboard:
+            if flight.is_over:
                 break
-            flight.run(segment.start, segment.stop)
+            early.run(segment.start, segment.stop, flight)
             keep(segment.stop, flight)
             early.look(segment.stop, flight)
             flight.join(segment.stop)
+
+
+def _depth_policy(model: MultiExitModel, config: EngineConfig) -> DepthPolicy | None:
+    """What regroups rows by depth; None on a device, whose times the host does not see."""
+    return DepthPolicy(model.config.num_layers) if config.device.type == "cpu" else None
 
 
 def _decode_steps(

@@ -1,7 +1,6 @@
 """Which tokens of which sequences a step computes, and on which KV blocks.
 
-First come, first served; whoever is youngest gives way when blocks run out. Knows nothing of
-models, tensors, or of how a next token is chosen.
+First come, first served; the youngest gives way. Knows nothing of tensors or of tokens' choice.
 """
 
 from __future__ import annotations
@@ -10,18 +9,19 @@ from collections.abc import Mapping
 from itertools import count
 from time import perf_counter
 from types import MappingProxyType
+from typing import Any
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.cache.block_manager import BlockManager
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.outputs import FinishReason
-from multiexit_engine.request import Joining, Request, Sequence, SequenceStatus
+from multiexit_engine.request import Held, Joining, Request, Sequence, SequenceStatus
 from multiexit_engine.runtime.draft_lengths import DraftLengths
 from multiexit_engine.runtime.limits import check_fits
 from multiexit_engine.runtime.queues import Queues, Unit
 from multiexit_engine.runtime.step_plan import StepPlan
 
-NOBODY: Mapping[Sequence, tuple[Joining, ...]] = MappingProxyType({})
+NOBODY: Mapping[Sequence, Any] = MappingProxyType({})
 
 
 class Scheduler:
@@ -125,7 +125,10 @@ class Scheduler:
         return step.batch()
 
     def advance(
-        self, batch: ScheduledBatch, waiting: Mapping[Sequence, tuple[Joining, ...]] = NOBODY
+        self,
+        batch: ScheduledBatch,
+        waiting: Mapping[Sequence, tuple[Joining, ...]] = NOBODY,
+        held: Mapping[Sequence, Held] = NOBODY,
     ) -> None:
         """Record that a step ran: its tokens are computed, full blocks can be found by others.
 
@@ -135,14 +138,15 @@ class Scheduler:
         Args:
             batch: what ran.
             waiting: the sequences of which tokens still lack some layers, and which tokens.
+            held: those of them whose last token goes on in a later step.
         """
         for chunk in batch.scheduled:
             sequence = chunk.sequence
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
             start = sequence.num_exact_tokens
-            sequence.num_computed_tokens = chunk.stop
-            sequence.waiting = waiting.get(sequence, ())
+            sequence.waiting, sequence.held = waiting.get(sequence, ()), held.get(sequence)
+            sequence.num_computed_tokens = chunk.stop - (sequence.held is not None)
             self._commit(sequence, start, sequence.num_exact_tokens)
 
     def accept_drafts(self, sequence: Sequence, count: int) -> None:
@@ -226,8 +230,7 @@ class Scheduler:
         assert queues.num_seats_left >= 0, f"{queues.num_seats_left} seats left"
         for sequence in (s for unit in queues.waiting for s in unit.sequences):
             assert sequence.status is SequenceStatus.WAITING, sequence.status
-            owned = sequence.block_table + sequence.source_table
-            assert not owned, "a waiting sequence owns blocks"
+            assert not sequence.block_table + sequence.source_table, "waiting, but owns blocks"
             assert not sequence.num_computed_tokens, "a waiting sequence has computed tokens"
 
     def _continue_running(self, step: StepPlan) -> None:
@@ -289,9 +292,7 @@ class Scheduler:
         self._num_preemptions += 1
         for sequence in unit.sequences:
             self._release_blocks(sequence)
-            sequence.num_computed_tokens = 0
-            sequence.waiting = ()
-            sequence.status = SequenceStatus.WAITING
+            sequence.begin_again()
         return unit
 
     def _admit_first_waiting(self, step: StepPlan) -> bool:
