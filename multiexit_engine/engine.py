@@ -71,7 +71,6 @@ class Engine:
             self._scheduler = core.scheduler
             mode = Original() if decoding is None else decoding
             self._intake = Intake(config, self._model, self.tokenizer, mode, checkpoint.folder)
-        self._default_mode: DecodingMode = mode
         self._feeds = Feeds(self._core)
         self._ids = itertools.count()
         self._random = random.Random(config.seed)
@@ -124,15 +123,11 @@ class Engine:
             block_size: tokens of a KV block.
             prefix_caching: keep the KV blocks of prompts for later prompts that begin alike.
             quantization: "int8" or "int4" stores weight matrices as small integers with a scale for
-                each 32 columns ("int8-g64", "int4-g64": 64); sums stay in float32.
-                docs/quantization.md says what it costs. None keeps them in dtype.
-            cuda_graphs: capture the layers of decode steps, and plain heads, for some numbers of
-                rows up to max_batch_size (True) or for those given (a list, or "1,2,4"); the tokens
-                stay the same. CUDA only, not for encoder-decoders; docs/gpu.md says which steps.
-            warm_up: capture all of them at once, for requests in the mode ``decoding``, instead of
-                each when it is first needed. Only with cuda_graphs.
-            async_scheduling: launch a step before the tokens of the last one are known. As
-                cuda_graphs.
+                each 32 columns ("int8-g64": 64), see docs/quantization.md; None keeps dtype.
+            cuda_graphs: capture decode steps for some numbers of rows up to max_batch_size (True),
+                or for those given: [1, 2, 4] or "1,2,4". CUDA, decoder-only models; docs/gpu.md.
+            warm_up: capture at the start, for the mode ``decoding``, not when first needed.
+            async_scheduling: launch a step before the last one's tokens are known; likewise.
             revision: of a hub id.
             seed: of requests that bring none.
 
@@ -169,20 +164,10 @@ class Engine:
         return engine
 
     def warm_up(self, decoding: DecodingMode | None = None) -> None:
-        """Capture the decode steps of one mode, for every number of rows and bound of keys.
-
-        Requests in this mode find them captured; those in other modes capture theirs as they go.
-
-        Args:
-            decoding: by default the engine's own.
-
-        Raises:
-            ValueError: there is nothing to capture, or the model lacks what the mode names.
-        """
+        """Capture the decode steps of a mode, or the engine's; ValueError without graphs."""
         if not self.config.cuda_graphs or not isinstance(self._core, EngineCore):
             raise ValueError("warm_up captures CUDA graphs: give cuda_graphs=True as well")
-        mode = self._default_mode if decoding is None else decoding
-        self._core.warm_up(mode, self._intake.depth_of(mode))
+        self._core.warm_up(*self._intake.mode_and_depth(decoding))
 
     @property
     def model_config(self) -> ModelConfig:
@@ -335,10 +320,9 @@ class Engine:
         request_id: str | None = None,
         streamed: bool = True,
     ) -> str:
-        """Queue a request for ``step`` or ``step_pieces``; returns its id.
+        """Queue a request for ``step`` or ``step_pieces``; returns its id, raises as ``generate``.
 
-        With ``streamed`` False its text is made only at its end, or when ``step`` shows it, which
-        costs less. Raises ValueError as ``generate``.
+        With ``streamed`` False its text is made only at its end, or when ``step`` shows it.
         """
         request = self._checked(prompt, sampling or SamplingParams(), decoding, "", request_id)
         self._core.add(request, streamed=streamed)
@@ -377,12 +361,7 @@ class Engine:
     def _alone(self, prompt: Prompt, decoding: DecodingMode | None) -> Request:
         if self.has_unfinished():
             raise RuntimeError("this runs alone: finish or abort the other requests first")
-        if self._intake.has_encoder:
-            raise ValueError("this reads one text: give score() a (source, target) tuple instead")
-        token_ids, limit = self._intake.token_ids(prompt), self.config.max_model_len
-        if len(token_ids) > limit:
-            raise ValueError(f"prompt has {len(token_ids)} tokens: the model reads {limit}")
-        return self._intake.scoring_request(self._new_id(), token_ids, 1, decoding)
+        return self._intake.reading_request(self._new_id(), prompt, decoding)
 
     def _step(self, report: Callable[[Request], _Reported]) -> list[_Reported]:
         changed = self._core.step()

@@ -58,7 +58,7 @@ class Intake:
         """A generating request; raises ValueError naming what is wrong and what is allowed."""
         if not isinstance(sampling, SamplingParams):
             raise ValueError(f"sampling={sampling!r}: must be SamplingParams")
-        mode, depth = self._mode_and_depth(decoding)
+        mode, depth = self.mode_and_depth(decoding)
         token_ids = self.token_ids(prompt)
         source: list[int] = []
         if self._model_config.encoder is not None:
@@ -163,7 +163,7 @@ class Intake:
         source: Sequence[int] = (),
     ) -> Request:
         """A request that only scores ``token_ids[score_from:]``, which must fit the model."""
-        mode, depth = self._mode_and_depth(decoding)
+        mode, depth = self.mode_and_depth(decoding)
         return Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -174,6 +174,17 @@ class Intake:
             score_from=score_from,
             source_token_ids=tuple(source),
         )
+
+    def reading_request(
+        self, request_id: str, prompt: Prompt, decoding: DecodingMode | None
+    ) -> Request:
+        """A request that reads one text; raises ValueError where that is too long, or no prompt."""
+        if self.has_encoder:
+            raise ValueError("this reads one text: give score() a (source, target) tuple instead")
+        token_ids, limit = self.token_ids(prompt), self._engine_config.max_model_len
+        if len(token_ids) > limit:
+            raise ValueError(f"prompt has {len(token_ids)} tokens: the model reads {limit}")
+        return self.scoring_request(request_id, token_ids, 1, decoding)
 
     def depth_of(self, mode: DecodingMode) -> int:
         """Layers that a mode runs; loads its heads, raises ValueError if the model lacks them."""
@@ -187,7 +198,7 @@ class Intake:
             self._heads.probes.require(head.layer for head in resolved.exits)
         return resolved.depth
 
-    def _mode_and_depth(self, decoding: DecodingMode | None) -> tuple[DecodingMode, int]:
+    def mode_and_depth(self, decoding: DecodingMode | None) -> tuple[DecodingMode, int]:
         """A request's mode, with a threshold where it asks for a calibrated one."""
         mode = self._default_mode if decoding is None else decoding
         depth = self.depth_of(mode)
