@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,8 +38,8 @@ def measure() -> list[dict[str, Any]]:
         for way, options in WAYS.items():
             engine = _engine(folder, options)
             rows += [
-                {"way": way, "mode": name, "rows": size, "step_us": _step_us(engine, modes, size)}
-                for name, modes in _modes().items()
+                {"way": way, "mode": name, "rows": size} | _step(engine, case, size)
+                for name, case in _cases().items()
                 for size in BATCHES
             ]
             del engine
@@ -47,14 +48,34 @@ def measure() -> list[dict[str, Any]]:
     return rows
 
 
-def _modes() -> dict[str, list[Any]]:
-    from multiexit_engine import Contrast, Exit, Original
+class _Case(NamedTuple):
+    """What requests of a step ask for.
+
+    Attributes:
+        modes: of requests in turn.
+        sampling: of all, beside their length.
+        arriving: a prompt comes in every so many steps, and leaves with its first token; 0: none.
+    """
+
+    modes: list[Any]
+    sampling: dict[str, Any]
+    arriving: int = 0
+
+
+def _cases() -> dict[str, _Case]:
+    from multiexit_engine import Contrast, Exit, Original, SelfSpeculative
 
     contrast = Contrast(LAYERS, EXIT)
+    default = {"temperature": 0.8, "seed": 1}
     return {
-        "original": [Original()],
-        "contrast": [contrast],
-        "mixed": [Original(), contrast, Exit(EXIT)],
+        "original": _Case([Original()], {}),
+        "contrast": _Case([contrast], {}),
+        "mixed": _Case([Original(), contrast, Exit(EXIT)], {}),
+        "top_k 50": _Case([Original()], default),
+        "log-probabilities": _Case([Original()], {"logprobs": 5}),
+        "penalties": _Case([Original()], {"repetition_penalty": 1.2}),
+        "3 drafts": _Case([SelfSpeculative(EXIT, 3)], {}),
+        "prompts arrive": _Case([Original()], {}, arriving=4),
     }
 
 
@@ -85,21 +106,36 @@ def _engine(folder: Path, options: dict[str, Any]) -> Any:
     )
 
 
-def _step_us(engine: Any, modes: list[Any], size: int) -> float:
-    """Median wall time of a step, tokens on the host included; NaN without a GPU."""
+def _step(engine: Any, case: _Case, size: int) -> dict[str, float]:
+    """Median and mean wall time of a step, tokens on the host included; NaN without a GPU.
+
+    Where prompts arrive, the mean tells of the steps that the median passes over.
+    """
     from multiexit_engine import SamplingParams
 
     num_steps = WARM_STEPS + TIMED_STEPS
-    sampling = SamplingParams(max_new_tokens=num_steps + 8, ignore_eos=True)
+    # drafts may all be right
+    longest = min(num_steps * 4, SHAPE["n_positions"] - PROMPT_LEN)
+    sampling = SamplingParams(max_new_tokens=longest, ignore_eos=True, **case.sampling)
+    arriving = SamplingParams(max_new_tokens=1)
+    if case.arriving:
+        # a seat is kept for the prompt
+        size = min(size, max(BATCHES) - 1)
     names = [
-        engine.add_request([5 + i] * PROMPT_LEN, sampling, modes[i % len(modes)], streamed=False)
-        for i in range(size)
+        engine.add_request([5 + i] * PROMPT_LEN, sampling, mode, streamed=False)
+        for i, mode in zip(range(size), itertools.cycle(case.modes), strict=False)
     ]
     times = []
-    for _ in range(num_steps):
+    for number in range(num_steps):
+        if case.arriving and number % case.arriving == 0:
+            prompt = [(number + i) % SHAPE["vocab_size"] for i in range(PROMPT_LEN)]
+            names.append(engine.add_request(prompt, arriving, streamed=False))
         start = time.perf_counter()
         engine.step_pieces()
         times.append(time.perf_counter() - start)
     for name in names:
         engine.abort(name)
-    return statistics.median(times[WARM_STEPS:]) * 1e6 if DEVICE == "cuda" else float("nan")
+    if DEVICE != "cuda":
+        return {"step_us": float("nan"), "mean_us": float("nan")}
+    timed = times[WARM_STEPS:]
+    return {"step_us": statistics.median(timed) * 1e6, "mean_us": statistics.mean(timed) * 1e6}
