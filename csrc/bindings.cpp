@@ -226,9 +226,9 @@ PYBIND11_MODULE(_C, m) {
         return Matrix{at<void>(data), static_cast<DType>(dtype), rows, columns};
       }))
       .def(py::init([](Address codes, int64_t rows, int64_t columns, int bits, Address scales,
-                       int64_t group_size) {
+                       int64_t group_size, bool is_float) {
         return Matrix{at<void>(codes), DType::kFloat32, rows, columns, bits, at<BFloat16>(scales),
-                      group_size};
+                      group_size, is_float};
       }));
   py::class_<Linear>(m, "Linear").def(py::init([](const Matrix& weight, Address bias) {
     return Linear{weight, at(bias)};

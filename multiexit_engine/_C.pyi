@@ -5,7 +5,14 @@ class Matrix:
     def __init__(self, data: int, dtype: int, rows: int, columns: int) -> None: ...
     @overload
     def __init__(
-        self, codes: int, rows: int, columns: int, bits: int, scales: int, group_size: int
+        self,
+        codes: int,
+        rows: int,
+        columns: int,
+        bits: int,
+        scales: int,
+        group_size: int,
+        is_float: bool,
     ) -> None: ...
 
 class Linear:

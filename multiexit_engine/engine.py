@@ -123,7 +123,7 @@ class Engine:
             block_size: tokens of a KV block.
             prefix_caching: keep the KV blocks of prompts for later prompts that begin alike.
             quantization: "int8" or "int4" stores weight matrices as small integers with a scale for
-                each 32 columns ("int8-g64": 64), see docs/quantization.md; None keeps dtype.
+                each 32 columns ("int8-g64": 64), "fp8" as e4m3; docs/quantization.md. None: dtype.
             cuda_graphs: capture decode steps for some numbers of rows up to max_batch_size (True),
                 or for those given: [1, 2, 4] or "1,2,4". CUDA, decoder-only models; docs/gpu.md.
             warm_up: capture at the start, for the mode ``decoding``, not when first needed.

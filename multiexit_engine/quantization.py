@@ -1,4 +1,4 @@
-"""Weights as small integers with a scale for each group: the data, and the one rule that makes it.
+"""Weights as codes of few bits with a scale for each group: the data, and the rules that make it.
 
 Knows nothing of checkpoints or of who multiplies.
 """
@@ -12,6 +12,8 @@ from torch import Tensor
 
 BITS = (8, 4)
 GROUP_SIZES = (32, 64)
+# Of e4m3 (4 bits of exponent, 3 of mantissa, no infinity): its largest number.
+LARGEST_FLOAT = 448
 # Columns whose 4-bit codes lie together: byte i holds column i and column 16 + i.
 BLOCK = 32
 _ROWS_AT_ONCE = 4096
@@ -24,47 +26,58 @@ class Quantization:
     Attributes:
         bits: of a code, 8 or 4.
         group_size: columns that share a scale, 32 or 64. The last group of a row takes what is
-            left, so any number of columns will do.
+            left, so any number of columns will do. 0 where a row has one scale, as fp8 has: its
+            numbers have exponents of their own.
+        is_float: whether codes are numbers in e4m3, else they are integers.
     """
 
     bits: int
     group_size: int = 32
+    is_float: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or self.group_size not in GROUP_SIZES:
-            raise ValueError(f"{self}: bits must be in {BITS} and group_size in {GROUP_SIZES}")
+        if self.is_float:
+            if (self.bits, self.group_size) != (8, 0):
+                raise ValueError(f"{self!r}: numbers have bits=8 and group_size=0")
+        elif self.bits not in BITS or self.group_size not in GROUP_SIZES:
+            raise ValueError(f"{self!r}: bits must be in {BITS} and group_size in {GROUP_SIZES}")
 
     @classmethod
     def parse(cls, name: str) -> Quantization:
-        """Of ``"int8"``, ``"int4"``, or with the group size, ``"int4-g64"``; else ValueError."""
+        """``"int8"``, ``"int4"``, with a group size ``"int4-g64"``, ``"fp8"``; else ValueError."""
         known = {str(cls(bits, size)): cls(bits, size) for bits in BITS for size in GROUP_SIZES}
         known |= {f"int{bits}": cls(bits) for bits in BITS}
+        known["fp8"] = cls(8, 0, is_float=True)
         if name not in known:
             raise ValueError(f"quantization={name!r}: must be None, " + ", ".join(sorted(known)))
         return known[name]
 
     def __str__(self) -> str:
-        return f"int{self.bits}-g{self.group_size}"
+        return "fp8" if self.is_float else f"int{self.bits}-g{self.group_size}"
 
     @property
     def largest_code(self) -> int:
-        """127 or 7; codes lie in -largest_code..largest_code."""
-        return int(2 ** (self.bits - 1)) - 1
+        """127, 7 or 448; what codes mean lies in -largest_code..largest_code."""
+        return LARGEST_FLOAT if self.is_float else int(2 ** (self.bits - 1)) - 1
 
     def num_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a quantized matrix."""
-        row = _padded(columns, BLOCK) * self.bits // 8 + -(-columns // self.group_size) * 2
-        return rows * row
+        row = _padded(columns, BLOCK) * self.bits // 8
+        return rows * (row + -(-columns // self.group_of(columns)) * 2)
+
+    def group_of(self, columns: int) -> int:
+        """Columns that share a scale, in a matrix of so many."""
+        return self.group_size or _padded(columns, BLOCK)
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A weight matrix [rows, columns]: ``code * scale of its group``.
+    """A weight matrix [rows, columns]: what a code means times the scale of its group.
 
     Attributes:
         codes: [rows, columns, padded to a multiple of 32] int8, or half as many uint8 for 4 bits:
             of each block of 32 columns byte i holds columns i (low half) and 16 + i (high half) as
-            code + 8. Padding is the code 0.
+            code + 8. Padding is the code 0. Of fp8 uint8, the bits of e4m3, never those of NaN.
         scales: [rows, groups] bfloat16.
         columns: without padding.
         quantization: bits and group size.
@@ -93,10 +106,12 @@ def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
     """The nearest codes of a matrix, group by group along its columns.
 
     The scale of a group is max |w| / largest_code, rounded to bfloat16; a code is w / scale,
-    rounded to the nearest, ties to even, so no number is off by more than half a scale. Symmetric:
-    there is no zero point. bfloat16, not float16, because it has float32's range: a float16 scale
-    of numbers below 0.008 has too few bits, one of numbers below 4e-6 none. What the rounding of a
-    scale changes is the width of the steps, by at most 0.2 %.
+    rounded to the nearest, ties to even, so no number is off by more than half a scale (of fp8 by
+    more than 1/16 of itself, or 1/1024 of the scale). Symmetric: there is no zero point.
+
+    bfloat16, not float16, because it has float32's range: a float16 scale of numbers below 0.008
+    has too few bits, one of numbers below 4e-6 none. What the rounding of a scale changes is the
+    width of the steps, by at most 0.2 %.
 
     Args:
         weight: [rows, columns] on the CPU, any float dtype; computed in float32.
@@ -106,7 +121,7 @@ def quantize(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
         ValueError: a number is not finite.
 
     Source: round-to-nearest absmax of Dettmers et al. 2022, arXiv:2208.07339, section 2.1, by group
-        as Yao et al. 2022, arXiv:2206.01861.
+        as Yao et al. 2022, arXiv:2206.01861; e4m3 of Micikevicius et al. 2022, arXiv:2209.05433.
     """
     parts = [_quantize_rows(part, quantization) for part in torch.split(weight, _ROWS_AT_ONCE)]
     codes, scales = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -119,7 +134,9 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
     if weight.quantization.bits == 4:
         halves = codes.view(codes.shape[0], -1, 1, BLOCK // 2)
         codes = torch.cat((halves & 15, halves >> 4), 2).flatten(1).to(torch.int8) - 8
-    size = weight.quantization.group_size
+    if weight.quantization.is_float:
+        codes = codes.view(torch.float8_e4m3fn)
+    size = weight.quantization.group_of(weight.columns)
     scales = weight.scales.to(dtype).repeat_interleave(size, 1)[:, : weight.columns]
     return codes[:, : weight.columns].to(dtype) * scales
 
@@ -149,14 +166,19 @@ def first_rows(weight: Weight, rows: int) -> Weight:
 
 def _quantize_rows(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
-    size, largest = quantization.group_size, quantization.largest_code
+    size, largest = quantization.group_of(columns), quantization.largest_code
     groups = _zero_padded(weight.float(), _padded(columns, size)).view(rows, -1, size)
     scales = (groups.abs().amax(-1, keepdim=True) / largest).bfloat16()
     if not bool(scales.isfinite().all()):
         raise ValueError("a weight is NaN or infinite: it cannot be quantized")
     wide = scales.float()
-    codes = (groups / wide.masked_fill(wide == 0, torch.inf)).round_().clamp_(-largest, largest)
-    codes = _zero_padded(codes.view(rows, -1)[:, :columns].to(torch.int8), _padded(columns, BLOCK))
+    codes = (groups / wide.masked_fill(wide == 0, torch.inf)).view(rows, -1)[:, :columns]
+    if quantization.is_float:
+        # past the largest number there is only NaN
+        numbers = codes.clamp_(-largest, largest).to(torch.float8_e4m3fn)
+        return _zero_padded(numbers.view(torch.uint8), _padded(columns, BLOCK)), scales[..., 0]
+    codes = codes.round_().clamp_(-largest, largest).to(torch.int8)
+    codes = _zero_padded(codes, _padded(columns, BLOCK))
     if quantization.bits == 4:
         halves = (codes + 8).to(torch.uint8).view(rows, -1, 2, BLOCK // 2)
         codes = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)

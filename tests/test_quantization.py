@@ -1,4 +1,4 @@
-"""The rule that makes small integers of weights, and back."""
+"""The rules that make codes of few bits of weights, and back."""
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from multiexit_engine.quantization import Quantization, dequantize, first_rows, quantize
 
-ALL = [Quantization(bits, size) for bits in (8, 4) for size in (32, 64)]
+INTEGERS = [Quantization(bits, size) for bits in (8, 4) for size in (32, 64)]
+FP8 = Quantization.parse("fp8")
+ALL = [*INTEGERS, FP8]
 KINDS = pytest.mark.parametrize("how", ALL, ids=str)
 
 
@@ -26,7 +28,7 @@ def groups_of(matrix, size):
 
 
 @settings(max_examples=60, deadline=None)
-@given(matrices(), st.sampled_from(ALL))
+@given(matrices(), st.sampled_from(INTEGERS))
 def test_error_is_at_most_half_a_step(matrix, how):
     found = quantize(matrix, how)
     error = groups_of((dequantize(found) - matrix).abs(), how.group_size).amax(-1)
@@ -36,7 +38,8 @@ def test_error_is_at_most_half_a_step(matrix, how):
 @settings(max_examples=60, deadline=None)
 @given(matrices(), st.sampled_from(ALL))
 def test_scale_is_the_largest_number_over_the_largest_code(matrix, how):
-    expected = groups_of(matrix, how.group_size).abs().amax(-1) / how.largest_code
+    size = how.group_of(matrix.shape[1])
+    expected = groups_of(matrix, size).abs().amax(-1) / how.largest_code
     assert torch.equal(quantize(matrix, how).scales, expected.bfloat16())
 
 
@@ -61,7 +64,29 @@ def test_bytes_are_those_foretold(matrix, how):
     assert found.shape == matrix.shape
 
 
-@KINDS
+@settings(max_examples=60, deadline=None)
+@given(matrices())
+def test_error_of_fp8_is_at_most_a_sixteenth_of_a_number(matrix):
+    found = quantize(matrix, FP8)
+    error = (dequantize(found) - matrix).abs()
+    # the scale is rounded to bfloat16, so that the largest number may lie behind the largest code
+    bound = matrix.abs() * (1 / 16 + 1e-6) + found.scales.float() / 1024
+    assert bool((error <= bound).all())
+
+
+def test_each_code_of_fp8_is_the_number_that_e4m3_gives_it():
+    numbers = [
+        (-1) ** (code >> 7) * (2.0 ** ((code >> 3 & 15) - 7) * (1 + (code & 7) / 8)
+        if code & 120 else 2.0**-6 * (code & 7) / 8)
+        for code in range(256)
+        if code & 127 != 127
+    ]  # fmt: skip
+    found = quantize(torch.tensor([numbers]), FP8)
+    assert found.scales.tolist() == [[1.0]]
+    assert dequantize(found).tolist() == [numbers]
+
+
+@pytest.mark.parametrize("how", INTEGERS, ids=str)
 def test_ties_go_to_the_even_code(how):
     step = 1 / 16
     row = torch.tensor([[how.largest_code, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]]) * step
@@ -93,7 +118,13 @@ def test_numbers_that_no_scale_can_hold_are_refused(how, value):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("int8", ALL[0]), ("int4", ALL[2]), ("int4-g64", ALL[3]), ("int8-g32", ALL[0])],
+    [
+        ("int8", ALL[0]),
+        ("int4", ALL[2]),
+        ("int4-g64", ALL[3]),
+        ("int8-g32", ALL[0]),
+        ("fp8", Quantization(8, 0, is_float=True)),
+    ],  # fmt: skip
 )
 def test_names_are_read(name, expected):
     assert Quantization.parse(name) == expected
@@ -101,7 +132,7 @@ def test_names_are_read(name, expected):
 
 @pytest.mark.parametrize("name", ["int3", "int8-g16", "INT8", "", "awq"])
 def test_unknown_names_are_refused_with_what_is_allowed(name):
-    with pytest.raises(ValueError, match="int4, int4-g32, int4-g64, int8"):
+    with pytest.raises(ValueError, match="fp8, int4, int4-g32, int4-g64, int8"):
         Quantization.parse(name)
 
 

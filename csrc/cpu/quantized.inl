@@ -1,11 +1,12 @@
 // Products with quantized weight matrices: each block of columns is dequantized in registers.
 //
-// A code times its scale is exact in float32 (8 bits times the 8 of a bfloat16), and the sums have
+// A code times its scale is exact in float32 (8 bits, or 4, times the 8 of a bfloat16), and the sums have
 // the order of product.inl, so the result has the bits of the dequantized matrix's product.
 //
 // Layout of a row: blocks of 32 columns, then the padding of the last one, whose codes mean 0. A
 // block of 8-bit codes is 32 signed bytes. A block of 4-bit codes is 16 bytes: byte i holds column
-// i in its low half and column 16 + i in its high half, each as the code plus 8.
+// i in its low half and column 16 + i in its high half, each as the code plus 8. A block of fp8 is 32
+// numbers of 8 bits: a sign, 4 of exponent with bias 7, 3 of mantissa (e4m3).
 
 namespace multiexit::cpu::ISA_NAMESPACE {
 
@@ -84,6 +85,42 @@ struct Codes4 {
       out[v] = __builtin_convertvector((pairs & 15) - 8, Vec) * scale;
       out[v + kBlockVecs / 2] = __builtin_convertvector((pairs >> 4) - 8, Vec) * scale;
     }
+  }
+#endif
+};
+
+// Shifted to where float16 has its exponent and mantissa, a number of e4m3 is 2^-8 of itself, those
+// without a leading 1 too.
+struct CodesFloat8 {
+  static constexpr int64_t kBytes = kBlock;
+
+  static inline void dequantize(const uint8_t* p, float scale, Vec* out) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kBlockVecs; ++v) out[v] = halves(p + v * kWidth) * (scale * 256.0f);
+  }
+
+ private:
+#if defined(MULTIEXIT_AVX512)
+  static inline Vec halves(const uint8_t* p) {
+    const __m256i codes =
+        _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return (Vec)_mm512_cvtph_ps(
+        _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16((short)0xbf80)));
+  }
+#elif defined(MULTIEXIT_AVX2)
+  static inline Vec halves(const uint8_t* p) {
+    const __m128i codes = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return (Vec)_mm256_cvtph_ps(
+        _mm_and_si128(_mm_slli_epi16(codes, 7), _mm_set1_epi16((short)0xbf80)));
+  }
+#else
+  static inline Vec halves(const uint8_t* p) {
+    Vec numbers;
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const uint16_t sign = (p[i] & 0x80) << 8, size = (p[i] & 0x7f) << 7;
+      numbers[i] = half_to_float(sign | size);
+    }
+    return numbers;
   }
 #endif
 };
@@ -228,7 +265,9 @@ static void quantized_product_of(const float* x, int64_t tokens, const Matrix& m
 
 static void quantized_product(const void* x, int64_t tokens, const Matrix& weight, int64_t first,
                               int64_t count, const float* bias, float* out, int64_t out_stride) {
-  const auto run = weight.bits == 8 ? quantized_product_of<Codes8> : quantized_product_of<Codes4>;
+  const auto run = weight.is_float    ? quantized_product_of<CodesFloat8>
+                   : weight.bits == 8 ? quantized_product_of<Codes8>
+                                      : quantized_product_of<Codes4>;
   run(static_cast<const float*>(x), tokens, weight, first, count, bias, out, out_stride);
 }
 

@@ -25,6 +25,7 @@ struct Matrix {
   int bits = 0;
   const BFloat16* scales = nullptr;  // [rows, groups]
   int64_t group_size = 0;
+  bool is_float = false;  // codes are numbers in e4m3, else integers
 
   int64_t row_bytes() const {
     if (bits) return (columns + kBlock - 1) / kBlock * kBlock * bits / 8;

@@ -385,6 +385,43 @@ void heads(int64_t vocab) {
   }
 }
 
+// A number of e4m3 by its definition.
+double meaning(int code) {
+  const int exponent = code >> 3 & 15;
+  const double size = exponent ? std::ldexp(8 + (code & 7), exponent - 10) : std::ldexp(code & 7, -9);
+  return code & 128 ? -size : size;
+}
+
+// Every number of e4m3 in every lane, one scale for a row.
+void floats_of_8_bits() {
+  constexpr int64_t kRows = 3, kColumns = 550;
+  Matrix matrix = {nullptr, DType::kFloat32, kRows, kColumns, 8, nullptr, 576, true};
+  std::vector<uint8_t> codes(kRows * matrix.row_bytes(), 0);
+  std::vector<BFloat16> scales(kRows);
+  for (int64_t r = 0; r < kRows; ++r) {
+    const float scale = 1.0f / (r + 1);
+    kernels().from_float(&scale, &scales[r], DType::kBFloat16, 1);
+    for (int64_t c = 0; c < kColumns; ++c)
+      codes[r * matrix.row_bytes() + c] = (c + 37 * r) % 128 == 127 ? 0 : (c + 37 * r) % 256;
+  }
+  matrix.data = codes.data();
+  matrix.scales = scales.data();
+  for (int64_t tokens : {1, 9}) {
+    const auto x = numbers(tokens * kColumns);
+    std::vector<float> out(tokens * kRows);
+    multiply(3, x.data(), tokens, {matrix, nullptr}, out.data(), kNothingMore);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t r = 0; r < kRows; ++r) {
+        float scale;
+        kernels().to_float(&scales[r], DType::kBFloat16, &scale, 1);
+        double sum = 0.0;
+        for (int64_t c = 0; c < kColumns; ++c)
+          sum += x[t * kColumns + c] * scale * meaning(codes[r * matrix.row_bytes() + c]);
+        expect_near(out[t * kRows + r] / 448, sum / 448, "product of numbers of 8 bits");
+      }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -393,6 +430,7 @@ int main() {
     products();
     for (int bits : {8, 4})
       for (int64_t group_size : {32, 64}) quantized_products(bits, group_size);
+    floats_of_8_bits();
     conversions();
     for (int64_t head_dim : {1, 6, 16, 70})
       for (int64_t window : {0, 2})

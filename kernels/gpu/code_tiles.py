@@ -74,3 +74,59 @@ def multiplied_codes(
             sums = _dot((codes & 15).to(tl.int8) - 8, x) + _dot((codes >> 4).to(tl.int8) - 8, high)
         total += sums * scale.to(tl.float32)[:, None]
     return total
+
+
+@triton.jit
+def e4m3_halves(codes):
+    """float16 numbers that are 2**-8 of what codes of e4m3 mean, exactly; of NaN they are numbers.
+
+    Integers alone, as compute capability 8.0 has no conversion: shifted to where float16 has its
+    exponent and mantissa, a number differs by the biases of exponents (7 and 15), those without a
+    leading 1 too.
+    """
+    wide = codes.to(tl.int16)
+    return (((wide & 128) << 8) | ((wide & 127) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def multiplied_e4m3(
+    x_ptr,
+    code_ptr,
+    scale_ptr,
+    rows,
+    row_mask,
+    entries,
+    entry_mask,
+    start,
+    stop,
+    code_stride,
+    x_stride,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """[BLOCK_V, BLOCK_R] float32 sums over the columns ``start`` to ``stop - 1``, in their order.
+
+    A row of the matrix has one scale. Masked rows and entries are not read and give 0.
+    """
+    columns = tl.arange(0, BLOCK_K)
+    code_ptrs = code_ptr + entries.to(tl.int64)[:, None] * code_stride + columns[None, :]
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    total = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
+    for k in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
+        inside = (k + columns < stop)[None, :]
+        codes = tl.load(  # [BLOCK_V, BLOCK_K]
+            code_ptrs + k,
+            mask=entry_mask[:, None] & inside,
+            other=0,
+            eviction_policy="evict_first",
+        )
+        x = tl.load(x_ptrs + k, mask=row_mask[:, None] & inside, other=0.0)  # [BLOCK_R, BLOCK_K]
+        numbers = e4m3_halves(codes)
+        if x.dtype == tl.float32:
+            total = tl.dot(numbers.to(tl.float32), x.T, total, input_precision="ieee")
+        else:
+            total = tl.dot(numbers.to(x.dtype), x.T, total)
+    scale = tl.load(scale_ptr + entries, mask=entry_mask, other=0.0)  # [BLOCK_V]
+    return total * (scale.to(tl.float32) * 256.0)[:, None]

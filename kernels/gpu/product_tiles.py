@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from multiexit_engine.kernels.activations import activate
-from multiexit_engine.kernels.code_tiles import multiplied_codes
+from multiexit_engine.kernels.code_tiles import multiplied_codes, multiplied_e4m3
 from multiexit_engine.kernels.norms import normalised, row_moments
 from multiexit_engine.kernels.row_lists import rows_at
 
@@ -145,7 +145,8 @@ def product_kernel(
     GATED: the first half of a tile are gates, the other the numbers that they let through;
     ``out_features`` counts what comes out. LISTED: the rows are those of a list, in ``x`` as in the
     output; a block that the list does not reach reads no weight. BITS: of the codes of a quantized
-    matrix, whose GROUP columns share a scale; 0 for a plain one.
+    matrix, whose GROUP columns share a scale; 0 for a plain one. Codes of rows that have one scale,
+    with GROUP 0, are numbers in e4m3.
     """
     part = tl.program_id(0)
     tile = tl.program_id(1)
@@ -171,6 +172,11 @@ def product_kernel(
             x_ptr, weight_ptr, gain_ptr, shift_ptr, rows, row_mask, entries, entry_mask,
             start, stop, width, x_stride, eps,
             NORM, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+        )  # fmt: skip
+    elif GROUP == 0:
+        total = multiplied_e4m3(
+            x_ptr, weight_ptr, scale_ptr, rows, row_mask, entries, entry_mask,
+            start, stop, code_stride, x_stride, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
         )  # fmt: skip
     else:
         total = multiplied_codes(

@@ -38,6 +38,8 @@ _KEPT_TICKETS = 16 * _PROGRAMS
 
 # Loads in flight of codes, of which a step has few.
 CODE_STAGES = 8
+# The same of numbers of 8 bits, whose steps are those of plain matrices and half as many bytes.
+FLOAT_STAGES = 6
 
 
 class Codes(Protocol):
@@ -257,7 +259,7 @@ def _launch(
         stored, scales, bits, group = weight, None, 0, 0
     else:
         how = cut(x, weight.shape[0], x.dtype, gated, listed is not None)
-        how.constants["STAGES"] = CODE_STAGES
+        how.constants["STAGES"] = CODE_STAGES if weight.quantization.group_size else FLOAT_STAGES
         stored, scales = weight.codes, weight.scales
         bits, group = weight.quantization.bits, weight.quantization.group_size
     gain, shift, eps = norm_before or (None, None, 0.0)

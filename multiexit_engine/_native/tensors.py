@@ -41,7 +41,8 @@ def matrix(weight: Weight) -> _C.Matrix:
             columns,
             how.bits,
             weight.scales.data_ptr(),
-            how.group_size,
+            how.group_of(columns),
+            how.is_float,
         )
     return _C.Matrix(weight.data_ptr(), DTYPES[weight.dtype], *weight.shape)
 

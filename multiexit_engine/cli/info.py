@@ -30,7 +30,8 @@ def info(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="Show the memory of weights in int8, int4, int8-g64, ...")
+        str | None,
+        typer.Option(help="Show the memory of weights in int8, int4, fp8, int8-g64, ..."),
     ] = None,
 ) -> None:
     """Family, exits, size and possible decoding modes of MODEL; loads no weights."""

@@ -16,7 +16,7 @@ from tests.tiny import save_gpt2
 
 PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12, 6, 3], [9] * 40, [77]]
 MODES = [Original(), Contrast(6, 2), Exit(4), Contrast("original", 4, alpha=0.01)]
-KINDS = pytest.mark.parametrize("kind", ["int8", "int4", "int8-g64", "int4-g64"])
+KINDS = pytest.mark.parametrize("kind", ["int8", "int4", "int8-g64", "int4-g64", "fp8"])
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,8 @@ def layers(dtype: torch.dtype) -> Iterator[_Item]:
         for bits, group in ((8, 32), (8, 64), (4, 32), (4, 64)):
             codes = {"BITS": bits, "GROUP": group, "SPLIT": True, "STAGES": products.CODE_STAGES}
             yield _product(f"product rows={rows} int{bits}-g{group}", rows, dtype, codes)
+        numbers = {"BITS": 8, "GROUP": 0, "SPLIT": True, "STAGES": products.FLOAT_STAGES}
+        yield _product(f"product rows={rows} fp8", rows, dtype, numbers)
         for name, (head_dim, has) in QKV.items():
             norm = has["NORM"] if is_normed else "none"
             yield _qkv(
@@ -127,6 +129,8 @@ def _product(name: str, rows: int, dtype: torch.dtype, has: dict[str, Any]) -> _
         "count_ptr": constants["LISTED"],
     }
     stored = {8: "*i8", 4: "*u8"}.get(constants["BITS"], POINTERS[dtype])
+    if constants["BITS"] and not constants["GROUP"]:
+        stored = "*u8"
     types = {"weight_ptr": stored, "scale_ptr": "*bf16", "residual_ptr": "*fp32"}
     if constants["HAS_RESIDUAL"]:
         types["output_ptr"] = "*fp32"

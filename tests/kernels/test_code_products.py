@@ -8,7 +8,7 @@ from multiexit_engine.quantization import Quantization, QuantizedWeight, dequant
 
 products = pytest.importorskip("multiexit_engine.kernels.products")
 
-KINDS = pytest.mark.parametrize("name", ["int8", "int8-g64", "int4", "int4-g64"])
+KINDS = pytest.mark.parametrize("name", ["int8", "int8-g64", "int4", "int4-g64", "fp8"])
 # rows, columns, outputs: less than a group, odd sizes, cut sums, more rows than are streamed
 SHAPES = pytest.mark.parametrize("shape", [(1, 7, 3), (5, 97, 40), (20, 520, 34), (70, 33, 6)])
 DTYPES = pytest.mark.parametrize(
@@ -56,10 +56,35 @@ def test_a_row_has_the_same_bits_beside_any_others(name, device):
         assert torch.equal(products.head_logits(x[rows], weight), together[rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_code_of_fp8_is_multiplied_as_its_number(dtype, device):
+    codes = torch.arange(256).to(torch.uint8)
+    codes[codes & 127 == 127] = 0
+    scales = torch.ones(256, 1, dtype=torch.bfloat16)
+    # a number in each row, amid columns of zeros
+    stored = torch.zeros(256, 32, dtype=torch.uint8)
+    stored[:, 17] = codes
+    how = Quantization.parse("fp8")
+    weight = QuantizedWeight(stored.to(device), scales.to(device), 32, how)
+    x = torch.eye(32)[16:18].to(dtype).to(device)
+    found = products.head_logits(x, weight).cpu()
+    assert found[0].tolist() == [0.0] * 256
+    assert found[1].tolist() == codes.view(torch.float8_e4m3fn).float().tolist()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
-@KINDS
+@pytest.mark.parametrize("name", ["int8", "int8-g64", "int4", "int4-g64"])
 def test_codes_are_read_once(name, bytes_read):
     x, weight = operands((20, 520, 34), name, torch.bfloat16, "cpu")
     products.head_logits(x, weight)
     assert bytes_read(weight.codes) == weight.codes.nbytes
     assert bytes_read(weight.scales) == weight.scales.nbytes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
+def test_numbers_of_fp8_are_read_once_and_their_scale_for_each_part_of_a_sum(bytes_read):
+    x, weight = operands((20, 520, 34), "fp8", torch.bfloat16, "cpu")
+    products.head_logits(x, weight)
+    # padding is not read
+    assert bytes_read(weight.codes) == weight.codes[:, :520].nbytes
+    assert bytes_read(weight.scales) == products.splits_for(34, 520) * weight.scales.nbytes

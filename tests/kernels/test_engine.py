@@ -161,7 +161,7 @@ def test_grammars_are_masks_inside_the_kernels(folder, device, launched):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["int8", "int4-g64"])
+@pytest.mark.parametrize("name", ["int8", "int4-g64", "fp8"])
 def test_quantized_weights_give_the_ids_of_the_reference(folder, name, device):
     with rehearsal(device):
         found = ids(

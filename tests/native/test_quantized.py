@@ -8,9 +8,8 @@ from multiexit_engine.quantization import Quantization, QuantizedWeight, dequant
 from tests.native.test_dense import assert_same_beside_any_others, poisoned
 from tests.native.test_heads import choices
 
-KINDS = pytest.mark.parametrize(
-    "how", [Quantization(bits, size) for bits in (8, 4) for size in (32, 64)], ids=str
-)
+NAMES = ("int8", "int8-g64", "int4", "int4-g64", "fp8")
+KINDS = pytest.mark.parametrize("how", [*map(Quantization.parse, NAMES)], ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 SHAPES = pytest.mark.parametrize(
     ("rows", "inner", "outer"),
@@ -49,6 +48,17 @@ def test_product_equals_the_formula(isa, dtype, how, rows, inner, outer):
 def test_product_has_the_bits_of_the_dequantized_matrix(isa, how, rows, inner, outer):
     x, weight = poisoned((rows, inner), torch.float32, 0), quantized((outer, inner), how)
     assert torch.equal(linear(x, weight, None), linear(x, dequantize(weight), None))
+
+
+@pytest.mark.parametrize("columns", [256, 40])
+def test_every_code_of_fp8_is_read_as_its_number(isa, columns):
+    codes = torch.arange(256)[None, :columns].to(torch.uint8)
+    codes[codes & 127 == 127] = 0
+    codes = torch.nn.functional.pad(codes, (0, -columns % 32))
+    scales = torch.tensor([[3.0]], dtype=torch.bfloat16)
+    weight = QuantizedWeight(codes, scales, columns, Quantization.parse("fp8"))
+    found = linear(torch.eye(columns), weight, None)
+    assert torch.equal(found, dequantize(weight).T)
 
 
 @KINDS
