@@ -190,9 +190,9 @@ void packed_texts(bool is_bart, bool is_gated, int64_t head_dim) {
   const auto input = numbers(9 * hidden);
   const auto run = [&](const PackedTexts& texts, const PackedSources& sources, int64_t first,
                        int64_t count) {
-    std::vector<float> states(input.begin() + first * hidden,
-                              input.begin() + (first + count) * hidden);
-    run_packed_blocks(3, {block}, texts, is_bart ? &sources : nullptr, false, states.data());
+    std::vector<float> states(count * hidden);
+    run_packed_blocks(3, {block}, texts, is_bart ? &sources : nullptr, false,
+                      {input.data() + first * hidden, DType::kFloat32}, states.data());
     return states;
   };
   const std::vector<int64_t> rows = {0, 3, 7, 8}, own = {1, 2};
