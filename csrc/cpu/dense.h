@@ -29,7 +29,7 @@ inline Linear part_of(const Linear& linear, int64_t first, int64_t count) {
 inline int64_t rows_of_chunk(const Matrix& weight, int64_t tokens) {
   const int64_t row_bytes = std::max<int64_t>(1, weight.row_bytes());
   const int64_t bytes = tokens > 8 ? 256 << 10 : 128 << 10;
-  return std::max<int64_t>(12, bytes / row_bytes / 12 * 12);
+  return std::max<int64_t>(tokens > 8 ? 24 : 12, bytes / row_bytes / 12 * 12);
 }
 
 // Tokens that are multiplied with the whole matrix before the next ones are: what each of its rows

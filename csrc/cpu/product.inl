@@ -181,8 +181,8 @@ static void product_of(const void* input, int64_t tokens, const Matrix& matrix, 
   int64_t rows = tile_rows(width);
   if (!is_whole || passes > 1) {
     rows = kWeightBytes / row_bytes / 12 * 12;
-    if (!is_whole && rows > kMostRows) rows = kMostRows;
     if (rows < 12) rows = 12;
+    if (!is_whole) rows = kMostRows;
   }
   alignas(64) Vec sums[kMostRows * kTileTokens];
   for (int64_t start = first; start < first + count; start += rows) {

@@ -29,6 +29,9 @@ from multiexit_engine.transfer import to_host
 LEAST_NUMBERS = 1 << 21
 # calls in a row that codes may leave open before they are given up
 PATIENCE = 8
+# Of so many rows both terms are multiplied while the head's codes come from memory; of more the
+# second one doubles the time.
+FEW_ROWS = 6
 
 
 @dataclass(frozen=True)
@@ -132,17 +135,16 @@ class RoughHeads:
         if head is None or not _are_known(rows):
             return None
         assert isinstance(weight, Tensor), "quantized heads have no codes"
-        states = code_states(rows.hidden, head, num_terms=2)
-        choice = rows.groups, rows.alpha, rows.temperature, rows.seeds, rows.positions
-        bounds = logit_bounds(states, head, bias)
-        tokens = coded_head_tokens(
-            rows.hidden, weight, bias, *choice, states, head, bounds, rows.num_candidates
-        )
+        is_many = len(rows.hidden) > FEW_ROWS and not rows.is_contrasted
+        tokens = _by_codes(rows, weight, bias, head, num_terms=1 if is_many else 2)
+        places = _open_places(tokens)
+        if places and is_many:
+            left = rows.some(places)
+            tokens[places] = _by_codes(left, weight, bias, head, num_terms=2)
+            places = _open_places(tokens)
         log_probs = torch.zeros(len(tokens))
-        is_open = tokens < 0
-        (chosen,) = to_host([tokens])
-        places = [place for place, token in enumerate(chosen) if token < 0]
         if places:
+            is_open = tokens < 0
             left = rows.some(places)
             tokens[is_open], log_probs[is_open] = shared_head_tokens(
                 left.hidden,
@@ -178,6 +180,23 @@ def exact_best_tokens(hidden: Tensor, weight: Weight, bias: Tensor | None) -> tu
     """[rows] int64 and [rows]: the most likely token of each row, and its log-probability."""
     nothing = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     return head_tokens(hidden, weight, bias, nothing.float(), nothing, nothing)
+
+
+def _by_codes(
+    rows: HeadRows, weight: Tensor, bias: Tensor | None, head: CodedHead, *, num_terms: int
+) -> Tensor:
+    """[rows] int64 tokens; -1 where states in so many terms leave them open."""
+    states = code_states(rows.hidden, head, num_terms=num_terms)
+    choice = rows.groups, rows.alpha, rows.temperature, rows.seeds, rows.positions
+    bounds = logit_bounds(states, head, bias)
+    return coded_head_tokens(
+        rows.hidden, weight, bias, *choice, states, head, bounds, rows.num_candidates
+    )
+
+
+def _open_places(tokens: Tensor) -> list[int]:
+    (chosen,) = to_host([tokens])
+    return [place for place, token in enumerate(chosen) if token < 0]
 
 
 def _are_known(rows: HeadRows) -> bool:

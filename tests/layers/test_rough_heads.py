@@ -114,3 +114,27 @@ def test_contrasts_that_are_sampled_or_have_other_lower_heads_are_left_alone(hea
     assert heads.tokens(replace(rows, groups=[rows.groups[0], lower]), weight, None) is None
     sampled = replace(rows, temperature=torch.full((5,), 0.5))
     assert heads.tokens(sampled, weight, None) is None
+
+
+def test_states_of_many_rows_have_one_term_and_what_that_leaves_open_two(heads, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(40, 16, generator=generator)
+    weight = torch.randn(300, 16, generator=generator)
+    weight[150:] = weight[:150] + 1e-5  # neighbours that only exact logits tell apart
+    wanted = (hidden @ weight.T).argmax(1)
+    asked, code_states = [], rough_heads.code_states
+
+    def noted(some, head, num_terms):
+        asked.append((len(some), num_terms))
+        found = code_states(some, head, num_terms)
+        if num_terms == 1:
+            found.errors[:9] = torch.nan  # as of rows that it leaves open
+        return found
+
+    monkeypatch.setattr(rough_heads, "code_states", noted)
+    tokens, _ = heads.best_tokens(hidden, weight, None)
+    assert asked == [(40, 1), (9, 2)]
+    assert tokens.tolist() == wanted.tolist()
+    asked.clear()
+    heads.best_tokens(hidden[: rough_heads.FEW_ROWS], weight, None)
+    assert asked == [(rough_heads.FEW_ROWS, 2)]
