@@ -6,6 +6,7 @@ Knows nothing of who asks, or of what is decided by the numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 
 import torch
@@ -55,6 +56,11 @@ class CodedHead:
     vocab: int
     norm: float
     size: float
+
+    @cached_property
+    def error(self) -> float:
+        """The greatest of ``errors``; PyTorch's threads would wake to find it for each call."""
+        return float(self.errors.max())
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +152,11 @@ def code_states(hidden: Tensor, head: CodedHead, num_terms: int = 1) -> CodedHid
         head: whose codes they are for.
         num_terms: 2 for states as of 16 bits, whose own error is next to nothing.
     """
-    return code_hidden(hidden * head.columns, num_terms)
+    scaled = torch.empty_like(hidden)
+    # all at once PyTorch's threads would share it out and then spin beside the kernels
+    for part, out in zip(torch.split(hidden, LANES), torch.split(scaled, LANES), strict=True):
+        torch.mul(part, head.columns, out=out)
+    return code_hidden(scaled, num_terms)
 
 
 @register_op
@@ -199,7 +209,7 @@ def logit_bounds(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> L
 def logit_errors(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:
     """[rows] float64: the most of ``logit_bounds``."""
     bounds = logit_bounds(hidden, head, bias)
-    return bounds.reaches.double() * head.errors.max().double() + bounds.slacks
+    return bounds.reaches.double() * head.error + bounds.slacks
 
 
 def rough_logits(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:

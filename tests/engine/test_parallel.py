@@ -149,6 +149,31 @@ def test_sure_rows_are_not_computed_further(elmer):
     assert rows_of(elmer, SOURCES[:1], mode) == [[6, 6, 0, 0], [0, 6, 0, 0]]
 
 
+@pytest.mark.parametrize("is_rough", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        Parallel("soft", length=9),
+        Parallel("confidence", "max_prob", 0.5, length=9),
+        Parallel("confidence", "entropy", 2.5, length=9),
+        Parallel("confidence", "entropy", 2.5, layers=(2, 3), length=9, gate_bias=False),
+        Parallel("prescribed", layers=[1, 3, 2, 4, 1, 1, 2, 2, 3]),
+    ],
+    ids=str,
+)
+def test_each_layer_runs_for_the_rows_that_left_later_on_every_route(
+    mode, backend, is_rough, rough_heads
+):
+    rough_heads(is_rough)
+    own = Engine.from_pretrained(GOLDEN, dtype="float32", backend=backend)
+    exits = [layer for _, layers in results(own, SOURCES, mode) for layer in layers]
+    computed, keyed = rows_of(own, SOURCES, mode)
+    assert computed == [sum(exit > layer for exit in exits) for layer in range(4)]
+    assert mode.exit == "soft" or computed[0] > computed[3]
+    assert all(k >= c for k, c in zip(keyed[1:], computed[1:], strict=True))
+
+
 @pytest.mark.parametrize("measure", ["entropy", "max_prob"])
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_rough_gates_change_neither_tokens_nor_layers(backend, measure, rough_heads):
