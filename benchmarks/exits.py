@@ -13,6 +13,7 @@ Beside each gain stands what bytes and arithmetic would give if all ran at the m
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from functools import partial
@@ -163,6 +164,32 @@ def simulations(oracle: list[float] | None) -> list[float | None]:
     return [*oracle] if oracle else [None]
 
 
+def measure_target(
+    model: str | Path,
+    name: str,
+    rate: float | None,
+    draft_exit: int,
+    kind: torch.dtype,
+    batches: list[int],
+    draft_lens: list[int],
+    new_tokens: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """The rows of one target at one acceptance, at every batch size."""
+    engine = Engine.from_pretrained(model, dtype=kind, prefix_caching=False)
+    wanted = parse_decoding(name)
+    modes: dict[str, DecodingMode] = {"plain": wanted}
+    for length in ["auto", *draft_lens]:
+        modes[f"draft {length}"] = SelfSpeculative(draft_exit, length, wanted)  # type: ignore[arg-type]
+    bound = SpeculationBound.of(engine, draft_exit, kind)
+    told = None if rate is None else Oracle(engine, rate)
+    rows: list[dict[str, Any]] = []
+    for size in batches:
+        found = measure(engine, modes, size, new_tokens, rounds, told)
+        rows += [{"target": name} | row for row in with_bounds(found, bound, rate)]
+    return rows
+
+
 def with_bounds(
     rows: list[dict[str, Any]], bound: SpeculationBound, rate: float | None
 ) -> list[dict[str, Any]]:
@@ -204,19 +231,13 @@ def main(
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
     model = "demo" if shape == "demo" else make_checkpoint(SHAPES[shape], KEPT_CHECKPOINTS, kind)
+    options = draft_exit, kind, batch or [1, 4, 16], draft_len or [2, 4], new_tokens, rounds
     rows: list[dict[str, Any]] = []
     for name, rate in product(target or ["original"], simulations(oracle)):
-        # a new engine each time: it remembers what drafts were worth
-        engine = Engine.from_pretrained(model, dtype=kind, prefix_caching=False)
-        wanted = parse_decoding(name)
-        modes: dict[str, DecodingMode] = {"plain": wanted}
-        for length in ["auto", *(draft_len or [2, 4])]:
-            modes[f"draft {length}"] = SelfSpeculative(draft_exit, length, wanted)  # type: ignore[arg-type]
-        bound = SpeculationBound.of(engine, draft_exit, kind)
-        told = None if rate is None else Oracle(engine, rate)
-        for size in batch or [1, 4, 16]:
-            found = measure(engine, modes, size, new_tokens, rounds, told)
-            rows += [{"target": name} | row for row in with_bounds(found, bound, rate)]
+        # a new engine each time: it remembers what drafts were worth. The old one goes first, so
+        # that there are huge pages left for the weights
+        gc.collect()
+        rows += measure_target(model, name, rate, *options)
     simulated = ", simulated acceptance" if oracle else ""
     title = f"{shape}, {dtype}, exit {draft_exit}, {threads} threads{simulated}"
     cells = [
