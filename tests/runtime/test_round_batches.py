@@ -14,7 +14,7 @@ def drafting_items():
     lengths, tables, drafts = (6, 4, 9), ([3, 1, 0], [4, 5], [7, 6, 2]), (3, 2, 1)
     return [
         ScheduledSequence(
-            Sequence(request, 0, [*range(length)], 0, (), table), length - 1, 1, count
+            Sequence(request, 0, [*range(length)], block_table=table), length - 1, 1, count
         )
         for length, table, count in zip(lengths, tables, drafts, strict=True)
     ]
