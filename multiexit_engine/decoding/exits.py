@@ -7,23 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.dola import dola_scores
+from multiexit_engine.decoding.draws import Draws, pair_tokens, shared_tokens
 from multiexit_engine.decoding.plan import ContrastFunction, ExitPlan, HeadGroup
 from multiexit_engine.layers.exit_heads import ExitHeads, Head, HeadOperands
 from multiexit_engine.layers.rough_heads import HeadRows
 from multiexit_engine.ops import (
     contrast_heads,
     contrast_logits,
-    contrast_tokens,
     device_kind,
     head_logits,
     head_tokens,
-    shared_head_tokens,
 )
 from multiexit_engine.ops.edits import TokenEdits
 from multiexit_engine.ops.tokens import RowGroup
@@ -32,25 +31,6 @@ from multiexit_engine.transfer import to_device
 
 # the edits of some rows of a plan
 EditsOf: TypeAlias = Callable[[Sequence[int]], TokenEdits]
-
-
-class Draws(NamedTuple):
-    """How the token of each row is drawn.
-
-    Attributes:
-        temperature: [rows] float32; 0 is greedy.
-        seeds: [rows] int64.
-        positions: [rows] int64, see ``gumbel_noise``.
-    """
-
-    temperature: Tensor
-    seeds: Tensor
-    positions: Tensor
-
-    def later(self, num_tokens: int, count: int) -> Draws:
-        """Of the first ``count`` rows, so many tokens later."""
-        positions = self.positions[:count] + num_tokens
-        return Draws(self.temperature[:count], self.seeds[:count], positions)
 
 
 def mode_scores(
@@ -142,7 +122,7 @@ def mode_tokens(
         own, counts, index = draws, num_candidates, None
         if rows != list(range(plan.num_rows)):
             index = _index(rows, draws.seeds.device)
-            own = Draws(*(column[index] for column in draws))
+            own = draws.rows(index)
             counts = None if num_candidates is None else num_candidates[index]
         edits = None if edits_of is None else edits_of(rows)
         parts.append(_chosen_together(shared, plan, taps, heads, own, counts, edits))
@@ -156,35 +136,6 @@ def mode_tokens(
         return tokens, logprobs
     places = _index(_places(range(plan.num_rows), order), tokens.device)
     return tokens[places], logprobs[places]
-
-
-def pair_tokens(
-    upper: HeadOperands,
-    lower: HeadOperands | None,
-    alpha: Tensor | None,
-    draws: Draws,
-    num_candidates: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """``mode_tokens`` of rows that all have one head, or the contrast of the same two.
-
-    Args:
-        upper: the head.
-        lower: what it is contrasted with, if anything; neither head has a bias then.
-        alpha: [rows] float32, see ``contrast_logits``; with ``lower`` only.
-        draws: how each row's token is drawn.
-        num_candidates: [rows] int32 that takes the sizes of plausible sets; with ``lower`` only.
-    """
-    if lower is None or alpha is None:
-        return head_tokens(*upper, *draws)
-    return contrast_tokens(
-        upper.hidden,
-        upper.weight,
-        lower.hidden,
-        lower.weight,
-        alpha,
-        *draws,
-        num_candidates=num_candidates,
-    )
 
 
 def no_candidates(plan: ExitPlan, device: torch.device) -> Tensor | None:
@@ -215,7 +166,7 @@ def draft_tokens(
 
     Source: Zhao et al. 2025, arXiv:2502.14856, with the vocabulary's own order in place of counts.
     """
-    return head_tokens(*heads.operands(head, tap).first(num_tokens), *draws)[0]
+    return head_tokens(*heads.operands(head, tap).first(num_tokens), *draws.columns)[0]
 
 
 _Sharing: TypeAlias = list[tuple[list[HeadGroup], HeadOperands]]
@@ -250,8 +201,9 @@ def _chosen_together(
     uppers = [upper for _, upper in shared]
     hidden = torch.cat([u.hidden for u in uppers]) if len(uppers) > 1 else uppers[0].hidden
     upper = uppers[0]._replace(hidden=hidden)
+    is_unchanged = edits is None and draws.narrowing is None
     is_plain = edits is None and all(group.lower is None for group in groups)
-    is_rough = edits is None and device_kind(hidden.device) == "cpu"
+    is_rough = is_unchanged and device_kind(hidden.device) == "cpu"
     if is_plain and not is_rough:
         return pair_tokens(upper, None, None, draws, None)
     lowers = [_lower_operands(group, plan, taps, heads) for group in groups]
@@ -264,7 +216,7 @@ def _chosen_together(
         for group, lower in zip(groups, lowers, strict=True)
     ]
     if is_rough and least is None:
-        rows = HeadRows(hidden, parts, alpha, *draws, num_candidates)
+        rows = HeadRows(hidden, parts, alpha, *draws.columns, num_candidates)
         found = heads.rough.tokens(rows, upper.weight, upper.bias)
         if found is not None:
             return found
@@ -274,9 +226,7 @@ def _chosen_together(
     is_pair = lower is not None and len(groups) == 1 and least is None and edits is None
     if is_pair and lower and upper.bias is None and lower.bias is None:
         return pair_tokens(upper, lower, alpha, draws, num_candidates)
-    return shared_head_tokens(
-        hidden, upper.weight, upper.bias, parts, alpha, least, *draws, num_candidates, edits=edits
-    )
+    return shared_tokens(upper, parts, alpha, least, draws, num_candidates, edits)
 
 
 def _lower_operands(

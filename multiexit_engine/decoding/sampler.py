@@ -22,6 +22,7 @@ __all__ = [
     "choose_tokens",
     "needs_distribution",
     "needs_scores",
+    "needs_whole_distribution",
     "pick_tokens",
     "token_logprobs",
 ]
@@ -52,7 +53,12 @@ def needs_scores(
 
 def needs_distribution(params: SamplingParams) -> bool:
     """Whether more of its distribution is wanted than a token, after changes of single scores."""
-    return params.logprobs is not None or (not params.is_greedy and is_warped(params))
+    return needs_whole_distribution(params) or (not params.is_greedy and is_warped(params))
+
+
+def needs_whole_distribution(params: SamplingParams) -> bool:
+    """Whether more is wanted than a draw from what top_k, top_p and min_p leave."""
+    return params.logprobs is not None or (not params.is_greedy and params.typical_p < 1)
 
 
 def choose_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:

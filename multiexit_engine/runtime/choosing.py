@@ -14,8 +14,8 @@ from torch import Tensor
 
 from multiexit_engine.batch import BeamCandidates, StepOutput
 from multiexit_engine.decoding.beam import beam_candidates
+from multiexit_engine.decoding.draws import Draws
 from multiexit_engine.decoding.exits import (
-    Draws,
     EditsOf,
     draft_tokens,
     gives_tokens,
@@ -25,15 +25,21 @@ from multiexit_engine.decoding.exits import (
     no_premature_layers,
 )
 from multiexit_engine.decoding.plan import ExitPlanner, resolve_mode
-from multiexit_engine.decoding.processors import allowed_tokens, process_scores, token_edits
+from multiexit_engine.decoding.processors import (
+    allowed_tokens,
+    asks_for_processing,
+    process_scores,
+    token_edits,
+)
 from multiexit_engine.decoding.sampler import (
     TokenRow,
     choose_tokens,
     needs_distribution,
-    needs_scores,
+    needs_whole_distribution,
     pick_tokens,
     token_logprobs,
 )
+from multiexit_engine.decoding.warpers import narrowing_of
 from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.ops import device_kind
 from multiexit_engine.params import Exit
@@ -64,14 +70,15 @@ class TokenChooser:
 
     def slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
         """Rows that choose tokens, in at most two slices: direct ones and others."""
-        with_edits = device_kind(self._device) == "cuda"
-        direct, scored = _split(rows, [self.is_direct(row, with_edits) for row in rows])
-        has_edits = not all(self.is_direct(row) for row in direct)
+        changed = device_kind(self._device) == "cuda"
+        is_direct = [self.is_direct(row, narrowed=changed, edited=changed) for row in rows]
+        direct, scored = _split(rows, is_direct)
+        has_edits = not all(self.is_direct(row, narrowed=True) for row in direct)
         found = [self._slice(direct, True, has_edits)] if direct else []
         return [*found, self._slice(scored)] if scored else found
 
     def draft_slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
-        """The same of rows that draft: direct ones have no edits, so that they may look at less."""
+        """The same of rows that draft: direct ones are unchanged, so that they may look at less."""
         direct, scored = _split(rows, [self.is_direct(row) for row in rows])
         found = [self._slice(direct, True)] if direct else []
         return [*found, self._slice(scored)] if scored else found
@@ -81,7 +88,8 @@ class TokenChooser:
         direct = [part for part in slices if part.is_direct]
         if len(direct) < 2:
             return list(slices)
-        whole = self._slice([row for part in direct for row in part.rows], is_direct=True)
+        rows = [row for part in direct for row in part.rows]
+        whole = self._slice(rows, True, any(part.has_edits for part in direct))
         start = 0
         for part in direct:
             whole.take_over(part, start)
@@ -161,14 +169,19 @@ class TokenChooser:
         head = resolve_mode(mode, self._planner.config).upper
         return draft_tokens(head, tap, self._heads, draws, num_tokens)
 
-    def is_direct(self, row: LogitRow, with_edits: bool = False) -> bool:
-        """Whether a row's token is all that is wanted of its distribution, after edits at most."""
+    def is_direct(self, row: LogitRow, *, narrowed: bool = False, edited: bool = False) -> bool:
+        """Whether a row's token is all that is wanted of its distribution.
+
+        Args:
+            row: to choose a token.
+            narrowed: it may be drawn from what top_k, top_p and min_p leave.
+            edited: penalties, biases, bans and grammars may come before.
+        """
         request = row.sequence.request
-        params = request.sampling
-        if with_edits:
-            is_seen = needs_distribution(params)
-        else:
-            is_seen = needs_scores(params, row.num_output_tokens, request.bad_words)
+        params, count = request.sampling, row.num_output_tokens
+        needs_more = needs_whole_distribution if narrowed else needs_distribution
+        is_edited = asks_for_processing(params, count, request.bad_words)
+        is_seen = needs_more(params) or (is_edited and not edited)
         return (
             not request.is_beam_search
             and _num_choices(row) == 1
@@ -299,7 +312,9 @@ class TokenChooser:
             [row.num_output_tokens for row in rows],
         ]
         seeds, positions = to_device(state, self._device)
-        return Draws(to_device(heats, self._device, torch.float32), seeds, positions)
+        narrowing = narrowing_of([s.request.sampling for s in sequences], self._device)
+        heat = to_device(heats, self._device, torch.float32)
+        return Draws(heat, seeds, positions, narrowing)
 
 
 def beam_candidate_count(request: Request, row: TokenRow) -> int:

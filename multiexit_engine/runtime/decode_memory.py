@@ -13,10 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multiexit_engine.decoding.warpers import NOT_NARROWED
+
 # groups of rows with different heads that a step may have
 MAX_GROUPS = 8
 # host copies of each buffer: one may still be read by the device while the other is filled
 TURNS = 2
+# the inputs that make up a ``Narrowing``
+NARROWING = ("top_k", "unlikely", "min_p")
 _ALIGNMENT = 8
 
 Fields = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
@@ -80,6 +84,7 @@ class DecodeRow(NamedTuple):
         num_output_tokens: before the one to be chosen.
         temperature: 0 is greedy.
         alpha: of its contrast; any number without one.
+        narrowing: its numbers in a ``Narrowing``.
     """
 
     token: int
@@ -90,6 +95,7 @@ class DecodeRow(NamedTuple):
     num_output_tokens: int
     temperature: float
     alpha: float
+    narrowing: tuple[int, float, float]
 
 
 class DecodeMemory:
@@ -117,7 +123,7 @@ class DecodeMemory:
         self.spare_row = num_rows
         self._block_size = block_size
         self._width = -(-max_model_len // block_size)
-        self._padding = DecodeRow(0, -1, 0, [spare_block], 0, 0, 0.0, 1.0)
+        self._padding = DecodeRow(0, -1, 0, [spare_block], 0, 0, 0.0, 1.0, NOT_NARROWED)
         rows = (num_rows + 1,)
         self._inputs = Packed(
             [
@@ -127,6 +133,8 @@ class DecodeMemory:
                 ("contexts", torch.int32, rows),
                 ("temperatures", torch.float32, rows),
                 ("alphas", torch.float32, rows),
+                (NARROWING[0], torch.int32, rows),
+                *((name, torch.float32, rows) for name in NARROWING[1:]),
                 ("tables", torch.int32, (*rows, self._width)),
             ],
             device,
@@ -176,6 +184,9 @@ class DecodeMemory:
         arrays["contexts"][:count] = [row.position + 1 for row in every]
         arrays["temperatures"][:count] = [row.temperature for row in every]
         arrays["alphas"][:count] = [row.alpha for row in every]
+        columns = zip(*(row.narrowing for row in every), strict=True)
+        for name, column in zip(NARROWING, columns, strict=True):
+            arrays[name][:count] = column
         for place, members in enumerate(groups):
             own = arrays["groups"][place]
             own[: len(members)] = members

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from multiexit_engine.batch import ForwardBatch, SequenceLayout
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
-from multiexit_engine.decoding.exits import Draws, pair_tokens
+from multiexit_engine.decoding.draws import Draws, pair_tokens, shared_tokens
 from multiexit_engine.decoding.plan import HeadGroup, Segment
 from multiexit_engine.layers.exit_heads import Head, HeadOperands
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.ops import head_tokens, shared_head_tokens
+from multiexit_engine.ops import head_tokens
+from multiexit_engine.ops.narrowing import Narrowing
 from multiexit_engine.ops.tokens import RowGroup
-from multiexit_engine.runtime.decode_memory import DecodeMemory
+from multiexit_engine.runtime.decode_memory import NARROWING, DecodeMemory
 from multiexit_engine.runtime.graphs import Pieces
 
 
@@ -118,7 +119,9 @@ class DecodePieces:
         what = head, num_tokens, first, size
         self._pieces.run(("draft", *what), batch, partial(self._draft, *what))
 
-    def choose(self, groups: Sequence[HeadGroup], batch: int, are_listed: bool) -> None:
+    def choose(
+        self, groups: Sequence[HeadGroup], batch: int, are_listed: bool, are_narrowed: bool
+    ) -> None:
         """Choose the tokens of rows with plain heads.
 
         Args:
@@ -126,9 +129,11 @@ class DecodePieces:
             groups: rows with the same heads.
             are_listed: whether the memory lists the rows of each group; else there is one group, of
                 the first rows.
+            are_narrowed: whether any of them draws from a part of its tokens.
         """
         for parts in self._by_matrix(groups, are_listed):
-            self._pieces.run(("heads", parts), batch, partial(self._choose, parts))
+            call = partial(self._choose, parts, are_narrowed)
+            self._pieces.run(("heads", parts, are_narrowed), batch, call)
 
     def _span(self, start: int, stop: int, first: int, size: int, bound: int) -> None:
         """Run a span of layers on ``size`` rows, from the memory of states to it."""
@@ -186,12 +191,15 @@ class DecodePieces:
         draws = inputs["temperatures"][rows], inputs["seeds"][rows], inputs["counts"][rows]
         self._memory.results["drafts"][rows] = head_tokens(*operands, *draws)[0]
 
-    def _choose(self, parts: tuple[_Part, ...]) -> None:
+    def _choose(self, parts: tuple[_Part, ...], are_narrowed: bool) -> None:
         """Choose tokens of the rows of groups whose heads have one matrix, which is read once."""
         inputs, results = self._memory.inputs, self._memory.results
         rows = [self._rows_of(part) for part in parts]
         own = rows[0] if len(parts) == 1 else torch.cat([r for r in rows if isinstance(r, Tensor)])
-        draws = Draws(inputs["temperatures"][own], inputs["seeds"][own], inputs["counts"][own])
+        narrowing = Narrowing(*(inputs[name][own] for name in NARROWING)) if are_narrowed else None
+        draws = Draws(
+            inputs["temperatures"][own], inputs["seeds"][own], inputs["counts"][own], narrowing
+        )
         alpha = inputs["alphas"][own]
         counts = torch.zeros_like(draws.seeds, dtype=torch.int32)
         pairs = list(zip(parts, rows, strict=True))
@@ -202,8 +210,8 @@ class DecodePieces:
         else:
             hidden = torch.cat([upper.hidden for upper in uppers])
             groups = [RowGroup(p.size, *(low or ())) for p, low in zip(parts, lowers, strict=True)]
-            _, weight, bias = uppers[0]
-            found = shared_head_tokens(hidden, weight, bias, groups, alpha, None, *draws, counts)
+            upper = uppers[0]._replace(hidden=hidden)
+            found = shared_tokens(upper, groups, alpha, None, draws, counts)
         results["tokens"][own], results["logprobs"][own] = found[0], found[1].float()
         results["candidates"][own] = counts
 

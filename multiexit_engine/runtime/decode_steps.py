@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
 from multiexit_engine.cache.exit_states import ExitStates
@@ -22,8 +23,10 @@ from multiexit_engine.decoding.plan import (
     plan_segments,
     target_mode,
 )
+from multiexit_engine.decoding.warpers import NOT_NARROWED, narrowing_row
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import Contrast, DecodingMode, EarlyExit, Exit, Original
+from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.request import sequence_seed
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choice
@@ -138,7 +141,8 @@ class DecodeSteps:
             self._run_chunks(batch, chunks, layers, places, targets)
         if plain:
             batch_size = rounds.sizes[0] if steady else self._pieces.size(len(plain))
-            self._pieces.choose(groups, batch_size, are_listed)
+            are_narrowed = any(_narrowing(row.sequence) != NOT_NARROWED for row in plain)
+            self._pieces.choose(groups, batch_size, are_listed, are_narrowed)
         choices = [self._choose_looking(part, places) for part in slices]
         self._memory.fetch(turn)
         coming = ComingStep(
@@ -171,8 +175,8 @@ class DecodeSteps:
                 self._pieces.run_layers(segments, bound, size)
             if isinstance(mode, PLAIN) and takes_pair(mode, self._model.heads):
                 group = replace(plan.groups[0], rows=tuple(range(size)))
-                for are_listed in (False, True):
-                    self._pieces.choose([group], size, are_listed)
+                for kind in product((False, True), repeat=2):
+                    self._pieces.choose([group], size, *kind)
         wait_for(self._device)
 
     def _by_kind(self, rows: Sequence[LogitRow]) -> tuple[list[LogitRow], list[LogitRow]]:
@@ -187,7 +191,7 @@ class DecodeSteps:
             isinstance(row.mode, PLAIN)
             and takes_pair(row.mode, self._model.heads)
             and row.sequence.grammar is None
-            and self._chooser.is_direct(row)
+            and self._chooser.is_direct(row, narrowed=True)
         )
 
     def _plan(self, rows: Sequence[LogitRow]) -> ExitPlan:
@@ -357,4 +361,9 @@ def _decode_row(
         num_output_tokens=item.stop + number - len(request.prompt_token_ids),
         temperature=request.sampling.temperature,
         alpha=alpha,
+        narrowing=_narrowing(sequence),
     )
+
+
+def _narrowing(sequence: TokenSequence) -> tuple[int, float, float]:
+    return narrowing_row(sequence.request.sampling)

@@ -17,7 +17,7 @@ from torch import Tensor
 from multiexit_engine.batch import ScheduledSequence
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
-from multiexit_engine.decoding.exits import Draws
+from multiexit_engine.decoding.draws import Draws
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import Exit, SelfSpeculative
 from multiexit_engine.request import Joining

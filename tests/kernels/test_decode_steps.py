@@ -15,7 +15,8 @@ pytest.importorskip("multiexit_engine.kernels.heads")
 
 PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12], [9] * 20]
 MODES = [Original(), Exit(2), Contrast(4, 2)]
-SAMPLING = SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=1.0, top_k=0, seed=3)
+DRAWN = SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=1.0, top_k=0, seed=3)
+NARROWED = SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=1.0, top_p=0.9, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +24,12 @@ def folder(tmp_path_factory):
     return save_gpt2(tmp_path_factory.mktemp("gpt2"), num_layers=4, num_heads=2, exits=(2, 4))
 
 
-def ids(engine):
-    return [o.outputs[0].token_ids for o in engine.generate(PROMPTS, SAMPLING, MODES)]
+def ids(engine, sampling=DRAWN):
+    return [o.outputs[0].token_ids for o in engine.generate(PROMPTS, sampling, MODES)]
 
 
-def test_padded_pieces_give_the_ids_of_the_reference(folder, device):
+@pytest.mark.parametrize("sampling", [DRAWN, NARROWED], ids=["drawn", "narrowed"])
+def test_padded_pieces_give_the_ids_of_the_reference(folder, sampling, device):
     """Pieces are called again instead of captured, with what their first call was given."""
     kept = {"device": device, "dtype": "float32", "max_model_len": 64}
     engine = Engine.from_pretrained(folder, backend="native", **kept)
@@ -37,17 +39,18 @@ def test_padded_pieces_give_the_ids_of_the_reference(folder, device):
     parts = engine._model, *kept_by_runner, engine.config, pieces
     runner._decode = DecodeSteps(*parts)
     with nullcontext() if device == "cuda" else assume_device("cuda"):
-        found = ids(engine)
+        found = ids(engine, sampling)
     assert pieces.num_captured
-    assert found == ids(Engine.from_pretrained(folder, backend="reference", **kept))
+    assert found == ids(Engine.from_pretrained(folder, backend="reference", **kept), sampling)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("ahead", [False, True], ids=["one at a time", "ahead"])
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_cuda_graphs_give_the_ids_of_the_reference(folder, backend, ahead):
+@pytest.mark.parametrize("sampling", [DRAWN, NARROWED], ids=["drawn", "narrowed"])
+def test_cuda_graphs_give_the_ids_of_the_reference(folder, sampling, backend, ahead):
     kept = {"device": "cuda", "dtype": "float32", "max_model_len": 64}
     options = {"backend": backend, "cuda_graphs": True, "async_scheduling": ahead}
-    found = ids(Engine.from_pretrained(folder, **kept, **options))
-    assert found == ids(Engine.from_pretrained(folder, backend="reference", **kept))
+    found = ids(Engine.from_pretrained(folder, **kept, **options), sampling)
+    assert found == ids(Engine.from_pretrained(folder, backend="reference", **kept), sampling)

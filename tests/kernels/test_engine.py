@@ -146,6 +146,40 @@ def test_penalties_biases_and_bans_are_taken_by_the_kernels(folder, device, laun
     assert found == [output.outputs[0].token_ids for output in expected]
 
 
+NARROWING = [
+    SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=1.0, seed=1),
+    SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=1.3, top_k=0, top_p=0.9, seed=2),
+    SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=0.7, top_k=9, min_p=0.1, seed=3),
+    SamplingParams(
+        max_new_tokens=3, ignore_eos=True, temperature=1.0, repetition_penalty=1.7, seed=4
+    ),
+    SamplingParams(max_new_tokens=3, ignore_eos=True),
+]
+
+
+def test_what_sampling_is_by_default_is_done_by_the_kernels(folder, device, launched):
+    """top_k=50, and top_p and min_p, beside rows with penalties and greedy ones."""
+    modes = [Contrast(4, 2), Contrast(4, 1), Exit(4), Contrast(4, 2, alpha=0.5), Contrast(4, 2)]
+    with rehearsal(device):
+        outputs = on_kernels(folder, device).generate(PROMPTS, NARROWING, modes)
+    assert launched == ["head_kernel", "contrast_finish_kernel"] * 3
+    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
+    expected = engine.generate(PROMPTS, NARROWING, modes)
+    found = [output.outputs[0].token_ids for output in outputs]
+    assert found == [output.outputs[0].token_ids for output in expected]
+
+
+def test_biases_count_where_some_rows_leave_early(folder, device):
+    sampling = [
+        SamplingParams(max_new_tokens=3, logit_bias={7 + i: 60.0}, ignore_eos=True)
+        for i in range(2)
+    ]
+    modes = [Original(), EarlyExit(0.0, "max_prob")]
+    with rehearsal(device):
+        outputs = on_kernels(folder, device).generate(PROMPTS[:2], sampling, modes)
+    assert [output.outputs[0].token_ids for output in outputs] == [[7] * 3, [8] * 3]
+
+
 def test_grammars_are_masks_inside_the_kernels(folder, device, launched):
     pytest.importorskip("llguidance")
     form = StructuredOutputs(regex="[ab]{2}")

@@ -18,7 +18,10 @@ from tests.tiny import save_gpt2
 
 GREEDY = SamplingParams(max_new_tokens=4, ignore_eos=True)
 DRAWN = SamplingParams(max_new_tokens=4, ignore_eos=True, temperature=0.9, top_k=0, seed=1)
-WARPED = SamplingParams(max_new_tokens=4, ignore_eos=True, temperature=0.9, top_k=20, seed=1)
+NARROWED = SamplingParams(
+    max_new_tokens=4, ignore_eos=True, temperature=0.9, top_k=20, top_p=0.8, min_p=0.01, seed=1
+)
+WARPED = SamplingParams(max_new_tokens=4, ignore_eos=True, temperature=0.9, typical_p=0.8, seed=1)
 PENALISED = SamplingParams(max_new_tokens=4, repetition_penalty=1.3, logprobs=2)
 BEAMS = SamplingParams(max_new_tokens=4, num_beams=2)
 
@@ -27,6 +30,7 @@ PLAIN = {
     "contrast": ([GREEDY], [Contrast(4, 2)]),
     "drawn": ([DRAWN, DRAWN], [Original(), Contrast(4, 2)]),
     "mixed": ([GREEDY, DRAWN, GREEDY, GREEDY], [Original(), Exit(2), Contrast(4, 2), Exit(4)]),
+    "narrowed": ([NARROWED, GREEDY, NARROWED], [Original(), Exit(2), Contrast(4, 2)]),
 }
 OTHERS = {
     "warped": ([WARPED], [Original()]),
@@ -44,7 +48,7 @@ def folder(tmp_path_factory):
     return save_gpt2(path, num_layers=4, num_heads=2, exits=(2, 4))
 
 
-@pytest.mark.parametrize("name", ["mixed", *OTHERS])
+@pytest.mark.parametrize("name", ["mixed", "narrowed", *OTHERS])
 def test_the_simulated_device_gives_the_ids_of_the_cpu(folder, name):
     sampling, modes = {**PLAIN, **OTHERS}[name]
     prompts = [[7 * i + 1, 5, 9] for i in range(len(modes))]

@@ -1,0 +1,104 @@
+"""How the token of each row is drawn, and the ops that draw it from the operands of heads.
+
+Knows nothing of plans, of requests, or of how hidden states came to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from multiexit_engine.layers.exit_heads import HeadOperands
+from multiexit_engine.ops import contrast_tokens, head_tokens, shared_head_tokens
+from multiexit_engine.ops.edits import TokenEdits
+from multiexit_engine.ops.narrowing import Narrowing
+from multiexit_engine.ops.tokens import RowGroup
+
+
+class Draws(NamedTuple):
+    """How the token of each row is drawn.
+
+    Attributes:
+        temperature: [rows] float32; 0 is greedy.
+        seeds: [rows] int64.
+        positions: [rows] int64, see ``gumbel_noise``.
+        narrowing: what is drawn from, see ``Narrowing``; None: from all tokens in every row.
+    """
+
+    temperature: Tensor
+    seeds: Tensor
+    positions: Tensor
+    narrowing: Narrowing | None = None
+
+    def rows(self, index: Tensor | slice) -> Draws:
+        """Those of some rows."""
+        narrowing = None if self.narrowing is None else self.narrowing.rows(index)
+        temperature, seeds, positions = (column[index] for column in self.columns)
+        return Draws(temperature, seeds, positions, narrowing)
+
+    def later(self, num_tokens: int, count: int) -> Draws:
+        """Of the first ``count`` rows, so many tokens later."""
+        temperature, seeds, positions, narrowing = self.rows(slice(count))
+        return Draws(temperature, seeds, positions + num_tokens, narrowing)
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What every op that chooses tokens takes."""
+        return self.temperature, self.seeds, self.positions
+
+
+def pair_tokens(
+    upper: HeadOperands,
+    lower: HeadOperands | None,
+    alpha: Tensor | None,
+    draws: Draws,
+    num_candidates: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``mode_tokens`` of rows that all have one head, or the contrast of the same two.
+
+    Args:
+        upper: the head.
+        lower: what it is contrasted with, if anything; neither head has a bias then.
+        alpha: [rows] float32, see ``contrast_logits``; with ``lower`` only.
+        draws: how each row's token is drawn.
+        num_candidates: [rows] int32 that takes the sizes of plausible sets; with ``lower`` only.
+    """
+    if draws.narrowing is not None:
+        group = RowGroup(len(upper.hidden), *(lower or ()))
+        return shared_tokens(upper, [group], alpha, None, draws, num_candidates)
+    if lower is None or alpha is None:
+        return head_tokens(*upper, *draws.columns)
+    return contrast_tokens(
+        upper.hidden,
+        upper.weight,
+        lower.hidden,
+        lower.weight,
+        alpha,
+        *draws.columns,
+        num_candidates=num_candidates,
+    )
+
+
+def shared_tokens(
+    upper: HeadOperands,
+    groups: Sequence[RowGroup],
+    alpha: Tensor | None,
+    least: Tensor | None,
+    draws: Draws,
+    num_candidates: Tensor | None,
+    edits: TokenEdits | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op ``shared_head_tokens``; ``alpha`` may be None where no group has a lower head."""
+    alpha = draws.temperature if alpha is None else alpha
+    return shared_head_tokens(
+        *upper,
+        groups,
+        alpha,
+        least,
+        *draws.columns,
+        num_candidates,
+        edits=edits,
+        narrowing=draws.narrowing,
+    )
