@@ -40,8 +40,30 @@ def read_head(measures: Sequence[Measure], operands: HeadOperands) -> HeadReadin
     Source: Schuster et al. 2022, arXiv:2207.07061, section 3.5 (probability, margin); Xin et al.
         2020, arXiv:2004.12993 (entropy).
     """
-    found = head_statistics(*operands)
+    return reading_of(measures, head_statistics(*operands))
+
+
+def reading_of(measures: Sequence[Measure], found: HeadStatistics) -> HeadReading:
+    """``read_head`` from statistics of the whole vocabulary."""
     return HeadReading(_columns(measures, found, {}), found.tokens)
+
+
+def joint_statistics(heads: Sequence[HeadOperands]) -> list[HeadStatistics]:
+    """The statistics of each head's rows; a matrix that several heads share is read once for all.
+
+    Exits of a model share their matrix but for ``LAYER_SPECIFIC_PROJECTION``.
+    """
+    sharing: dict[tuple[int, int], list[int]] = {}
+    for place, head in enumerate(heads):
+        sharing.setdefault((id(head.weight), id(head.bias)), []).append(place)
+    found: dict[int, HeadStatistics] = {}
+    for places in sharing.values():
+        counts = [len(heads[place].hidden) for place in places]
+        hidden = torch.cat([heads[place].hidden for place in places])
+        together = head_statistics(*heads[places[0]]._replace(hidden=hidden))
+        columns = zip(*(torch.split(column, counts) for column in together), strict=True)
+        found |= {p: HeadStatistics(*own) for p, own in zip(places, columns, strict=True)}
+    return [found[place] for place in range(len(heads))]
 
 
 def bounds(measures: Sequence[Measure], operands: HeadOperands, shortlist: int) -> Tensor:

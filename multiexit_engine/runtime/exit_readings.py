@@ -13,12 +13,12 @@ from torch import Tensor
 from multiexit_engine.batch import ScheduledBatch
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
-from multiexit_engine.decoding.gates import HeadReading, bounds, read_head, similarity
+from multiexit_engine.decoding.gates import bounds, joint_statistics, reading_of, similarity
 from multiexit_engine.decoding.plan import resolve_mode
 from multiexit_engine.layers.exit_heads import Head, HeadOperands
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.modes import HEAD_MEASURES, EarlyExit
-from multiexit_engine.ops import head_statistics
+from multiexit_engine.modes import EarlyExit
+from multiexit_engine.ops import HeadStatistics
 from multiexit_engine.runtime.flight import Flight
 
 
@@ -61,41 +61,35 @@ def read_exits(
     compares = mode.measure == "similarity"
     stops = sorted({*exits, last, *(layer - 1 for layer in exits if compares)} - {0})
     flight = Flight(model, kv_cache, states, {0: item})
-    values, tokens, normed = [], [], []
+    values: list[Tensor] = []
+    heads, normed = [], []
     for start, stop in zip([0, *stops], stops, strict=False):
         before = flight.hidden
         flight.run(start, stop)
         if stop not in exits:
             continue
         normed.append(model.heads.normed(flight.hidden))
-        operands = model.heads.operands(Head(stop), flight.hidden)
-        if mode.measure in HEAD_MEASURES or mode.measure == "patience":
-            reading = _read_head(mode, operands)
-        else:
-            value = (
-                similarity(before, flight.hidden)
-                if compares
-                else model.heads.probes.chances(stop, normed[-1])
-            )
-            reading = HeadReading(value, head_statistics(*operands).tokens)
-        values.append(reading.values)
-        tokens.append(reading.tokens)
-    best = head_statistics(*model.heads.operands(model.heads.original, flight.hidden)).tokens
-    columns = torch.stack(values, 1)
-    if mode.measure == "patience":
-        columns = _streaks(torch.stack(tokens, 1))
-    found = torch.stack([*tokens, best], 1)
-    return ExitReadings(tuple(exits), columns, found, torch.stack(normed, 1))
+        heads.append(model.heads.operands(Head(stop), flight.hidden))
+        if compares:
+            values.append(similarity(before, flight.hidden))
+        elif mode.measure == "probe":
+            values.append(model.heads.probes.chances(stop, normed[-1]))
+    heads.append(model.heads.operands(model.heads.original, flight.hidden))
+    found = joint_statistics(heads)
+    tokens = torch.stack([own.tokens for own in found], 1)
+    if not values:
+        values = [_measured(mode, *pair) for pair in zip(heads[:-1], found[:-1], strict=True)]
+    columns = _streaks(tokens[:, :-1]) if mode.measure == "patience" else torch.stack(values, 1)
+    return ExitReadings(tuple(exits), columns, tokens, torch.stack(normed, 1))
 
 
-def _read_head(mode: EarlyExit, operands: HeadOperands) -> HeadReading:
+def _measured(mode: EarlyExit, operands: HeadOperands, found: HeadStatistics) -> Tensor:
     measures = [mode.measure] * len(operands.hidden)
-    reading = read_head(measures, operands)
+    values = reading_of(measures, found).values
     if mode.shortlist is None:
-        return reading
+        return values
     stricter = torch.maximum if mode.measure == "entropy" else torch.minimum
-    values = stricter(reading.values, bounds(measures, operands, mode.shortlist))
-    return HeadReading(values, reading.tokens)
+    return stricter(values, bounds(measures, operands, mode.shortlist))
 
 
 def _streaks(tokens: Tensor) -> Tensor:

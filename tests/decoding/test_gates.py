@@ -5,9 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multiexit_engine.decoding.gates import bounds, passes, read_head, similarity
+from multiexit_engine.decoding.gates import (
+    bounds,
+    joint_statistics,
+    passes,
+    read_head,
+    similarity,
+)
 from multiexit_engine.layers.exit_heads import HeadOperands
 from multiexit_engine.modes import EarlyExit
+from multiexit_engine.ops import head_statistics
 
 MEASURES = ["max_prob", "margin", "entropy"]
 
@@ -63,3 +70,13 @@ def test_similarity_of_a_row_does_not_depend_on_the_others(rows, width, seed):
     assert torch.equal(found, alone)
     expected = torch.cosine_similarity(one.double(), other.double()).float()
     torch.testing.assert_close(found, expected)
+
+
+def test_heads_are_measured_together_as_alone():
+    """Two of one matrix beside one of its own, in any order."""
+    first, other = operands(1), operands(2, rows=3)
+    heads = [first, other, first._replace(hidden=first.hidden[:2] * 0.5)]
+    for own, found in zip(heads, joint_statistics(heads), strict=True):
+        alone = head_statistics(*own)
+        assert torch.equal(found.tokens, alone.tokens)
+        torch.testing.assert_close(found.entropy, alone.entropy)

@@ -115,12 +115,12 @@ def test_steps_beyond_the_largest_size_run_without_graphs(folder):
 @pytest.mark.parametrize(
     ("sampling", "mode"),
     [
-        (SamplingParams(max_new_tokens=9, ignore_eos=True, temperature=0.9, seed=1), Original()),
+        (SamplingParams(max_new_tokens=9, temperature=0.9, typical_p=0.8, seed=1), Original()),
         (LISTED, Contrast(4, 2)),
         (GREEDY, DoLa("low")),
         (SamplingParams(max_new_tokens=9, presence_penalty=0.5), Exit(4)),
     ],
-    ids=["top_k", "logprobs", "dola", "penalties"],
+    ids=["typical_p", "logprobs", "dola", "penalties"],
 )
 def test_layers_are_replayed_for_rows_whose_tokens_are_chosen_outside(folder, sampling, mode):
     prompts, kinds = [[1, 2, 3], [5, 6]], [GREEDY, sampling]
