@@ -36,8 +36,10 @@ if not torch.cuda.is_available():
     from tests.kernels import interpreter  # noqa: F401
 
 from benchmarks.gpu import (  # noqa: E402
+    answer_cases,
     attention_cases,
     ceilings,
+    code_cases,
     engine_check,
     head_cases,
     model_cases,
@@ -119,9 +121,11 @@ def sections(ceilings: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         "heads": lambda: head_cases.measure(read),
         "ring": lambda: ring_cases.measure(read),
         "products": lambda: product_cases.measure(read),
+        "codes": lambda: code_cases.measure(read),
         "attention": lambda: attention_cases.measure(read),
         "engine": engine_check.measure,
         "steps": step_cases.measure,
+        "answers": answer_cases.measure,
         "models": lambda: model_cases.measure(read, ceilings["gemm_TFLOP_s"]),
     }
 
@@ -130,9 +134,11 @@ TITLES = {
     "heads": "heads: bf16, greedy; % is of the measured read bandwidth",
     "ring": "heads of few rows: ring of bulk copies against Triton",
     "products": "products: bf16, norm and epilogue fused; % is of the read bandwidth",
+    "codes": "products with quantized weights: bf16 rows; % is of the read bandwidth",
     "attention": "paged attention: decode, bf16, block 16",
     "engine": f"engine on {timing.DEVICE}, greedy float32 ids against the CPU's",
     "steps": "decode steps: GPT-2-medium's shape, bf16, wall time of a step",
+    "answers": "answers of 32 tokens, BART-base's size, bf16: wall time",
     "models": "whole models: bf16, wall time of a token, or of a step of many",
 }
 

@@ -1,0 +1,79 @@
+"""Answers of 32 tokens to sources of 64: one token after the other, or all at once with exits.
+
+``benchmarks/nar.py`` on a GPU: random weights of BART-base's size, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from nar import MASK, SOURCE_LEN, autoregressive, modes, save
+from report import alternate, median
+from transformers import BartConfig, BartForConditionalGeneration
+
+from benchmarks.gpu.timing import DEVICE, sized
+
+LAYERS, WIDTH, VOCAB = sized((6, 768, 50265), (2, 32, 50265))
+BATCHES = sized((1, 16, 64), (2,))
+ROUNDS = sized(5, 1)
+
+
+def measure() -> list[dict[str, Any]]:
+    """Microseconds of an answer by batch and way."""
+    from multiexit_engine import Engine
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=VOCAB, d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS,
+        encoder_ffn_dim=4 * WIDTH, decoder_ffn_dim=4 * WIDTH,
+        encoder_attention_heads=WIDTH // sized(64, 16),
+        decoder_attention_heads=WIDTH // sized(64, 16),
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, torch.randn(WIDTH, 2 * WIDTH) * 0.02, Path(folder))
+        engine = Engine.from_pretrained(
+            folder,
+            device=DEVICE,
+            dtype=sized("bfloat16", "float32"),
+            backend=sized("native", "reference"),
+        )
+    model = model.to(DEVICE, sized(torch.bfloat16, torch.float32))
+    return [
+        {"batch": batch, "way": way, "us": 1e6 * median(seconds)}
+        for batch in BATCHES
+        for way, seconds in alternate(_turns(engine, model, batch), ROUNDS).items()
+    ]
+
+
+def _turns(engine: Any, model: Any, batch: int) -> dict[str, Callable[[], float]]:
+    from multiexit_engine import SamplingParams
+
+    generator = torch.Generator().manual_seed(batch)
+    sources = torch.randint(3, MASK, (batch, SOURCE_LEN), generator=generator)
+    sampling, lists, there = SamplingParams(ignore_eos=True), sources.tolist(), sources.to(DEVICE)
+    turns = {"transformers greedy": _timed(lambda: autoregressive(model, there, 1))}
+    for name, mode in modes().items():
+        if mode.layers is None or max(mode.layers) <= LAYERS:
+            turns[f"engine {name}"] = _timed(
+                lambda mode=mode: engine.generate(lists, sampling, mode, progress=False)
+            )
+    return turns
+
+
+def _timed(run: Callable[[], object]) -> Callable[[], float]:
+    """Wall time, the ids on the host included; NaN without a GPU."""
+
+    def turn() -> float:
+        started = time.perf_counter()
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started if DEVICE == "cuda" else float("nan")
+
+    return turn
