@@ -19,6 +19,9 @@ constexpr int64_t kMostNear = 4 * kPiece;
 constexpr int64_t kPairs = 4;
 // Beyond it products might overflow that lie within the bounds.
 constexpr double kGreatestSlack = 1e30;
+// Exact scores of a contrast are rounded after a normaliser is taken off, which is not known here:
+// nearer ones than this are left open.
+constexpr float kRounding = 1e-4f;
 
 // How a row's token is chosen: `margin` below the greatest lower end none of its tokens counts.
 struct Plan {
@@ -26,23 +29,28 @@ struct Plan {
   const LowerHead* lower;  // or null
   int64_t place;           // among the rows of `lower`
   Noise noise;             // of heat 0 where the row is greedy
+  double noise_margin;     // as `margin`, of scores with noise
+
   bool is_sampled() const { return noise.heat > 0; }
+  // Whether tokens can be chosen that are not plausible.
+  bool has_outsiders() const { return lower && is_sampled(); }
+  bool is_noisy() const { return !lower && is_sampled(); }
 };
 
 Plan plan_of(int64_t row, double slack, const Choice& choice) {
   const float heat = std::max(choice.temperature[row], 0.0f);
-  Plan plan = {2 * slack, nullptr, 0, {heat, 0, 0}};
+  Plan plan = {2 * slack, nullptr, 0, {heat, 0, 0}, 0.0};
   if (!plan.is_sampled()) return plan;
   plan.noise.seed = static_cast<uint64_t>(choice.seeds[row]);
   plan.noise.position = static_cast<uint32_t>(choice.positions[row]);
   // Scores are rounded when the noise is added, which is below 23.
-  plan.margin = plan.margin / heat + 1e-4;
+  plan.noise_margin = plan.margin / heat + 1e-4;
   return plan;
 }
 
-// What a contrast asks of the same row; only greedy rows whose sets need one token are known.
+// What a contrast asks of the same row; only sets that need one token are known.
 void add_lower(const LowerHead& lower, int64_t place, Plan& plan) {
-  const bool is_known = !plan.is_sampled() && (!lower.least || lower.least[place] == 1);
+  const bool is_known = !lower.least || lower.least[place] == 1;
   plan.lower = &lower;
   plan.place = place;
   plan.margin += is_known ? 1e-4 - plausible_from(0.0f, lower.alpha[place]) : INFINITY;
@@ -56,25 +64,34 @@ struct NearBest {
   Near found[kMostNear];
 
   void begin(const Plan& plan) {
-    best = -INFINITY;
+    // Scores of -inf are never near.
+    best = -FLT_MAX;
     count = 0;
-    is_complete = std::isfinite(plan.margin) && plan.margin < kGreatestSlack;
+    const double margin = std::max(plan.margin, plan.noise_margin);
+    is_complete = std::isfinite(plan.margin) && margin < kGreatestSlack;
   }
 
   void take(const RoughLogits& x, const Plan& plan) {
     if (!is_complete) return;
     const Ends ends = kernels().sum_terms(x);
-    if (!plan.is_sampled()) best = std::max(best, ends.lower);
+    if (plan.is_noisy()) return take_noisy(x, plan);
+    best = std::max(best, ends.lower);
     const float border = least(plan.margin);
-    if (!plan.is_sampled() && !(ends.upper >= border)) return;
-    if (count + x.count > kMostNear) keep(border);
-    is_complete = count + x.count <= kMostNear;
-    if (!is_complete) return;
-    const Kernels& k = kernels();
-    const float margin = std::nextafter(static_cast<float>(plan.margin), INFINITY);
+    if (!(ends.upper >= border) || !has_room(x.count, border)) return;
+    count += static_cast<int32_t>(kernels().find_near(x, border, found + count));
+  }
+
+  // The terms are summed.
+  void take_noisy(const RoughLogits& x, const Plan& plan) {
+    if (!is_complete || !has_room(x.count, least(plan.noise_margin))) return;
+    const float margin = std::nextafter(static_cast<float>(plan.noise_margin), INFINITY);
     count += static_cast<int32_t>(
-        plan.is_sampled() ? k.find_noisy_near(x, plan.noise, margin, &best, found + count)
-                          : k.find_near(x, border, found + count));
+        kernels().find_noisy_near(x, plan.noise, margin, &best, found + count));
+  }
+
+  bool has_room(int64_t more, float border) {
+    if (count + more > kMostNear) keep(border);
+    return is_complete = count + more <= kMostNear;
   }
 
   float least(double margin) const {
@@ -87,78 +104,108 @@ struct NearBest {
   }
 };
 
-// Near tokens of some rows in ascending order, and numbers of each: count is negative where a row's
-// codes leave it open.
+// Near tokens of some rows, and their logits. A count is negative where a row's codes leave it open.
 struct Found {
   int32_t* counts;
-  int32_t* tokens;  // [rows, kMostNear]
-  float* upper;     // as the next, exact logits
+  int32_t* plausible;  // how many of them, the first ones
+  int32_t* tokens;     // [rows, kMostNear]
+  float* upper;        // as the next, exact logits
   float* lower;
 
+  int32_t* tokens_of(int64_t row) const { return tokens + row * kMostNear; }
+
+  // Adds what all threads found, in ascending order.
   void unite(int64_t row, NearBest* near, int64_t ranks, int64_t stride, double margin) {
-    float best = -INFINITY;
-    counts[row] = -1;
+    if (counts[row] < 0) return;
+    float best = -FLT_MAX;
+    bool is_complete = true;
     for (int64_t rank = 0; rank < ranks; ++rank) {
-      if (!near[rank * stride].is_complete) return;
+      is_complete = is_complete && near[rank * stride].is_complete;
       best = std::max(best, near[rank * stride].best);
     }
-    int32_t* own = tokens + row * kMostNear;
-    int64_t count = 0;
-    for (int64_t rank = 0; rank < ranks; ++rank) {
+    int64_t count = counts[row];
+    for (int64_t rank = 0; rank < ranks && is_complete; ++rank) {
       NearBest& part = near[rank * stride];
       part.best = best;
       part.keep(part.least(margin));
-      if (count + part.count > kMostNear) return;
-      for (int32_t i = 0; i < part.count; ++i) own[count++] = part.found[i].token;
+      is_complete = count + part.count <= kMostNear;
+      for (int32_t i = 0; i < part.count && is_complete; ++i)
+        tokens_of(row)[count++] = part.found[i].token;
     }
-    std::sort(own, own + count);
-    counts[row] = count ? static_cast<int32_t>(count) : -1;
+    std::sort(tokens_of(row) + counts[row], tokens_of(row) + count);
+    counts[row] = is_complete && count > 0 ? static_cast<int32_t>(count) : -1;
   }
 
-  // Leaves the plausible ones, and writes the number of them.
-  void keep_plausible(int64_t row, float alpha) {
-    int32_t* own = tokens + row * kMostNear;
+  // Brings those to the front that are, each part in ascending order.
+  void part_plausible(int64_t row, float alpha) {
+    int32_t* own = tokens_of(row);
     float* logits = upper + row * kMostNear;
+    float* others = lower + row * kMostNear;  // not in use yet
     const float greatest = *std::max_element(logits, logits + counts[row]);
     const float border = std::max(plausible_from(greatest, alpha), -FLT_MAX);
-    int32_t count = 0;
-    for (int32_t i = 0; i < counts[row]; ++i)
-      if (logits[i] >= border) {
-        own[count] = own[i];
-        logits[count++] = logits[i];
-      }
-    counts[row] = count;
+    int32_t kept = 0, left = 0;
+    int32_t passed[kMostNear];
+    for (int32_t i = 0; i < counts[row]; ++i) {
+      const bool is_in = logits[i] >= border;
+      if (!is_in) passed[left] = own[i], others[left++] = logits[i];
+      if (is_in) own[kept] = own[i], logits[kept++] = logits[i];
+    }
+    std::copy_n(passed, left, own + kept);
+    std::copy_n(others, left, logits + kept);
+    plausible[row] = kept;
   }
 
-  int64_t best(int64_t row, const Plan& plan) {
+  int64_t best(int64_t row, const Plan& plan) const {
+    if (plan.lower) return best_contrasted(row, plan);
     const float* logits = upper + row * kMostNear;
-    const int32_t* own = tokens + row * kMostNear;
-    if (plan.lower) {
-      float* other = lower + row * kMostNear;
-      if (counts[row] < 2) return own[0];
-      const auto is_number = [](float x) { return std::isfinite(x); };
-      if (!std::all_of(other, other + counts[row], is_number)) return -1;
-      return own[to_ratios(logits, other, counts[row])];
-    }
     NoisyBest best = {-INFINITY, -1};
     for (int32_t i = 0; i < counts[row]; ++i) {
-      const float score = plan.is_sampled()
-                              ? kernels().noisy_best(logits + i, own[i], 1, plan.noise.heat,
-                                                     plan.noise.seed, plan.noise.position).value
-                              : logits[i];
-      if (score > best.value) best = {score, own[i]};
+      const float score = score_of(logits[i], tokens_of(row)[i], plan);
+      if (score > best.value) best = {score, tokens_of(row)[i]};
     }
     return best.token;
   }
+
+  int64_t best_contrasted(int64_t row, const Plan& plan) const {
+    const int32_t count = plausible[row];
+    const float* logits = upper + row * kMostNear;
+    float* ratios = lower + row * kMostNear;
+    double shift = 0.0;
+    if (count == 1) {
+      ratios[0] = logits[0];
+    } else {
+      const auto is_number = [](float x) { return std::isfinite(x); };
+      if (!std::all_of(ratios, ratios + count, is_number)) return -1;
+      to_ratios(logits, ratios, count);
+      shift = shift_of_ratios(logits, ratios, count);
+    }
+    NoisyBest best = {-INFINITY, -1};
+    float second = -INFINITY, size = 0.0f;
+    for (int32_t i = 0; i < (plan.is_sampled() ? counts[row] : count); ++i) {
+      const float logit = i < count ? static_cast<float>(ratios[i] + shift) : logits[i];
+      const float score = score_of(logit, tokens_of(row)[i], plan);
+      size = std::max(size, std::abs(logit));
+      second = std::max(second, std::min(score, best.value));
+      if (score > best.value) best = {score, tokens_of(row)[i]};
+    }
+    const float rounding = kRounding + size * 0x1p-20f / (plan.is_sampled() ? plan.noise.heat : 1);
+    return best.value - second > rounding ? best.token : -1;
+  }
+
+  static float score_of(float logit, int64_t token, const Plan& plan) {
+    if (!plan.is_sampled()) return logit;
+    const Noise& noise = plan.noise;
+    return kernels().noisy_best(&logit, token, 1, noise.heat, noise.seed, noise.position).value;
+  }
 };
 
-// Calls body(row, place) for each place below a row's count, unless it is left out.
-template <class IsIn, class Body>
-void in_pairs(int threads, int64_t rows, const int32_t* counts, IsIn&& is_in, Body&& body) {
+// Calls body(row, place) for each place below the row's own count.
+template <class Count, class Body>
+void in_pairs(int threads, int64_t rows, Count&& count_of, Body&& body) {
   auto* starts = Scratch::of_this_thread().room<int64_t>(Scratch::kOffsets, rows + 1);
   starts[0] = 0;
   for (int64_t row = 0; row < rows; ++row)
-    starts[row + 1] = starts[row] + (is_in(row) ? std::max(counts[row], 0) : 0);
+    starts[row + 1] = starts[row] + std::max<int64_t>(count_of(row), 0);
   in_chunks(threads, starts[rows], kPairs, [&](int64_t first, int64_t count, int) {
     int64_t row = std::upper_bound(starts, starts + rows + 1, first) - starts - 1;
     for (int64_t pair = first; pair < first + count; ++pair) {
@@ -166,6 +213,38 @@ void in_pairs(int threads, int64_t rows, const int32_t* counts, IsIn&& is_in, Bo
       body(row, pair - starts[row]);
     }
   });
+}
+
+// Finds which tokens that are not plausible can win: with noise, by the logits that were kept.
+void add_outsiders(int threads, const RoughRows& rows, const RoughHead& rough, const Plan* plans,
+                   float* const* kept, NearBest* near, Found& found) {
+  const int64_t ranks = std::clamp(threads, 1, kMaxThreads), vocab = rough.codes.rows;
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    if (!kept[row] || found.counts[row] < 0) continue;
+    for (int32_t i = 0; i < found.counts[row]; ++i)
+      kept[row][found.tokens_of(row)[i]] = -INFINITY;
+    for (int64_t rank = 0; rank < ranks; ++rank) near[rank * rows.rows + row].begin(plans[row]);
+    in_chunks(threads, vocab, kPiece, [&](int64_t first, int64_t count, int rank) {
+      near[rank * rows.rows + row].take_noisy(
+          {kept[row] + first, nullptr, nullptr, rough.errors + first, rows.reaches[row], first,
+           count},
+          plans[row]);
+    });
+    found.unite(row, near + row, ranks, rows.rows, plans[row].noise_margin);
+  }
+}
+
+// Room for all rough logits of the rows that need them a second time, null for others.
+float** kept_rows(int64_t rows, int64_t vocab, const Plan* plans) {
+  Scratch& scratch = Scratch::of_this_thread();
+  float** kept = scratch.room<float*>(Scratch::kKept, rows);
+  const auto needs = [](const Plan& plan) { return plan.has_outsiders(); };
+  float* room = scratch.room(Scratch::kLogits, std::count_if(plans, plans + rows, needs) * vocab);
+  for (int64_t row = 0; row < rows; ++row) {
+    kept[row] = needs(plans[row]) ? room : nullptr;
+    room += needs(plans[row]) ? vocab : 0;
+  }
+  return kept;
 }
 
 // `plans` and what is chosen are of these rows, of which the first is `first` of all.
@@ -176,6 +255,7 @@ void some_tokens(int threads, const RoughRows& rows, const RoughHead& rough, con
   const int64_t columns = rough.codes.columns;
   float* rooms = scratch.room(Scratch::kPieces, ranks * terms * kRows * kPiece);
   auto* near = scratch.room<NearBest>(Scratch::kNearBest, ranks * rows.rows);
+  float** kept = kept_rows(rows.rows, rough.codes.rows, plans);
   for (int64_t i = 0; i < ranks * rows.rows; ++i) near[i].begin(plans[i % rows.rows]);
   in_chunks(threads, rough.codes.rows, kPiece, [&](int64_t first, int64_t count, int rank) {
     float* logits = rooms + rank * terms * kRows * kPiece;
@@ -189,30 +269,34 @@ void some_tokens(int threads, const RoughRows& rows, const RoughHead& rough, con
             {own, terms > 1 ? own + kPiece : nullptr, head.bias ? head.bias + first : nullptr,
              rough.errors + first, rows.reaches[i], first, count},
             plans[i]);
+        if (kept[i]) std::copy_n(own, count, kept[i] + first);
       }
     }
   });
-  int32_t* numbers = scratch.room<int32_t>(Scratch::kNear, rows.rows * (kMostNear + 1));
+  int32_t* numbers = scratch.room<int32_t>(Scratch::kNear, rows.rows * (kMostNear + 2));
   float* exact = scratch.room(Scratch::kExact, 2 * rows.rows * kMostNear);
-  Found found = {numbers, numbers + rows.rows, exact, exact + rows.rows * kMostNear};
+  Found found = {numbers, numbers + rows.rows, numbers + 2 * rows.rows, exact,
+                 exact + rows.rows * kMostNear};
+  std::fill_n(numbers, 2 * rows.rows, 0);
   in_chunks(threads, rows.rows, 1, [&](int64_t row, int64_t, int) {
-    found.unite(row, near + row, ranks, rows.rows, plans[row].margin);
+    const double margin = plans[row].is_noisy() ? plans[row].noise_margin : plans[row].margin;
+    found.unite(row, near + row, ranks, rows.rows, margin);
   });
+  add_outsiders(threads, rows, rough, plans, kept, near, found);
   const auto logit = [&](const Linear& own, const float* hidden, int64_t place, float* out) {
     kernels().product(hidden, 1, own.weight, found.tokens[place], 1, own.bias, out + place, 1);
   };
-  in_pairs(threads, rows.rows, found.counts, [](int64_t) { return true; },
+  in_pairs(threads, rows.rows, [&](int64_t row) { return found.counts[row]; },
            [&](int64_t row, int64_t i) {
              logit(head, rows.hidden + row * head.weight.columns, row * kMostNear + i, found.upper);
            });
   for (int64_t row = 0; row < rows.rows; ++row) {
     const LowerHead* lower = plans[row].lower;
-    if (lower && found.counts[row] > 0) found.keep_plausible(row, lower->alpha[plans[row].place]);
-    if (choice.num_candidates)
-      choice.num_candidates[first_row + row] = lower ? std::max(found.counts[row], 0) : 0;
+    if (lower && found.counts[row] > 0) found.part_plausible(row, lower->alpha[plans[row].place]);
+    if (choice.num_candidates) choice.num_candidates[first_row + row] = found.plausible[row];
   }
-  in_pairs(threads, rows.rows, found.counts,
-           [&](int64_t row) { return plans[row].lower && found.counts[row] > 1; },
+  in_pairs(threads, rows.rows,
+           [&](int64_t row) { return found.plausible[row] > 1 ? found.plausible[row] : 0; },
            [&](int64_t row, int64_t i) {
              const LowerHead& lower = *plans[row].lower;
              const float* hidden = lower.hidden + plans[row].place * lower.head.weight.columns;

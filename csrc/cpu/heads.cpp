@@ -116,22 +116,20 @@ class Candidates {
     }
   }
 
-  // `shared` holds the lower logits before, the log-probabilities after; finds the best place.
+  // `shared` holds the lower logits before, the log-probabilities after.
   void share(const Row& row) {
-    best = 0;
     if (count == 1) shared[0] = upper[0] - row.log_sum;
     if (count < 2) return;
-    // Before the shift, which can round different ratios to the same number.
-    best = to_ratios(upper, shared, count);
-    const float top = largest_of(shared, count);
-    double ratios = 0.0, mass = 0.0;
-    for (int64_t i = 0; i < count; ++i) {
-      ratios += std::exp(static_cast<double>(shared[i]) - top);
-      mass += std::exp(static_cast<double>(upper[i]) - row.max);
-    }
-    const double shift =
-        (row.max + std::log(mass) - row.log_sum) - (top + std::log(ratios));
+    to_ratios(upper, shared, count);
+    const double shift = shift_of_ratios(upper, shared, count) - row.log_sum;
     for (int64_t i = 0; i < count; ++i) shared[i] = static_cast<float>(shared[i] + shift);
+  }
+
+  int64_t best() const {
+    int64_t found = 0;
+    for (int64_t i = 1; i < count; ++i)
+      if (shared[i] > shared[found]) found = i;
+    return found;
   }
 
  private:
@@ -141,7 +139,7 @@ class Candidates {
   int64_t* const tokens;
   float* const upper;
   float* const shared;
-  int64_t count = 0, best = 0;
+  int64_t count = 0;
 };
 
 // Least logit of a plausible token; `room` holds vocab numbers.
@@ -232,8 +230,9 @@ void choose_contrasted(int threads, const Streamed& upper, const LowerHead& lowe
                choice.num_candidates[row] = static_cast<int32_t>(candidates.count);
              // A candidate is always the best: the largest share is at least alpha * max p.
              if (!(choice.temperature[row] > 0) && candidates.count > 0) {
-               choice.tokens[row] = candidates.tokens[candidates.best];
-               choice.log_probs[row] = candidates.shared[candidates.best];
+               const int64_t best = candidates.best();
+               choice.tokens[row] = candidates.tokens[best];
+               choice.log_probs[row] = candidates.shared[best];
                return;
              }
              write_log_probs(found, candidates, own, vocab);

@@ -14,17 +14,23 @@ inline float largest_of(const float* x, int64_t count) {
   return best;
 }
 
-// `lower` becomes the logarithms of the ratios, up to one number for all; returns the place of the
-// greatest one, of equals the first. count > 0.
-inline int64_t to_ratios(const float* upper, float* lower, int64_t count) {
+// `lower` becomes the logarithms of the ratios, up to one number for all; count > 0.
+inline void to_ratios(const float* upper, float* lower, int64_t count) {
   for (int64_t i = 0; i < count; ++i) lower[i] = upper[i] - lower[i];
   const float best = largest_of(lower, count);
-  if (std::isinf(best))
-    for (int64_t i = 0; i < count; ++i) lower[i] = lower[i] == best ? upper[i] : -INFINITY;
-  int64_t found = 0;
-  for (int64_t i = 1; i < count; ++i)
-    if (lower[i] > lower[found]) found = i;
-  return found;
+  if (!std::isinf(best)) return;
+  for (int64_t i = 0; i < count; ++i) lower[i] = lower[i] == best ? upper[i] : -INFINITY;
+}
+
+// What makes these ratios logits beside those of all other tokens: plausible ones share their mass.
+inline double shift_of_ratios(const float* upper, const float* ratios, int64_t count) {
+  const double top = largest_of(ratios, count), greatest = largest_of(upper, count);
+  double sum = 0.0, mass = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += std::exp(ratios[i] - top);
+    mass += std::exp(upper[i] - greatest);
+  }
+  return (greatest + std::log(mass)) - (top + std::log(sum));
 }
 
 // Least logit of a plausible token where one is enough.

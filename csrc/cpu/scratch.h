@@ -14,7 +14,7 @@ class Scratch {
     kScores, kParts, kTasks,  // attention
     kLogits, kLower, kLowerInput, kLowerRounded, kSummaries, kCandidates, kUpper, kShared, kNoisy, kContrasted,  // heads
     kPieces, kDistributions,  // statistics of heads
-    kNearBest, kPlans, kNear, kExact, kOffsets,  // tokens by codes
+    kNearBest, kPlans, kNear, kExact, kOffsets, kKept,  // tokens by codes
     kDequantized,  // weights
     kPacked, kBias,  // attention among packed rows
     kSlots

@@ -166,7 +166,13 @@ def draft_tokens(
 
     Source: Zhao et al. 2025, arXiv:2502.14856, with the vocabulary's own order in place of counts.
     """
-    return head_tokens(*heads.operands(head, tap).first(num_tokens), *draws.columns)[0]
+    operands = heads.operands(head, tap)
+    if device_kind(tap.device) == "cpu":
+        rows = HeadRows(operands.hidden, [RowGroup(len(tap))], draws.temperature, *draws.columns)
+        found = heads.rough.tokens(rows, operands.weight, operands.bias, num_tokens)
+        if found is not None:
+            return found[0]
+    return head_tokens(*operands.first(num_tokens), *draws.columns)[0]
 
 
 _Sharing: TypeAlias = list[tuple[list[HeadGroup], HeadOperands]]

@@ -128,13 +128,30 @@ class RoughHeads:
         return exact_best_tokens(hidden, weight, bias) if found is None else found
 
     def tokens(
-        self, rows: HeadRows, weight: Weight, bias: Tensor | None
+        self,
+        rows: HeadRows,
+        weight: Weight,
+        bias: Tensor | None,
+        num_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """As ``best_tokens`` of any rows; None where codes are of no use to all of them."""
+        """As ``best_tokens`` of any rows; None where codes are of no use to all of them.
+
+        Args:
+            rows: whose tokens are wanted.
+            weight: as in ``best_tokens``.
+            bias: as in ``best_tokens``.
+            num_tokens: only the first so many tokens of the vocabulary are looked at; None: all.
+        """
         head = self.codes(weight, for_contrast=rows.is_contrasted)
         if head is None or not _are_known(rows):
             return None
+        rough = self._rough(weight)
         assert isinstance(weight, Tensor), "quantized heads have no codes"
+        if num_tokens is not None:
+            if num_tokens * weight.shape[1] < LEAST_NUMBERS:
+                return None
+            head, weight = replace(head, vocab=num_tokens), weight[:num_tokens]
+            bias = None if bias is None else bias[:num_tokens]
         is_many = len(rows.hidden) > FEW_ROWS and not rows.is_contrasted
         tokens = _by_codes(rows, weight, bias, head, num_terms=1 if is_many else 2)
         places = _open_places(tokens)
@@ -160,7 +177,7 @@ class RoughHeads:
             )
             if rows.num_candidates is not None and left.num_candidates is not None:
                 rows.num_candidates[is_open] = left.num_candidates
-        self._weigh(self._rough(weight), rows.is_contrasted, 2 * len(places) > len(tokens))
+        self._weigh(rough, rows.is_contrasted, 2 * len(places) > len(tokens))
         return tokens, log_probs
 
     def _rough(self, weight: Weight) -> _Rough:
@@ -200,15 +217,9 @@ def _open_places(tokens: Tensor) -> list[int]:
 
 
 def _are_known(rows: HeadRows) -> bool:
-    """Whether codes can tell the tokens: not where a contrast is sampled."""
+    """Whether codes can tell the tokens: not where lower heads are of another type."""
     lowers = [group.lower_weight for group in rows.groups if group.lower_weight is not None]
-    is_float = all(isinstance(each, Tensor) and each.dtype is torch.float32 for each in lowers)
-    if not lowers or not bool(rows.temperature.any()):
-        return is_float
-    is_contrasted = torch.tensor(
-        [group.lower_weight is not None for group in rows.groups for _ in range(group.num_rows)]
-    )
-    return is_float and not bool(rows.temperature[is_contrasted].any())
+    return all(isinstance(each, Tensor) and each.dtype is torch.float32 for each in lowers)
 
 
 def _codes(weight: Weight) -> CodedHead | None:

@@ -41,9 +41,11 @@ def coded_head_tokens(
 
     With l <= x <= u the bounds of every logit x, a greedy row's token has u >= max l, a plausible
     token of a contrast u >= max l + log alpha, and the token of a row that is sampled with the
-    noise g at the temperature t has u / t + g >= max (l / t + g). Of the plausible tokens the one
-    is taken whose upper logit exceeds its lower one by most: what all of them share decides nothing
-    between them, and every other token is less likely than the best of them.
+    noise g at the temperature t has u / t + g >= max (l / t + g), where in a contrast the greatest
+    is that of tokens which cannot be plausible. Normalisers of whole heads are not needed: of the
+    plausible tokens the best is the one whose upper logit exceeds its lower one by most, every
+    other token is less likely than that, and beside the logits of others their mass is what the
+    upper logits of the plausible ones say.
 
     Args:
         hidden: [rows, hidden_size] float32.
@@ -61,9 +63,10 @@ def coded_head_tokens(
             or None.
 
     Returns:
-        [rows] int64; of equals the lowest. -1 in a row that is left open: one that is contrasted
-        and sampled, one without finite bounds, and perhaps one with more than ``MOST_NEAR`` tokens
-        that can be chosen or are plausible, or with lower logits that are not finite.
+        [rows] int64; of equals the lowest. -1 in a row that is left open: one without finite
+        bounds, and perhaps one with more than ``MOST_NEAR`` tokens that can be chosen or are
+        plausible, with lower logits that are not finite, or whose two best tokens in a contrast are
+        as near as rounding.
 
     Source: codes as in ``coded_head_statistics``; a superset by bounds, then exact scores, as
         branch-and-bound search of greatest inner products, Ram and Gray 2012, arXiv:1202.6101.
@@ -76,10 +79,13 @@ def coded_head_tokens(
     noise = gumbel_noise(seeds, positions, head.vocab) * is_sampled[:, None]
     rough = rough_logits(states, head, bias).double()
     reach = bounds.reaches.double()[:, None] * head.errors[: head.vocab].double()
-    margin = 2 * bounds.slacks[:, None] / heat + 1e-4
-    margin = margin - torch.where(is_contrasted, alpha.clamp(0, 1).log(), 0.0)[:, None]
-    lowest = ((rough - reach) / heat + noise).amax(1, keepdim=True) - margin
-    is_far = (rough + reach) / heat + noise < lowest
+    margin = 2 * bounds.slacks[:, None] + 1e-4
+    lowest = (rough - reach).amax(1, keepdim=True) + alpha.clamp(0, 1).log()[:, None] - margin
+    is_plausible = is_contrasted[:, None] & (rough + reach >= lowest)
+    # of a contrast what may be plausible proves nothing about other tokens
+    others = ((rough - reach) / heat + noise).masked_fill(is_plausible, -torch.inf)
+    lowest = others.amax(1, keepdim=True) - margin / heat
+    is_far = ~is_plausible & ((rough + reach) / heat + noise < lowest)
     near = head_logits(hidden, weight, bias).masked_fill(is_far, -torch.inf)
     parts = []
     start = 0
@@ -89,8 +95,7 @@ def coded_head_tokens(
         parts.append(_group_scores(near[rows], group, alpha[rows], counts))
         start = rows.stop
     tokens, _ = drawn_tokens(torch.cat(parts).log_softmax(-1), temperature, seeds, positions)
-    is_open = (is_contrasted & is_sampled) | ~bounds.slacks.isfinite()
-    return tokens.masked_fill(is_open, -1)
+    return tokens.masked_fill(~bounds.slacks.isfinite(), -1)
 
 
 def _group_scores(upper: Tensor, group: RowGroup, alpha: Tensor, counts: Tensor | None) -> Tensor:

@@ -70,7 +70,7 @@ def contrasted(alpha, temperature=0.0):
     lower = weight + 0.1 * torch.randn(weight.shape, generator=generator)
     groups = [RowGroup(2), RowGroup(3, hidden[2:] * 0.9, lower)]
     nothing = torch.zeros(5, dtype=torch.int64)
-    heats = torch.tensor([temperature] * 2 + [0.0] * 3)
+    heats = torch.tensor([temperature] * 2 + [0.0] + [temperature] * 2)
     counts = torch.zeros(5, dtype=torch.int32)
     return HeadRows(hidden, groups, torch.tensor(alpha), heats, nothing, nothing, counts), weight
 
@@ -108,12 +108,10 @@ def test_contrasts_that_codes_leave_open_are_given_up_alone(heads):
     assert heads.codes(weight) is not None
 
 
-def test_contrasts_that_are_sampled_or_have_other_lower_heads_are_left_alone(heads):
+def test_contrasts_with_lower_heads_of_another_type_are_left_alone(heads):
     rows, weight = contrasted([0.1] * 5)
     lower = rows.groups[1]._replace(lower_weight=quantize(weight, Quantization(8)))
     assert heads.tokens(replace(rows, groups=[rows.groups[0], lower]), weight, None) is None
-    sampled = replace(rows, temperature=torch.full((5,), 0.5))
-    assert heads.tokens(sampled, weight, None) is None
 
 
 def test_states_of_many_rows_have_one_term_and_what_that_leaves_open_two(heads, monkeypatch):
@@ -138,3 +136,11 @@ def test_states_of_many_rows_have_one_term_and_what_that_leaves_open_two(heads, 
     asked.clear()
     heads.best_tokens(hidden[: rough_heads.FEW_ROWS], weight, None)
     assert asked == [(rough_heads.FEW_ROWS, 2)]
+
+
+def test_the_first_tokens_alone_may_be_looked_at(heads):
+    rows, weight = contrasted([0.1] * 5, 1.0)
+    rows = replace(rows, groups=[RowGroup(5)])
+    tokens, _ = heads.tokens(rows, weight, None, num_tokens=100)
+    assert tokens.tolist() == exact(rows, weight[:100])[0]
+    assert heads.tokens(rows, weight, None, num_tokens=50) is None

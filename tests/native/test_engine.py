@@ -84,5 +84,4 @@ def test_codes_of_heads_change_no_token(folder, monkeypatch, temperature):
     for prompt, mode, own in zip(PROMPTS, MODES, expected, strict=True):
         assert results(engine, [prompt], mode, **options) == [own]
     # without an exact look at any row
-    assert (False, True) in asked
-    assert temperature or (True, True) in asked
+    assert {(False, True), (True, True)} <= set(asked)
