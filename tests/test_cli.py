@@ -197,7 +197,7 @@ def test_info_foretells_the_bytes_of_quantized_weights(name):
     held += [module.weight for module in built.modules() if isinstance(module, Linear)]
     assert weight_bytes(checkpoint, how) == sum(weight.nbytes for weight in held)
     assert f"MiB in {how}" in printed("info", "demo", "--quantization", name)
-    assert "'int5': must be None, int4" in refused("info", "demo", "--quantization", "int5")
+    assert "'int5': must be None, fp8, int4" in refused("info", "demo", "--quantization", "int5")
 
 
 def test_generate_takes_quantized_weights(model):
