@@ -20,6 +20,23 @@ def _dot(codes, x):
 
 
 @triton.jit
+def _codes(code_ptr, entries, entry_mask, code_stride, first, stop, BYTES: tl.constexpr):
+    """[entries, BYTES] of rows of codes from byte ``first`` on; 0 from byte ``stop`` on."""
+    lanes = tl.arange(0, BYTES)
+    ptrs = code_ptr + entries.to(tl.int64)[:, None] * code_stride + lanes[None, :]
+    mask = entry_mask[:, None] & (first + lanes < stop)[None, :]
+    return tl.load(ptrs + first, mask=mask, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _numbers(x_ptr, rows, row_mask, x_stride, columns, first, stop):
+    """[rows, columns] of ``x`` from column ``first`` on; 0 from column ``stop`` on."""
+    ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    mask = row_mask[:, None] & (first + columns < stop)[None, :]
+    return tl.load(ptrs + first, mask=mask, other=0.0)
+
+
+@triton.jit
 def multiplied_codes(
     x_ptr,
     code_ptr,
@@ -46,31 +63,20 @@ def multiplied_codes(
     byte holds two columns of a block of 32: i in the low half and 16 + i in the high one.
     """
     BYTES: tl.constexpr = GROUP * BITS // 8
-    lanes = tl.arange(0, BYTES)
-    columns = lanes
+    columns = tl.arange(0, BYTES)
     if BITS == 4:
-        columns = lanes // 16 * 32 + lanes % 16
-    code_ptrs = code_ptr + entries.to(tl.int64)[:, None] * code_stride + lanes[None, :]
+        columns = columns // 16 * 32 + columns % 16
     scale_ptrs = scale_ptr + entries.to(tl.int64) * num_groups
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
     total = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
     for k in tl.range(start, stop, GROUP, num_stages=STAGES):
         first = k * BITS // 8
-        inside = first + lanes < code_stride
-        codes = tl.load(  # [BLOCK_V, BYTES]
-            code_ptrs + first,
-            mask=entry_mask[:, None] & inside[None, :],
-            other=0,
-            eviction_policy="evict_first",
-        )
+        codes = _codes(code_ptr, entries, entry_mask, code_stride, first, code_stride, BYTES)
         scale = tl.load(scale_ptrs + k // GROUP, mask=entry_mask, other=0.0)  # [BLOCK_V]
-        x_mask = row_mask[:, None] & (k + columns < stop)[None, :]
-        x = tl.load(x_ptrs + k, mask=x_mask, other=0.0)  # [BLOCK_R, BYTES]
+        x = _numbers(x_ptr, rows, row_mask, x_stride, columns, k, stop)  # [BLOCK_R, BYTES]
         if BITS == 8:
             sums = _dot(codes, x)
         else:
-            x_mask = row_mask[:, None] & (k + 16 + columns < stop)[None, :]
-            high = tl.load(x_ptrs + k + 16, mask=x_mask, other=0.0)
+            high = _numbers(x_ptr, rows, row_mask, x_stride, columns, k + 16, stop)
             sums = _dot((codes & 15).to(tl.int8) - 8, x) + _dot((codes >> 4).to(tl.int8) - 8, high)
         total += sums * scale.to(tl.float32)[:, None]
     return total
@@ -111,18 +117,10 @@ def multiplied_e4m3(
     A row of the matrix has one scale. Masked rows and entries are not read and give 0.
     """
     columns = tl.arange(0, BLOCK_K)
-    code_ptrs = code_ptr + entries.to(tl.int64)[:, None] * code_stride + columns[None, :]
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
     total = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
     for k in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
-        inside = (k + columns < stop)[None, :]
-        codes = tl.load(  # [BLOCK_V, BLOCK_K]
-            code_ptrs + k,
-            mask=entry_mask[:, None] & inside,
-            other=0,
-            eviction_policy="evict_first",
-        )
-        x = tl.load(x_ptrs + k, mask=row_mask[:, None] & inside, other=0.0)  # [BLOCK_R, BLOCK_K]
+        codes = _codes(code_ptr, entries, entry_mask, code_stride, k, stop, BLOCK_K)
+        x = _numbers(x_ptr, rows, row_mask, x_stride, columns, k, stop)  # [BLOCK_R, BLOCK_K]
         numbers = e4m3_halves(codes)
         if x.dtype == tl.float32:
             total = tl.dot(numbers.to(tl.float32), x.T, total, input_precision="ieee")

@@ -11,6 +11,7 @@ import triton.language as tl
 from multiexit_engine.kernels.head_lists import (
     candidates,
     edited_score,
+    first_best,
     from_order,
     in_order,
     is_narrowed,
@@ -46,8 +47,7 @@ def _best_tile(tile_stat_ptr, tile_token_ptr, row, num_rows, num_tiles, TILES: t
     keys = tl.load(tile_stat_ptr + 2 * field + place, mask=mask, other=float("-inf"))  # [TILES]
     values = tl.load(tile_stat_ptr + 3 * field + place, mask=mask, other=0.0)  # [TILES]
     tokens = tl.load(tile_token_ptr + place, mask=mask, other=_NO_TOKEN)  # [TILES]
-    key = tl.max(keys, 0)
-    token = tl.min(tl.where(keys == key, tokens, _NO_TOKEN), 0)
+    key, token = first_best(keys, tokens)
     return key, token, tl.max(tl.where(tokens == token, values, float("-inf")), 0)
 
 

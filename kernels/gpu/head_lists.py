@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_NO_TOKEN = tl.constexpr(2147483647)
+
 
 @triton.jit
 def candidates(
@@ -23,6 +25,13 @@ def candidates(
     logit = tl.load(logit_ptr + place, mask=mask[:, None], other=float("-inf"))  # [LISTED, BLOCK_V]
     score = tl.load(score_ptr + place, mask=mask[:, None], other=0.0)  # [LISTED, BLOCK_V]
     return token, logit, score
+
+
+@triton.jit
+def first_best(keys, tokens):
+    """The largest key of all tiles and the lowest token that has it."""
+    key = tl.max(keys, 0)
+    return key, tl.min(tl.where(keys == key, tokens, _NO_TOKEN), 0)
 
 
 @triton.jit

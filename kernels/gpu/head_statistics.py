@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from multiexit_engine.kernels.head_tiles import tile_logits
+from multiexit_engine.kernels.head_lists import first_best
+from multiexit_engine.kernels.head_tiles import best_of, head_logits_tile
 from multiexit_engine.kernels.heads import head_config
 from multiexit_engine.kernels.launch import options
 from multiexit_engine.kernels.row_lists import RowList, rows_at
@@ -117,16 +118,11 @@ def statistics_kernel(
     places = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     rows, row_mask = rows_at(places, row_ptr, count_ptr, num_rows, LISTED)
     entry_mask = entries < vocab
-    logits = tile_logits(
-        hidden_ptr, head_weight_ptr, rows, row_mask, entries, entry_mask,
-        width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+    logits = head_logits_tile(
+        hidden_ptr, head_weight_ptr, bias_ptr, rows, row_mask, entries, entry_mask,
+        width, EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
     )  # fmt: skip
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + entries, mask=entry_mask, other=0.0)  # [BLOCK_V]
-        logits += bias.to(tl.float32)[:, None]
-    logits = tl.where(entry_mask[:, None], logits, float("-inf"))
-    top = tl.max(logits, 0)  # [BLOCK_R]
-    token = tl.min(tl.where(logits == top[None, :], entries[:, None], _NO_TOKEN), 0)
+    top, token, _ = best_of(logits, logits, entries)  # [BLOCK_R]
     second = tl.max(tl.where(entries[:, None] == token[None, :], float("-inf"), logits), 0)
     # in a tile of impossible tokens -inf - -inf would be NaN
     below = logits - tl.where(top == float("-inf"), 0.0, top)[None, :]
@@ -170,8 +166,7 @@ def statistics_finish_kernel(
     sums = tl.load(tile_stat_ptr + 2 * field + place, mask=mask, other=0.0)  # [TILES]
     weighted = tl.load(tile_stat_ptr + 3 * field + place, mask=mask, other=0.0)  # [TILES]
     tokens = tl.load(tile_token_ptr + place, mask=mask, other=_NO_TOKEN)  # [TILES]
-    top = tl.max(tops, 0)
-    token = tl.min(tl.where(tops == top, tokens, _NO_TOKEN), 0)
+    top, token = first_best(tops, tokens)
     second = tl.max(tl.where(tokens == token, seconds, tops), 0)
     below = tops - top
     scale = tl.exp(below)

@@ -70,7 +70,24 @@ def tile_logits(
 
 
 @triton.jit
-def _best_of(keys, values, entries):
+def head_logits_tile(
+    hidden_ptr, weight_ptr, bias_ptr, rows, row_mask, entries, entry_mask,
+    width, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_V, BLOCK_R] float32 logits; -inf of masked entries."""
+    logits = tile_logits(
+        hidden_ptr, weight_ptr, rows, row_mask, entries, entry_mask,
+        width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+    )  # fmt: skip
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + entries, mask=entry_mask, other=0.0)  # [BLOCK_V]
+        logits += bias.to(tl.float32)[:, None]
+    return tl.where(entry_mask[:, None], logits, float("-inf"))
+
+
+@triton.jit
+def best_of(keys, values, entries):
     """Per row: the largest key, its lowest entry, and the value there."""
     key = tl.max(keys, 0)  # [BLOCK_R]
     entry = tl.min(tl.where(keys == key[None, :], entries[:, None], _NO_TOKEN), 0)
@@ -178,14 +195,10 @@ def head_kernel(
         # Read before the product hides its latency; an old value is a lower bound all the same.
         seen = tl.load(running_ptr + rows, mask=row_mask, other=0.0, volatile=True)  # [BLOCK_R]
 
-    logits = tile_logits(
-        upper_ptr, upper_weight_ptr, rows, row_mask, entries, entry_mask,
-        width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+    logits = head_logits_tile(
+        upper_ptr, upper_weight_ptr, bias_ptr, rows, row_mask, entries, entry_mask,
+        width, EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
     )  # fmt: skip
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + entries, mask=entry_mask, other=0.0)  # [BLOCK_V]
-        logits += bias.to(tl.float32)[:, None]
-    logits = tl.where(entry_mask[:, None], logits, float("-inf"))
     top = tl.max(logits, 0)  # [BLOCK_R]
     total = tl.sum(tl.exp(logits - top[None, :]), 0)
     place = rows.to(tl.int64) * num_tiles + tile
@@ -272,7 +285,7 @@ def head_kernel(
             noise = tl.where(is_noisy[None, :], noise, 0.0)
             keys = logits / heat[None, :] + noise
         keys = tl.where(others, keys, float("-inf"))
-        key, token, value = _best_of(keys, logits, entries)
+        key, token, value = best_of(keys, logits, entries)
         tl.store(tile_stat_ptr + 2 * field + place, key, mask=row_mask)
         tl.store(tile_stat_ptr + 3 * field + place, value, mask=row_mask)
         tl.store(tile_token_ptr + place, token, mask=row_mask)
