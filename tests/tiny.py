@@ -9,6 +9,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from multiexit_engine.checkpoint import open_checkpoint
+from multiexit_engine.checkpoint.probes import FILE_NAME, ProbeWeights, write_probes
+
 EXITS = (2, 4, 6)
 END = "<|endoftext|>"
 
@@ -62,4 +65,16 @@ def save_gpt2(
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     if with_tokenizer:
         byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_probes(folder: Path, layers: tuple[int, ...], hidden_size: int = 64) -> Path:
+    """Random probes beside a model's weights, which pass about half of the rows at 0.5."""
+    weights = open_checkpoint(folder).weights
+    made = {}
+    for layer in layers:
+        draw = torch.Generator().manual_seed(layer)
+        up, down = (torch.randn(n, m, generator=draw) for n, m in ((16, hidden_size), (1, 16)))
+        made[layer] = ProbeWeights(up / 8, torch.zeros(16), down, torch.zeros(1))
+    write_probes(folder / FILE_NAME, made, weights)
     return folder

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from multiexit_engine import DoLa, Engine, FinishReason, Original, SamplingParams, SelfSpeculative
+from multiexit_engine import DoLa, Engine, FinishReason, SamplingParams, SelfSpeculative
 from tests.tiny import save_gpt2
 
 PROMPT = [5, 100, 7, 42]
@@ -92,18 +92,6 @@ def test_the_output_tells_which_layer_each_token_was_contrasted_with(engine, jsd
     scores = engine.logits(ids, mode)
     for place, layer in enumerate(completion.premature_layers, len(PROMPT) - 1):
         torch.testing.assert_close(scores[place], alone[layer][place], atol=1e-4, rtol=1e-4)
-
-
-def test_premature_layers_do_not_depend_on_batch_mates(engine):
-    modes = [DoLa((0, 2, 4)), DoLa("high"), Original(), DoLa((3,), heads="raw")] * 4
-    prompts = [[7 * i + 1, 5, 100 + i] for i in range(16)]
-    params = SamplingParams(max_new_tokens=10)
-    together = engine.generate(prompts, params, modes)
-    for prompt, mode, output in zip(prompts, modes, together, strict=True):
-        (alone,) = engine.generate(prompt, params, mode)
-        layers = output.outputs[0].premature_layers
-        assert layers == alone.outputs[0].premature_layers
-        assert len(layers) == (10 if isinstance(mode, DoLa) else 0)
 
 
 def test_drafted_tokens_tell_the_layer_of_their_check(engine):

@@ -7,16 +7,12 @@ import pytest
 import torch
 
 from multiexit_engine import (
-    Contrast,
-    DoLa,
     EarlyExit,
     Engine,
     Exit,
     Original,
     SamplingParams,
-    SelfSpeculative,
 )
-from tests.engine.company import run_in_random_company
 
 SAMPLINGS = {
     "greedy": SamplingParams(max_new_tokens=40),
@@ -209,38 +205,6 @@ def test_prefixes_of_early_requests_serve_others(engine):
     assert cached.num_cached_tokens > 110
     fresh = Engine.from_pretrained(engine.checkpoint.folder, dtype="float32", prefix_caching=False)
     assert tokens(fresh.generate(longer, SamplingParams(max_new_tokens=40))) == tokens([cached])
-
-
-def test_random_company_and_aborts_change_nothing(folder):
-    draw = random.Random(6)
-    engine = Engine.from_pretrained(folder, dtype="float32", block_size=8, max_batch_size=8)
-    modes = [*MODES, *MODES, Exit(2), Contrast(6, 2), DoLa((0, 2, 4)), Original()]
-    modes += [SelfSpeculative(2, 3), SelfSpeculative(4, "auto", Contrast(6, 2))]
-    requests = [
-        (prompt, replace(draw.choice(list(SAMPLINGS.values())), seed=i), draw.choice(modes))
-        for i, prompt in enumerate(prompts(60))
-    ]
-    alone = [tokens(engine.generate([p], s, m)) for p, s, m in requests]
-    found, aborted = run_in_random_company(engine, requests, draw)
-    assert found == {i: alone[i] for i in range(60) if i not in aborted}
-    assert engine.stats().num_free_kv_blocks == engine.stats().num_kv_blocks
-
-
-@pytest.mark.parametrize("options", [{"max_num_batched_tokens": 7}, {"block_size": 5}], ids=str)
-def test_how_prompts_are_cut_changes_nothing(folder, engine, options):
-    other = Engine.from_pretrained(folder, dtype="float32", **options)
-    sampling = SamplingParams(max_new_tokens=20)
-    for mode in MODES[:5]:
-        cut, whole = (e.generate(prompts(4), sampling, mode) for e in (other, engine))
-        assert (tokens(cut), exit_layers(cut)) == (tokens(whole), exit_layers(whole))
-
-
-def test_plain_pytorch_gives_the_same(folder, engine):
-    plain = Engine.from_pretrained(folder, dtype="float32", backend="reference")
-    sampling = SamplingParams(max_new_tokens=20)
-    for mode in MODES:
-        one, other = (e.generate(prompts(4), sampling, mode) for e in (plain, engine))
-        assert (tokens(one), exit_layers(one)) == (tokens(other), exit_layers(other))
 
 
 def test_scores_are_those_of_each_tokens_exit(engine):

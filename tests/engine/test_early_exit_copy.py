@@ -1,15 +1,11 @@
 """Rows that leave early give the deeper layers keys and values of the state in which they left."""
 
-import random
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
 from multiexit_engine import EarlyExit, Engine, Exit, Original, SamplingParams
-from tests.engine.company import run_in_random_company
 from tests.engine.test_early_exit import SAMPLINGS, exit_layers, prompts, tokens
 
 # thresholds that about half of the fixture's rows pass
@@ -113,15 +109,6 @@ def test_thresholds_that_none_or_all_pass_give_the_tokens_of_one_head(engine, sa
         assert found == tokens(engine.generate(prompts(6), sampling, same))
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_a_requests_tokens_do_not_depend_on_its_company(engine, mode, sampling):
-    sampling = replace(sampling, seed=3)
-    together = results(engine, prompts(6), sampling, mode)
-    alone = [pair for prompt in prompts(6) for pair in results(engine, [prompt], sampling, mode)]
-    assert together == alone
-
-
 @pytest.mark.parametrize("limits", [{"num": 9, "max_batch_size": 3}, {"num": 30}], ids=str)
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("sampling", ["greedy", "several"])
@@ -168,31 +155,6 @@ def test_replayed_output_is_not_taken_from_a_prefix_of_full_depth(folder):
     while engine.has_unfinished():
         outputs = engine.step() or outputs
     assert (tokens(outputs), exit_layers(outputs)) == (tokens([whole]), exit_layers([whole]))
-
-
-def test_random_company_and_aborts_change_nothing(folder):
-    draw = random.Random(7)
-    engine = Engine.from_pretrained(
-        folder, dtype="float32", block_size=8, max_batch_size=8, kv_cache_memory=40 * BLOCK_BYTES
-    )
-    modes = [*MODES, *(replace(mode, kv="recompute") for mode in MODES), Exit(2), Original()]
-    requests = [
-        (prompt, replace(draw.choice(list(SAMPLINGS.values())), seed=i), draw.choice(modes))
-        for i, prompt in enumerate(prompts(40))
-    ]
-    alone = [tokens(engine.generate([p], s, m)) for p, s, m in requests]
-    found, aborted = run_in_random_company(engine, requests, draw)
-    assert found == {i: alone[i] for i in range(40) if i not in aborted}
-    assert engine.stats().num_preemptions
-
-
-@pytest.mark.parametrize("options", [{"max_num_batched_tokens": 7}, {"block_size": 5}], ids=str)
-def test_how_prompts_are_cut_changes_nothing(folder, engine, options):
-    other = Engine.from_pretrained(folder, dtype="float32", **options)
-    sampling = SamplingParams(max_new_tokens=20)
-    for mode in MODES:
-        cut, whole = (results(e, prompts(4), sampling, mode) for e in (other, engine))
-        assert cut == whole
 
 
 def test_another_word_for_kv_is_refused():

@@ -11,7 +11,7 @@ from multiexit_engine.models import build_model
 from multiexit_engine.ops import use_backend
 from multiexit_engine.params import Original
 from multiexit_engine.request import Request, Sequence
-from tests.engine.test_encoder_decoder_batches import FAMILIES, FOLDERS, new_engine
+from tests.engine.families import FAMILIES, SOURCED
 
 CPU, BLOCK_SIZE, LENGTH = torch.device("cpu"), 64, 24
 SOURCES = [[5] * 7, [9, 8, 7, 300], [44, 4, 4]]
@@ -24,7 +24,7 @@ class OneByOne:
     """A model in float64, a source in block 0 of its cache and its answer in block 1."""
 
     def __init__(self, family, source):
-        checkpoint = open_checkpoint(FOLDERS[family], architecture=family)
+        checkpoint = open_checkpoint(SOURCED[family], architecture=family)
         self.model = build_model(checkpoint, CPU, torch.float32).double()
         config = self.model.config
         self.depth = config.num_layers
@@ -66,13 +66,13 @@ class OneByOne:
         return ForwardBatch.build(ScheduledBatch((item,)), BLOCK_SIZE, CPU)
 
 
-@FAMILIES
+@pytest.mark.parametrize("family", SOURCED)
 @pytest.mark.parametrize("kv", ["recompute", "copy"])
 def test_tokens_and_exits_are_those_of_one_token_at_a_time(family, kv):
     threshold = THRESHOLDS[family]
     params = SamplingParams(max_new_tokens=LENGTH, ignore_eos=True)
     mode = EarlyExit(threshold, "max_prob", layers=EXITS, kv=kv)
-    outputs = new_engine(family).generate(SOURCES, params, mode)
+    outputs = FAMILIES[family].open(SOURCED[family]).generate(SOURCES, params, mode)
     with torch.inference_mode(), use_backend("reference"):
         for source, output in zip(SOURCES, outputs, strict=True):
             truth = OneByOne(family, source)

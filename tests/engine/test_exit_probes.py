@@ -8,26 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from multiexit_engine import EarlyExit, Engine, Exit, Original, SamplingParams
-from multiexit_engine.checkpoint.probes import FILE_NAME, ProbeWeights, write_probes
-from tests.engine.test_early_exit import SAMPLINGS, exit_layers, prompts, tokens
-from tests.tiny import save_gpt2
+from multiexit_engine.checkpoint.probes import FILE_NAME
+from tests.engine.test_early_exit import prompts, tokens
+from tests.tiny import save_gpt2, save_probes
 
 MODE = EarlyExit(0.5, "probe")
-
-
-def random_probe(seed):
-    draw = torch.Generator().manual_seed(seed)
-    up, down = torch.randn(16, 64, generator=draw), torch.randn(1, 16, generator=draw)
-    return ProbeWeights(up / 8, torch.zeros(16), down, torch.zeros(1))
 
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
     """A model whose probes pass about half of the rows."""
-    folder = save_gpt2(tmp_path_factory.mktemp("probed"))
-    weights = Engine.from_pretrained(folder).checkpoint.weights
-    write_probes(folder / FILE_NAME, {2: random_probe(1), 4: random_probe(2)}, weights)
-    return folder
+    return save_probes(save_gpt2(tmp_path_factory.mktemp("probed")), (2, 4))
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +72,6 @@ def _states(engine, text, layer):
     return caught[-1]
 
 
-@pytest.mark.parametrize("kv", ["recompute", "copy"])
-@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-def test_a_requests_tokens_do_not_depend_on_its_company(engine, sampling, kv):
-    mode, sampling = replace(MODE, kv=kv), replace(sampling, seed=3)
-    together = engine.generate(prompts(8), sampling, mode)
-    alone = [engine.generate(prompt, sampling, mode)[0] for prompt in prompts(8)]
-    assert tokens(together) == tokens(alone)
-    assert exit_layers(together) == exit_layers(alone)
-
-
 def test_thresholds_that_none_or_all_pass_give_the_tokens_of_one_head(engine):
     sampling = SamplingParams(max_new_tokens=30)
     for threshold, same in ((1.1, Original()), (0.0, Exit(2))):
@@ -139,8 +120,7 @@ def test_probes_of_other_weights_are_refused(probed, tmp_path):
 
 def test_an_exit_without_a_probe_is_refused(probed, tmp_path):
     folder = shutil.copytree(probed, tmp_path / "model")
-    weights = Engine.from_pretrained(folder).checkpoint.weights
-    write_probes(folder / FILE_NAME, {4: random_probe(2)}, weights)
+    save_probes(folder, (4,))
     other = Engine.from_pretrained(folder, dtype="float32")
     with pytest.raises(ValueError, match=r"at layer 2: .* has probes at layers \[4\]; run"):
         other.generate([1, 2], decoding=MODE)

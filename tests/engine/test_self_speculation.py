@@ -18,7 +18,6 @@ from multiexit_engine import (
     SelfSpeculative,
 )
 from multiexit_engine.errors import RequestFailed
-from tests.engine.company import run_in_random_company
 from tests.tiny import save_gpt2
 
 TARGETS = [
@@ -93,17 +92,6 @@ def test_the_pool_may_be_so_small_that_sequences_are_preempted(folder, limits):
     assert small.stats().num_free_kv_blocks == small.stats().num_kv_blocks
 
 
-@pytest.mark.parametrize("options", [{"max_num_batched_tokens": 7}, {"block_size": 5}], ids=str)
-def test_how_prompts_are_cut_changes_nothing(folder, engine, options):
-    other = Engine.from_pretrained(folder, dtype="float32", **options)
-    given, sampling = prompts(4), SamplingParams(max_new_tokens=20)
-    for target in TARGETS:
-        expected = engine.generate(given, sampling, target)
-        assert tokens(other.generate(given, sampling, SelfSpeculative(2, 3, target))) == tokens(
-            expected
-        )
-
-
 def test_prefixes_that_a_drafting_request_computed_serve_others(engine):
     prompt, sampling = list(range(100)), SamplingParams(max_new_tokens=60)
     (first,) = engine.generate(prompt, sampling, SelfSpeculative(2, 4))
@@ -112,21 +100,6 @@ def test_prefixes_that_a_drafting_request_computed_serve_others(engine):
     assert cached.num_cached_tokens > 140
     fresh = Engine.from_pretrained(engine.checkpoint.folder, dtype="float32", prefix_caching=False)
     assert tokens(fresh.generate(longer, sampling)) == tokens([cached])
-
-
-def test_random_company_and_aborts_change_nothing(folder):
-    draw = random.Random(5)
-    engine = Engine.from_pretrained(folder, dtype="float32", block_size=8, max_batch_size=8)
-    modes = [*TARGETS, *(SelfSpeculative(2, k, t) for t in TARGETS for k in (1, 3, "auto"))]
-    modes += [SelfSpeculative(4, 2, Original()), SelfSpeculative(4, "auto", Contrast(6, 2))]
-    requests = [
-        (prompt, replace(draw.choice(list(SAMPLINGS.values())), seed=i), draw.choice(modes))
-        for i, prompt in enumerate(prompts(40))
-    ]
-    alone = [tokens(engine.generate([p], s, m)) for p, s, m in requests]
-    found, aborted = run_in_random_company(engine, requests, draw)
-    assert found == {i: alone[i] for i in range(40) if i not in aborted}
-    assert engine.stats().num_free_kv_blocks == engine.stats().num_kv_blocks
 
 
 def test_sampled_tokens_follow_the_targets_distribution(tmp_path):

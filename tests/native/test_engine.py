@@ -1,7 +1,6 @@
 """The whole engine on the compiled kernels: the same bits in any company, on any path."""
 
 import pytest
-import torch
 
 from multiexit_engine import Contrast, DoLa, Engine, Exit, Original, SamplingParams
 from multiexit_engine.layers import rough_heads
@@ -32,29 +31,6 @@ def new_engine(folder, dtype="float32", **options):
 def results(engine, prompts, modes, **sampling):
     outputs = engine.generate(prompts, SamplingParams(max_new_tokens=20, **sampling), modes)
     return [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("logprobs", [None, 2])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_request_gives_the_same_bits_alone_and_in_company(folder, temperature, logprobs, dtype):
-    engine = new_engine(folder, dtype)
-    options = {"temperature": temperature, "seed": 5, "logprobs": logprobs, "top_k": 0}
-    together = results(engine, PROMPTS, MODES, **options)
-    for prompt, mode, expected in zip(PROMPTS, MODES, together, strict=True):
-        assert results(engine, [prompt], mode, **options) == [expected]
-
-
-def test_chunks_and_threads_do_not_change_a_bit(folder):
-    options = {"temperature": 0.0, "logprobs": 3}
-    expected = results(new_engine(folder), PROMPTS, MODES, **options)
-    crowded = new_engine(folder, max_num_batched_tokens=5, max_batch_size=5, block_size=4)
-    assert results(crowded, PROMPTS, MODES, **options) == expected
-    torch.set_num_threads(2)
-    try:
-        assert results(new_engine(folder), PROMPTS, MODES, **options) == expected
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
