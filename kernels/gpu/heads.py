@@ -11,7 +11,6 @@ Knows nothing of exits, requests or of how hidden states are made.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from multiexit_engine.kernels.head_edits import PackedEdits, pack_edits
 from multiexit_engine.kernels.head_finish import contrast_finish_kernel, head_finish_kernel
+from multiexit_engine.kernels.head_rows import Drawing, Lower, Narrowing, Upper, lower_of
 from multiexit_engine.kernels.head_tiles import head_kernel
 from multiexit_engine.kernels.launch import kept_scratch, options, overlaps_launches
 
@@ -92,7 +92,7 @@ def head_tokens(
     positions: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See ``multiexit_engine.ops.tokens``. Two launches for each 64 rows."""
-    return _choose(_Upper(hidden, weight, bias), None, _Drawing(temperature, seeds, positions))
+    return _choose(Upper(hidden, weight, bias), None, Drawing(temperature, seeds, positions))
 
 
 def contrast_tokens(
@@ -110,9 +110,9 @@ def contrast_tokens(
 
     Scratch: 8 bytes for each row and vocabulary entry, touched where tokens may be plausible only.
     """
-    upper = _Upper(upper_hidden, upper_weight, None)
-    lower = _Lower(lower_hidden, lower_weight, alpha, num_candidates=num_candidates)
-    return _choose(upper, lower, _Drawing(temperature, seeds, positions))
+    upper = Upper(upper_hidden, upper_weight, None)
+    lower = Lower(lower_hidden, lower_weight, alpha, num_candidates=num_candidates)
+    return _choose(upper, lower, Drawing(temperature, seeds, positions))
 
 
 def shared_head_tokens(
@@ -139,121 +139,23 @@ def shared_head_tokens(
     logits there, and reads those of tiles that can hold tokens which are kept.
     """
     is_plain = edits is None and narrowing is None
-    lower = _lower_of(groups, hidden, bias, alpha, min_candidates, is_plain)
+    lower = lower_of(groups, hidden, bias, alpha, min_candidates, is_plain)
     if lower is not None:
         lower = lower._replace(num_candidates=num_candidates)
     elif num_candidates is not None:
         num_candidates.zero_()
-    drawing = _Drawing(temperature, seeds, positions)
+    drawing = Drawing(temperature, seeds, positions)
     packed = None if edits is None else pack_edits(edits, weight.shape[0])
-    narrow = None if narrowing is None else _Narrowing(*narrowing)
-    return _choose(_Upper(hidden, weight, bias), lower, drawing, packed, narrow)
-
-
-class _Upper(NamedTuple):
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-class _Drawing(NamedTuple):
-    temperature: Tensor
-    seeds: Tensor
-    positions: Tensor
-
-
-class _Narrowing(NamedTuple):
-    top_k: Tensor
-    unlikely: Tensor
-    min_p: Tensor
-
-
-class _Lower(NamedTuple):
-    """What rows are contrasted with.
-
-    Attributes:
-        hidden: [rows, width]; whatever it is in rows without lower head.
-        weight: [vocab, width] of one lower head.
-        alpha: [rows] float32.
-        least: [rows] int64, or None for 1 in every row.
-        table: [lower heads, 2] int64: address of each one's weight, and whether its logits have the
-            bias; None where all rows have the head ``weight``.
-        groups: [rows] int32: which of these heads a row has, -1 for none; None as the table.
-        num_candidates: [rows] int32 that takes the sizes of plausible sets, or None.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    alpha: Tensor
-    least: Tensor | None = None
-    table: Tensor | None = None
-    groups: Tensor | None = None
-    num_candidates: Tensor | None = None
-
-    def rows(self, part: slice) -> _Lower:
-        """Those of some rows."""
-        return _Lower(
-            self.hidden[part],
-            self.weight,
-            self.alpha[part],
-            None if self.least is None else self.least[part],
-            self.table,
-            None if self.groups is None else self.groups[part],
-            None if self.num_candidates is None else self.num_candidates[part],
-        )
-
-
-def _lower_of(
-    groups: Sequence[Any],
-    hidden: Tensor,
-    bias: Tensor | None,
-    alpha: Tensor,
-    least: Tensor | None,
-    is_plain: bool,
-) -> _Lower | None:
-    """What rows are contrasted with; where scores are changed as if each had a head of its own."""
-    contrasted = [group for group in groups if group.lower_weight is not None]
-    if not contrasted:
-        return None
-    first = contrasted[0].lower_weight
-    if len(groups) == 1 and bias is None and is_plain:
-        return _Lower(groups[0].lower_hidden, first, alpha, least)
-    heads = {
-        (group.lower_weight.data_ptr(), group.lower_bias is not None): None for group in contrasted
-    }
-    places = {head: place for place, head in enumerate(heads)}
-    parts, named, start = [], [], 0
-    for group in groups:
-        place, own = -1, hidden[start : start + group.num_rows]
-        if group.lower_weight is not None:
-            own = group.lower_hidden
-            place = places[group.lower_weight.data_ptr(), group.lower_bias is not None]
-        parts.append(own)
-        named.append((place, group.num_rows))
-        start += group.num_rows
-    table, rows = _table(tuple(heads), hidden.device), _named(tuple(named), hidden.device)
-    return _Lower(torch.cat(parts), first, alpha, least, table, rows)
-
-
-@functools.lru_cache(maxsize=256)
-def _table(heads: tuple[tuple[int, bool], ...], device: torch.device) -> Tensor:
-    """[heads, 2] int64. Kept, so that a step copies nothing to the device that it had before."""
-    return torch.tensor(heads, dtype=torch.int64, device=device)
-
-
-@functools.lru_cache(maxsize=256)
-def _named(groups: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """[rows] int32: each place as often as its group has rows."""
-    places = [place for place, count in groups for _ in range(count)]
-    return torch.tensor(places, dtype=torch.int32, device=device)
+    narrow = None if narrowing is None else Narrowing(*narrowing)
+    return _choose(Upper(hidden, weight, bias), lower, drawing, packed, narrow)
 
 
 def _choose(
-    upper: _Upper,
-    lower: _Lower | None,
-    drawing: _Drawing,
+    upper: Upper,
+    lower: Lower | None,
+    drawing: Drawing,
     edits: PackedEdits | None = None,
-    narrowing: _Narrowing | None = None,
+    narrowing: Narrowing | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, device = upper.hidden.shape[0], upper.hidden.device
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
@@ -263,9 +165,9 @@ def _choose(
         _choose_part(
             upper._replace(hidden=upper.hidden[part]),
             None if lower is None else lower.rows(part),
-            _Drawing(*(column[part] for column in drawing)),
+            Drawing(*(column[part] for column in drawing)),
             None if edits is None else edits.rows(part),
-            None if narrowing is None else _Narrowing(*(column[part] for column in narrowing)),
+            None if narrowing is None else Narrowing(*(column[part] for column in narrowing)),
             tokens[part],
             logprobs[part],
         )
@@ -273,11 +175,11 @@ def _choose(
 
 
 def _choose_part(
-    upper: _Upper,
-    lower: _Lower | None,
-    drawing: _Drawing,
+    upper: Upper,
+    lower: Lower | None,
+    drawing: Drawing,
     edits: PackedEdits | None,
-    narrowing: _Narrowing | None,
+    narrowing: Narrowing | None,
     tokens: Tensor,
     logprobs: Tensor,
 ) -> None:
