@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from multiexit_engine.kernels.head_best import tell_best
 from multiexit_engine.kernels.head_lists import (
     candidates,
     edited_score,
@@ -101,7 +102,7 @@ def _least_of_largest(
     return from_order(low)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tiles", "vocab"])
+@triton.jit(do_not_specialize=["num_rows", "num_tiles", "vocab", "most"])
 def contrast_finish_kernel(
     edited_ptr,
     start_ptr,
@@ -113,6 +114,10 @@ def contrast_finish_kernel(
     top_k_ptr,
     unlikely_ptr,
     min_p_ptr,
+    asked_ptr,
+    best_id_ptr,
+    best_logprob_ptr,
+    rank_ptr,
     group_ptr,
     least_ptr,
     alpha_ptr,
@@ -132,6 +137,7 @@ def contrast_finish_kernel(
     num_rows,
     num_tiles,
     vocab,
+    most,
     TILES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LISTED: tl.constexpr,
@@ -140,6 +146,7 @@ def contrast_finish_kernel(
     LEAST: tl.constexpr,
     EDITED: tl.constexpr,
     NARROWED: tl.constexpr,
+    TOLD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """The best of the candidates, with the final threshold, and of the tokens below it.
@@ -149,7 +156,8 @@ def contrast_finish_kernel(
     it is not None. With LEAST the threshold lets so many tokens pass at
     least; all tiles are listed of rows that ask for another number than 1. With EDITED the listed
     tokens of rows with edits are judged by what these leave of their scores. With NARROWED rows
-    that ask for it draw from a part of their tokens.
+    that ask for it draw from a part of their tokens. With TOLD rows that ask for it tell their best
+    tokens and the rank of the chosen one.
     """
     row = tl.program_id(0).to(tl.int64)
     alpha = tl.load(alpha_ptr + row)
@@ -226,7 +234,7 @@ def contrast_finish_kernel(
         if narrows:
             seed = tl.load(seed_ptr + row)
             position = tl.load(position_ptr + row)
-            key, choice, value = narrowed_choice(
+            key, choice, value, count = narrowed_choice(
                 tile_stat_ptr, listed_ptr, candidate_logit_ptr, candidate_score_ptr, row, num_rows,
                 num_tiles, vocab, top_k, unlikely, min_p, temperature, seed, position, threshold,
                 shift, base, edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
@@ -268,6 +276,17 @@ def contrast_finish_kernel(
         if EDITED:
             # no token is left
             value = tl.where(key == float("-inf"), key, value)
+
+    if TOLD:
+        asked = tl.load(asked_ptr + row)
+        if asked >= 0:
+            # of a narrowed row scratch holds the scores of plausible tokens as they are in the end
+            raw = tl.where(narrows, float("inf"), threshold)
+            tell_best(
+                asked, best_id_ptr, best_logprob_ptr, rank_ptr, most, tile_stat_ptr, listed_ptr,
+                candidate_logit_ptr, candidate_score_ptr, row, count, num_tiles, vocab, raw, shift,
+                log_total, value - log_total, TILES, CONTRAST, BLOCK_V, LISTED,
+            )  # fmt: skip
 
     # A row of NaN has no best token; its log-probability is NaN, its token stays a legal one.
     tl.store(token_ptr + row, tl.minimum(choice, vocab - 1).to(tl.int64))

@@ -210,6 +210,7 @@ def narrowed_choice(
 ):  # fmt: skip
     """The best key with noise of the tokens that are kept, its token and what that scored before.
 
+    And how many tiles are listed then, whose scratch holds what tokens scored before in the end.
     All logits of the row lie in scratch. Of a tile none of whose tokens is plausible or edited the
     numbers of the first launch hold: the largest key, and the sum of exp(key - largest). Of the
     others keys are made here, before it is known how far down tiles may hold kept tokens.
@@ -308,4 +309,4 @@ def narrowed_choice(
         best = tl.where(better, largest, best)
         choice = tl.where(better, lowest, choice)
         value = tl.where(better, own, value)
-    return best, choice, value
+    return best, choice, value, count

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from multiexit_engine.kernels.head_edits import PackedEdits
+
 
 class Upper(NamedTuple):
     """The head: ``hidden @ weight.T + bias``."""
@@ -35,6 +37,37 @@ class Narrowing(NamedTuple):
     top_k: Tensor
     unlikely: Tensor
     min_p: Tensor
+
+
+class Best(NamedTuple):
+    """See ``multiexit_engine.ops.best_tokens``."""
+
+    asked: Tensor
+    ids: Tensor
+    log_probs: Tensor
+    ranks: Tensor
+
+
+class Changes(NamedTuple):
+    """What is done to the rows beside contrast and temperature; None for what is done to none."""
+
+    edits: PackedEdits | None = None
+    narrowing: Narrowing | None = None
+    best: Best | None = None
+
+    def rows(self, part: slice) -> Changes:
+        """Those of some rows."""
+        return Changes(
+            self.edits and self.edits.rows(part),
+            self.narrowing and Narrowing(*(column[part] for column in self.narrowing)),
+            self.best and Best(*(column[part] for column in self.best)),
+        )
+
+    @property
+    def kinds(self) -> dict[str, bool]:
+        """As kernels are told."""
+        names = "EDITED", "NARROWED", "TOLD"
+        return {name: part is not None for name, part in zip(names, self, strict=True)}
 
 
 class Lower(NamedTuple):

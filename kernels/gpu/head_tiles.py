@@ -149,6 +149,7 @@ def head_kernel(
     top_k_ptr,
     unlikely_ptr,
     min_p_ptr,
+    asked_ptr,
     num_rows,
     num_lowers,
     vocab,
@@ -159,6 +160,7 @@ def head_kernel(
     MIXED: tl.constexpr,
     EDITED: tl.constexpr,
     NARROWED: tl.constexpr,
+    TOLD: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -174,7 +176,8 @@ def head_kernel(
     tokens whose scores will be edited are listed as well, and those not allowed are never best;
     both are bits, of which a tile has one word for each row. With NARROWED rows that draw from a
     part of their tokens get all their logits in scratch, keys without noise of tokens that are
-    allowed and not edited, and the sum of exp(key - best) of those.
+    allowed and not edited, and the sum of exp(key - best) of those. With TOLD rows that ask for
+    their best tokens get all their logits in scratch, too.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -221,8 +224,15 @@ def head_kernel(
         unlikely = tl.load(unlikely_ptr + rows, mask=row_mask, other=-1.0)  # [BLOCK_R]
         min_p = tl.load(min_p_ptr + rows, mask=row_mask, other=0.0)  # [BLOCK_R]
         narrows = is_narrowed(top_k, unlikely, min_p, temperature)
+    if NARROWED or TOLD:
+        is_whole = row_mask & False
+        if NARROWED:
+            is_whole = narrows
+        if TOLD:
+            asked = tl.load(asked_ptr + rows, mask=row_mask, other=-1)  # [BLOCK_R]
+            is_whole = is_whole | (asked >= 0)
         slots = place[None, :] * BLOCK_V + tl.arange(0, BLOCK_V)[:, None]
-        tl.store(candidate_logit_ptr + slots, logits, mask=narrows[None, :])
+        tl.store(candidate_logit_ptr + slots, logits, mask=is_whole[None, :])
     if CONTRAST:
         limit = tl.full((BLOCK_R,), float("inf"), tl.float32)
         hot = is_contrasted & (top >= seen + log_alpha)
@@ -260,8 +270,8 @@ def head_kernel(
                 kept = is_edited
             kept_logits = tl.where(kept, logits, float("-inf"))
             takes = listed
-            if NARROWED:
-                takes = listed & (narrows == 0)
+            if NARROWED or TOLD:
+                takes = listed & (is_whole == 0)
             tl.store(candidate_logit_ptr + slots, kept_logits, mask=takes[None, :])
             index = tl.atomic_add(count_ptr + rows, 1, mask=listed, sem="relaxed")
             tl.store(listed_ptr + rows * num_tiles + index, tile, mask=listed)

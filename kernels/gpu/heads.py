@@ -19,14 +19,23 @@ import torch
 import triton
 from torch import Tensor
 
-from multiexit_engine.kernels.head_edits import PackedEdits, pack_edits
+from multiexit_engine.kernels.head_edits import pack_edits
 from multiexit_engine.kernels.head_finish import contrast_finish_kernel, head_finish_kernel
-from multiexit_engine.kernels.head_rows import Drawing, Lower, Narrowing, Upper, lower_of
+from multiexit_engine.kernels.head_rows import (
+    Best,
+    Changes,
+    Drawing,
+    Lower,
+    Narrowing,
+    Upper,
+    lower_of,
+)
 from multiexit_engine.kernels.head_tiles import head_kernel
 from multiexit_engine.kernels.launch import kept_scratch, options, overlaps_launches
 
 # Rows of one launch: bounds the scratch of the candidates and the registers of a tile.
 MAX_ROWS = 64
+_UNCHANGED = Changes()
 
 
 class HeadConfig(NamedTuple):
@@ -66,7 +75,7 @@ def head_config(rows: int, dtype: torch.dtype) -> HeadConfig:
 
 
 def mixed_config(rows: int, dtype: torch.dtype, has_all: bool = False) -> HeadConfig:
-    """``head_config`` of rows with lower heads of their own, edits or narrowing, or all of these.
+    """``head_config`` of rows with lower heads of their own, or whose scores or draws are changed.
 
     Which need more registers. Of 8 warps one program fits a multiprocessor with 168 as with 255;
     float32 is cut alike for all rows, and spills under triton 3.6 with fewer.
@@ -76,10 +85,10 @@ def mixed_config(rows: int, dtype: torch.dtype, has_all: bool = False) -> HeadCo
     return config._replace(max_registers=255 if is_large else 168)
 
 
-def finish_config(edited: bool, narrowed: bool) -> dict[str, int]:
+def finish_config(edited: bool, narrowed: bool, told: bool) -> dict[str, int]:
     """Listed tiles that the last kernel reads at once, its warps and its registers: no spills."""
     if not narrowed:
-        return {"LISTED": 128, **options(8, 144)}
+        return {"LISTED": 128, **options(8, 255 if told else 144)}
     return {"LISTED": 64, **options(8, 255)} if edited else {"LISTED": 128, **options(16, 128)}
 
 
@@ -129,6 +138,7 @@ def shared_head_tokens(
     *,
     edits: Any = None,
     narrowing: Any = None,
+    best: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``multiexit_engine.ops.tokens``. Two launches for each 64 rows, whatever the groups.
 
@@ -136,26 +146,29 @@ def shared_head_tokens(
     than 1 read their lower head in full. Of the biases of lower heads it knows the shared head's
     own. Tokens whose scores are edited are listed as candidates are, with their logits; the last
     launch edits them. Scratch as for ``contrast_tokens``; a row that is narrowed writes all of its
-    logits there, and reads those of tiles that can hold tokens which are kept.
+    logits there, and reads those of tiles that can hold tokens which are kept; so does a row that
+    lists its best tokens, of which the last launch finds one after the other.
     """
-    is_plain = edits is None and narrowing is None
+    changes = Changes(
+        None if edits is None else pack_edits(edits, weight.shape[0]),
+        None if narrowing is None else Narrowing(*narrowing),
+        None if best is None else Best(*best),
+    )
+    is_plain = not any(changes.kinds.values())
     lower = lower_of(groups, hidden, bias, alpha, min_candidates, is_plain)
     if lower is not None:
         lower = lower._replace(num_candidates=num_candidates)
     elif num_candidates is not None:
         num_candidates.zero_()
     drawing = Drawing(temperature, seeds, positions)
-    packed = None if edits is None else pack_edits(edits, weight.shape[0])
-    narrow = None if narrowing is None else Narrowing(*narrowing)
-    return _choose(Upper(hidden, weight, bias), lower, drawing, packed, narrow)
+    return _choose(Upper(hidden, weight, bias), lower, drawing, changes)
 
 
 def _choose(
     upper: Upper,
     lower: Lower | None,
     drawing: Drawing,
-    edits: PackedEdits | None = None,
-    narrowing: Narrowing | None = None,
+    changes: Changes = _UNCHANGED,
 ) -> tuple[Tensor, Tensor]:
     rows, device = upper.hidden.shape[0], upper.hidden.device
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
@@ -166,8 +179,7 @@ def _choose(
             upper._replace(hidden=upper.hidden[part]),
             None if lower is None else lower.rows(part),
             Drawing(*(column[part] for column in drawing)),
-            None if edits is None else edits.rows(part),
-            None if narrowing is None else Narrowing(*(column[part] for column in narrowing)),
+            changes.rows(part),
             tokens[part],
             logprobs[part],
         )
@@ -178,25 +190,25 @@ def _choose_part(
     upper: Upper,
     lower: Lower | None,
     drawing: Drawing,
-    edits: PackedEdits | None,
-    narrowing: Narrowing | None,
+    changes: Changes,
     tokens: Tensor,
     logprobs: Tensor,
 ) -> None:
     rows, width = upper.hidden.shape
     vocab, device = upper.weight.shape[0], upper.hidden.device
     is_mixed = lower is not None and lower.groups is not None
-    is_changed = edits is not None or narrowing is not None
+    edits, narrowing, best = changes
+    is_changed = any(changes.kinds.values())
     config = head_config(rows, upper.hidden.dtype)
     if is_mixed or is_changed:
-        has_all = is_mixed and edits is not None and narrowing is not None
+        has_all = is_mixed and edits is not None and (narrowing or best) is not None
         config = mixed_config(rows, upper.hidden.dtype, has_all)
     num_tiles = triton.cdiv(vocab, config.block_v)
     overlap = overlaps_launches(device)
     num_fields = 4 if narrowing is None else 5
     stats = torch.empty(num_fields, rows, num_tiles, dtype=torch.float32, device=device)
-    best = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
-    candidates: tuple[Tensor, ...] = (stats, best, best, stats, stats)
+    firsts = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
+    candidates: tuple[Tensor, ...] = (stats, firsts, firsts, stats, stats)
     if lower is not None or is_changed:
         running, count = kept_scratch("heads", [-math.inf, 0.0], MAX_ROWS, device)
         lists = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
@@ -217,9 +229,10 @@ def _choose_part(
         *drawing,
         *candidates,
         stats,
-        best,
+        firsts,
         *((None, None) if edits is None else (edits.edited, edits.allowed)),
         *(narrowing or (None, None, None)),
+        None if best is None else best.asked,
         rows,
         0 if lower is None or lower.table is None else lower.table.shape[0],
         vocab,
@@ -228,8 +241,7 @@ def _choose_part(
         HAS_BIAS=upper.bias is not None,
         CONTRAST=lower is not None,
         MIXED=is_mixed,
-        EDITED=edits is not None,
-        NARROWED=narrowing is not None,
+        **changes.kinds,
         BLOCK_V=config.block_v,
         BLOCK_R=config.block_r,
         BLOCK_K=config.block_k,
@@ -242,31 +254,32 @@ def _choose_part(
         tail["launch_pdl"] = True
     if lower is None and not is_changed:
         head_finish_kernel[(rows,)](
-            stats, best, tokens, logprobs, rows, num_tiles, vocab, **tail, **options(4)
+            stats, firsts, tokens, logprobs, rows, num_tiles, vocab, **tail, **options(4)
         )
         return
     contrast_finish_kernel[(rows,)](
         *((None,) * 7 if edits is None else edits),
         *(narrowing or (None, None, None)),
+        *(best or (None, None, None, None)),
         None if lower is None else lower.groups,
         None if lower is None else lower.least,
         alpha,
         *drawing,
         *candidates,
         stats,
-        best,
+        firsts,
         tokens,
         logprobs,
         None if lower is None else lower.num_candidates,
         rows,
         num_tiles,
         vocab,
+        0 if best is None else best.ids.shape[1],
         BLOCK_V=config.block_v,
         CONTRAST=lower is not None,
         MIXED=is_mixed,
         LEAST=lower is not None and lower.least is not None,
-        EDITED=edits is not None,
-        NARROWED=narrowing is not None,
+        **changes.kinds,
         **tail,
-        **finish_config(edits is not None, narrowing is not None),
+        **finish_config(*changes.kinds.values()),
     )

@@ -150,8 +150,9 @@ def shared_head_tokens(
     *,
     edits: None = None,
     narrowing: None = None,
+    best: None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``multiexit_engine.ops.shared_head_tokens``; knows no edits and no narrowing."""
+    """See ``multiexit_engine.ops.shared_head_tokens``; knows no edits, narrowing or best tokens."""
     hidden, shift = hidden.float().contiguous(), vector(bias)
     rows = ChosenRows(temperature, seeds, positions, num_candidates)
     lowers = LowerHeads(groups, alpha, min_candidates)

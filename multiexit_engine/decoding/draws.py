@@ -12,6 +12,7 @@ from torch import Tensor
 
 from multiexit_engine.layers.exit_heads import HeadOperands
 from multiexit_engine.ops import contrast_tokens, head_tokens, shared_head_tokens
+from multiexit_engine.ops.best_tokens import BestTokens
 from multiexit_engine.ops.edits import TokenEdits
 from multiexit_engine.ops.narrowing import Narrowing
 from multiexit_engine.ops.tokens import RowGroup
@@ -89,6 +90,7 @@ def shared_tokens(
     draws: Draws,
     num_candidates: Tensor | None,
     edits: TokenEdits | None = None,
+    best: BestTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op ``shared_head_tokens``; ``alpha`` may be None where no group has a lower head."""
     alpha = draws.temperature if alpha is None else alpha
@@ -101,4 +103,5 @@ def shared_tokens(
         num_candidates,
         edits=edits,
         narrowing=draws.narrowing,
+        best=best,
     )

@@ -24,6 +24,7 @@ from multiexit_engine.ops import (
     head_logits,
     head_tokens,
 )
+from multiexit_engine.ops.best_tokens import BestTokens
 from multiexit_engine.ops.edits import TokenEdits
 from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.params import Contrast, DecodingMode, DoLa
@@ -94,6 +95,7 @@ def mode_tokens(
     draws: Draws,
     num_candidates: Tensor | None = None,
     edits_of: EditsOf | None = None,
+    best: BestTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A token of every logit row, from its mode's distribution; no scores are kept.
 
@@ -107,6 +109,7 @@ def mode_tokens(
         num_candidates: as in ``mode_scores``.
         edits_of: gives what is done to the scores of the rows that it is given, in their order,
             before their tokens are chosen; None: nothing is done to any.
+        best: takes the best tokens of rows that ask for them; None: nobody does.
 
     Returns:
         [rows] int64 tokens, and [rows] float32: NaN where a row's numbers are no numbers, -inf
@@ -119,15 +122,18 @@ def mode_tokens(
     parts: list[tuple[Tensor, Tensor]] = []
     for shared in _by_weight(plan, taps, heads):
         rows = [row for groups, _ in shared for group in groups for row in group.rows]
-        own, counts, index = draws, num_candidates, None
+        own, counts, told, index = draws, num_candidates, best, None
         if rows != list(range(plan.num_rows)):
             index = _index(rows, draws.seeds.device)
             own = draws.rows(index)
             counts = None if num_candidates is None else num_candidates[index]
+            told = best and best.rows(index)
         edits = None if edits_of is None else edits_of(rows)
-        parts.append(_chosen_together(shared, plan, taps, heads, own, counts, edits))
+        parts.append(_chosen_together(shared, plan, taps, heads, own, counts, edits, told))
         if num_candidates is not None and counts is not None and index is not None:
             num_candidates[index] = counts
+        if best is not None and told is not None and index is not None:
+            best.put(index, told)
         order += rows
     tokens, logprobs = (
         torch.cat(column) if len(column) > 1 else column[0] for column in zip(*parts, strict=True)
@@ -201,14 +207,16 @@ def _chosen_together(
     draws: Draws,
     num_candidates: Tensor | None,
     edits: TokenEdits | None,
+    best: BestTokens | None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens of the rows of heads with one matrix, in the order in which these list them."""
     groups = [group for own, _ in shared for group in own]
     uppers = [upper for _, upper in shared]
     hidden = torch.cat([u.hidden for u in uppers]) if len(uppers) > 1 else uppers[0].hidden
     upper = uppers[0]._replace(hidden=hidden)
-    is_unchanged = edits is None and draws.narrowing is None
-    is_plain = edits is None and all(group.lower is None for group in groups)
+    is_token_all = edits is None and best is None
+    is_unchanged = is_token_all and draws.narrowing is None
+    is_plain = is_token_all and all(group.lower is None for group in groups)
     is_rough = is_unchanged and device_kind(hidden.device) == "cpu"
     if is_plain and not is_rough:
         return pair_tokens(upper, None, None, draws, None)
@@ -229,10 +237,10 @@ def _chosen_together(
     if is_plain:
         return pair_tokens(upper, None, None, draws, None)
     lower = lowers[0]
-    is_pair = lower is not None and len(groups) == 1 and least is None and edits is None
+    is_pair = lower is not None and len(groups) == 1 and least is None and is_token_all
     if is_pair and lower and upper.bias is None and lower.bias is None:
         return pair_tokens(upper, lower, alpha, draws, num_candidates)
-    return shared_tokens(upper, parts, alpha, least, draws, num_candidates, edits)
+    return shared_tokens(upper, parts, alpha, least, draws, num_candidates, edits, best)
 
 
 def _lower_operands(

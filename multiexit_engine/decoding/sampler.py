@@ -13,6 +13,7 @@ from torch import Tensor
 from multiexit_engine.decoding.processors import TokenRow, asks_for_processing, process_scores
 from multiexit_engine.decoding.warpers import is_warped, warp_scores
 from multiexit_engine.ops import sample_tokens
+from multiexit_engine.ops.best_tokens import MOST_LISTED
 from multiexit_engine.params import SamplingParams
 from multiexit_engine.transfer import to_device
 
@@ -53,12 +54,16 @@ def needs_scores(
 
 def needs_distribution(params: SamplingParams) -> bool:
     """Whether more of its distribution is wanted than a token, after changes of single scores."""
-    return needs_whole_distribution(params) or (not params.is_greedy and is_warped(params))
+    return params.logprobs is not None or (not params.is_greedy and is_warped(params))
 
 
 def needs_whole_distribution(params: SamplingParams) -> bool:
-    """Whether more is wanted than a draw from what top_k, top_p and min_p leave."""
-    return params.logprobs is not None or (not params.is_greedy and params.typical_p < 1)
+    """Whether more is wanted than ops that choose tokens give: they bring no scores to memory.
+
+    They draw from what top_k, top_p and min_p leave, and list a few log-probabilities.
+    """
+    lists_many = not -1 < (params.logprobs or 0) <= MOST_LISTED
+    return lists_many or (not params.is_greedy and params.typical_p < 1)
 
 
 def choose_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:

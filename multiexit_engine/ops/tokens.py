@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from multiexit_engine.ops.best_tokens import BestTokens, tell_best
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.edits import TokenEdits, edited_scores
 from multiexit_engine.ops.heads import head_logits
@@ -127,6 +128,7 @@ def shared_head_tokens(
     *,
     edits: TokenEdits | None = None,
     narrowing: Narrowing | None = None,
+    best: BestTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose a token for each row where rows share a head but not what it is contrasted with.
 
@@ -149,6 +151,7 @@ def shared_head_tokens(
             head, to the log-probabilities of others. None: nothing.
         narrowing: the tokens that may be drawn, after edits and temperature, in rows that are not
             greedy. None: all.
+        best: takes the best tokens of rows that ask for them. None: nobody does.
 
     Returns:
         [rows] int64 tokens and [rows] float32 their log-probabilities, as those ops give them,
@@ -166,10 +169,12 @@ def shared_head_tokens(
         start = rows.stop
     scores = torch.cat(parts)
     log_probs = scores.log_softmax(-1)
-    if edits is None:
-        return drawn_tokens(log_probs, temperature, seeds, positions, narrowing)
-    edited = edited_scores(scores, edits)
+    edited = log_probs if edits is None else edited_scores(scores, edits)
     tokens, left = drawn_tokens(edited, temperature, seeds, positions, narrowing)
+    if best is not None:
+        tell_best(best, log_probs, tokens)
+    if edits is None:
+        return tokens, left
     log_probs = log_probs.gather(1, tokens[:, None])[:, 0]
     return tokens, torch.where(left == -torch.inf, left, log_probs)
 
@@ -267,9 +272,10 @@ def _shared_reads(
     *_: object,
     edits: TokenEdits | None = None,
     narrowing: Narrowing | None = None,
+    best: BestTokens | None = None,
 ) -> bool:
     is_read = is_plain(hidden, weight) and is_streamable(weight, *lower_weights(groups))
-    return edits is None and narrowing is None and is_read
+    return edits is None and narrowing is None and best is None and is_read
 
 
 def lower_weights(groups: Sequence[RowGroup]) -> list[Weight]:

@@ -42,13 +42,14 @@ from multiexit_engine.decoding.sampler import (
 from multiexit_engine.decoding.warpers import narrowing_of
 from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.ops import device_kind
+from multiexit_engine.ops.best_tokens import BestTokens, no_best_tokens
 from multiexit_engine.params import Exit
 from multiexit_engine.request import Request, ScoredToken, sequence_seed
 from multiexit_engine.runtime.chosen_rows import (
     NOT_A_NUMBER,
     Choice,
     Coming,
-    direct_choice,
+    direct_choices,
     looked_at_choices,
     scored_tokens,
     with_layers,
@@ -70,11 +71,9 @@ class TokenChooser:
 
     def slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
         """Rows that choose tokens, in at most two slices: direct ones and others."""
-        changed = device_kind(self._device) == "cuda"
-        is_direct = [self.is_direct(row, narrowed=changed, edited=changed) for row in rows]
-        direct, scored = _split(rows, is_direct)
-        has_edits = not all(self.is_direct(row, narrowed=True) for row in direct)
-        found = [self._slice(direct, True, has_edits)] if direct else []
+        is_fused = device_kind(self._device) == "cuda"
+        direct, scored = _split(rows, [self.is_direct(row, fused=is_fused) for row in rows])
+        found = [self._slice(direct, True)] if direct else []
         return [*found, self._slice(scored)] if scored else found
 
     def draft_slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
@@ -89,7 +88,7 @@ class TokenChooser:
         if len(direct) < 2:
             return list(slices)
         rows = [row for part in direct for row in part.rows]
-        whole = self._slice(rows, True, any(part.has_edits for part in direct))
+        whole = self._slice(rows, True)
         start = 0
         for part in direct:
             whole.take_over(part, start)
@@ -169,19 +168,19 @@ class TokenChooser:
         head = resolve_mode(mode, self._planner.config).upper
         return draft_tokens(head, tap, self._heads, draws, num_tokens)
 
-    def is_direct(self, row: LogitRow, *, narrowed: bool = False, edited: bool = False) -> bool:
-        """Whether a row's token is all that is wanted of its distribution.
+    def is_direct(self, row: LogitRow, *, fused: bool = False) -> bool:
+        """Whether ops that choose tokens give all that is wanted of a row's distribution.
 
         Args:
             row: to choose a token.
-            narrowed: it may be drawn from what top_k, top_p and min_p leave.
-            edited: penalties, biases, bans and grammars may come before.
+            fused: whether they may do more than to take the best token or to draw one: edit scores,
+                narrow draws and list best tokens.
         """
         request = row.sequence.request
-        params, count = request.sampling, row.num_output_tokens
-        needs_more = needs_whole_distribution if narrowed else needs_distribution
-        is_edited = asks_for_processing(params, count, request.bad_words)
-        is_seen = needs_more(params) or (is_edited and not edited)
+        params = request.sampling
+        is_seen = needs_whole_distribution(params)
+        if not fused:
+            is_seen = needs_distribution(params) or is_edited(row)
         return (
             not request.is_beam_search
             and _num_choices(row) == 1
@@ -211,15 +210,12 @@ class TokenChooser:
 
         return Coming([], None, read)
 
-    def _slice(
-        self, rows: list[LogitRow], is_direct: bool = False, has_edits: bool = False
-    ) -> LogitSlice:
-        plan = self._planner.plan([row.mode for row in rows])
-        return LogitSlice(rows, plan, is_direct, has_edits)
+    def _slice(self, rows: list[LogitRow], is_direct: bool = False) -> LogitSlice:
+        return LogitSlice(rows, self._planner.plan([row.mode for row in rows]), is_direct)
 
     def _edits(self, part: LogitSlice) -> EditsOf | None:
         """What gives the edits of some of a slice's rows, in their order."""
-        if not part.has_edits:
+        if not any(map(is_edited, part.rows)):
             return None
         rows = [token_row(row) for row in part.rows]
         masks = allowed_masks(part.rows)
@@ -230,18 +226,27 @@ class TokenChooser:
 
     def _choose_directly(self, part: LogitSlice, counts: Tensor | None) -> Coming[Choice]:
         draws = self.draws(part.rows)
-        chosen = mode_tokens(part.plan, part.taps, self._heads, draws, counts, self._edits(part))
-        coming = ToHost([*chosen, *([] if counts is None else [counts])])
+        best = self._best_tokens(part.rows)
+        edits = self._edits(part)
+        chosen = mode_tokens(part.plan, part.taps, self._heads, draws, counts, edits, best)
+        coming = ToHost([*chosen, *(best[1:] if best else ())])
+        candidates = ToHost([] if counts is None else [counts])
 
         def read(output: StepOutput) -> list[tuple[LogitRow, Choice]]:
-            tokens, logprobs, *host_counts = coming.lists()
-            output.note_candidates(*host_counts)
-            return [
-                (row, direct_choice(row, token, logprob))
-                for row, token, logprob in zip(part.rows, tokens, logprobs, strict=True)
-            ]
+            tokens, logprobs, *told = coming.lists()
+            output.note_candidates(*candidates.lists())
+            return direct_choices(part.rows, tokens, logprobs, told)
 
         return Coming(part.rows, chosen[0], read)
+
+    def _best_tokens(self, rows: Sequence[LogitRow]) -> BestTokens | None:
+        """Memory for the best tokens of rows that ask for them; None where none does."""
+        asked = [row.sequence.request.sampling.logprobs for row in rows]
+        most = _num_alternatives(asked, self._planner.config.vocab_size)
+        if most is None:
+            return None
+        counts = [-1 if count is None else min(count, most) for count in asked]
+        return no_best_tokens(to_device(counts, self._device, torch.int32), most)
 
     def _choose_tokens(
         self,
@@ -315,6 +320,12 @@ class TokenChooser:
         narrowing = narrowing_of([s.request.sampling for s in sequences], self._device)
         heat = to_device(heats, self._device, torch.float32)
         return Draws(heat, seeds, positions, narrowing)
+
+
+def is_edited(row: LogitRow) -> bool:
+    """Whether penalties, biases, bans or a grammar change a row's scores."""
+    request = row.sequence.request
+    return asks_for_processing(request.sampling, row.num_output_tokens, request.bad_words)
 
 
 def beam_candidate_count(request: Request, row: TokenRow) -> int:

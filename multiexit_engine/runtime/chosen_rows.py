@@ -43,11 +43,32 @@ class Coming(Generic[T]):
     read: Callable[[StepOutput], list[tuple[LogitRow, T]]]
 
 
-def direct_choice(row: LogitRow, token: int, logprob: float) -> Choice:
-    """What a row gave of which only the token was wanted; ``logprob`` as ``mode_tokens`` has it."""
-    if math.isnan(logprob):
-        return NOT_A_NUMBER
-    return _why_no_token(row) if logprob == -math.inf else [ChosenToken(token)]
+def direct_choices(
+    rows: Sequence[LogitRow],
+    tokens: list[int],
+    logprobs: list[float],
+    best: Sequence[list[Any]] = (),
+) -> list[tuple[LogitRow, Choice]]:
+    """What rows gave whose distributions nobody looked at.
+
+    Args:
+        rows: that chose.
+        tokens: of each.
+        logprobs: of these tokens, as ``mode_tokens`` has them.
+        best: ids, log-probabilities and ranks of a ``BestTokens``, where some row asked for them.
+    """
+    ids, values, ranks = best or ([], [], [])
+    told = [values, ids, logprobs, ranks]
+    choices: list[tuple[LogitRow, Choice]] = []
+    for place, (row, logprob) in enumerate(zip(rows, logprobs, strict=True)):
+        if math.isnan(logprob):
+            choices.append((row, NOT_A_NUMBER))
+        elif logprob == -math.inf:
+            choices.append((row, _why_no_token(row)))
+        else:
+            asked = row.sequence.request.sampling.logprobs
+            choices.append((row, [_chosen(tokens, told, place, asked)]))
+    return choices
 
 
 def looked_at_choices(

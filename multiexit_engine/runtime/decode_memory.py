@@ -6,7 +6,7 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -198,13 +198,13 @@ class DecodeMemory:
         """Copy the results to a twin; see ``found``."""
         self._results.fetch(turn)
 
-    def found(self, turn: int, rows: Sequence[int]) -> Iterable[tuple[int, float, int]]:
-        """Token, log-probability and plausible tokens of rows, once they were waited for."""
+    def found(self, turn: int, rows: Sequence[int]) -> tuple[list[int], list[float], list[int]]:
+        """Tokens, log-probabilities and plausible tokens of rows, once they were waited for."""
         arrays = self._results.on_host(turn)
-        return zip(
-            *(arrays[name][rows].tolist() for name in ("tokens", "logprobs", "candidates")),
-            strict=True,
+        tokens, logprobs, counts = (
+            arrays[name][rows].tolist() for name in ("tokens", "logprobs", "candidates")
         )
+        return tokens, logprobs, counts
 
     def drafts(self, turn: int, rows: Sequence[int]) -> list[int]:
         """What rows drafted, once they were waited for."""

@@ -28,8 +28,8 @@ from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import Contrast, DecodingMode, EarlyExit, Exit, Original
 from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.request import sequence_seed
-from multiexit_engine.runtime.choosing import TokenChooser
-from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choice
+from multiexit_engine.runtime.choosing import TokenChooser, is_edited
+from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choices
 from multiexit_engine.runtime.decode_memory import MAX_GROUPS, TURNS, DecodeMemory, DecodeRow
 from multiexit_engine.runtime.decode_pieces import DecodePieces
 from multiexit_engine.runtime.draft_rounds import Items, Rounds
@@ -191,7 +191,9 @@ class DecodeSteps:
             isinstance(row.mode, PLAIN)
             and takes_pair(row.mode, self._model.heads)
             and row.sequence.grammar is None
-            and self._chooser.is_direct(row, narrowed=True)
+            and row.sequence.request.sampling.logprobs is None
+            and not is_edited(row)
+            and self._chooser.is_direct(row, fused=True)
         )
 
     def _plan(self, rows: Sequence[LogitRow]) -> ExitPlan:
@@ -257,12 +259,9 @@ class DecodeSteps:
         turn, rows = self._turn, [places[row.item, row.position] for row in plain]
 
         def read(output: StepOutput) -> list[tuple[LogitRow, Choice]]:
-            chosen: list[tuple[LogitRow, Choice]] = []
-            for row, found in zip(plain, self._memory.found(turn, rows), strict=True):
-                token, logprob, count = found
-                output.note_candidates([count])
-                chosen.append((row, direct_choice(row, token, logprob)))
-            return chosen
+            tokens, logprobs, counts = self._memory.found(turn, rows)
+            output.note_candidates(counts)
+            return direct_choices(plain, tokens, logprobs)
 
         return Coming(plain, None, read)
 

@@ -32,14 +32,12 @@ class StatesAtLayer(Protocol):
 class LogitSlice:
     """Rows whose distributions are made together, with the states they need.
 
-    Rows are direct where nobody looks at the distribution itself: their tokens are all there is.
-    They may have edits: changes of single tokens' scores, by penalties, biases, bans or grammars.
+    Rows are direct where nobody looks at the distribution itself: ops choose their tokens.
     """
 
     rows: list[LogitRow]
     plan: ExitPlan
     is_direct: bool = False
-    has_edits: bool = False
     _parts: dict[int, list[tuple[list[int], Tensor]]] = field(default_factory=dict)
 
     def keep(self, layer: int, flight: StatesAtLayer) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +62,9 @@ TYPES = {
     **dict.fromkeys(("lower_table_ptr", "least_ptr"), "*i64"),
     **dict.fromkeys(("num_candidates_ptr", "edited_ptr", "allowed_ptr", "is_edited_ptr"), "*i32"),
     **dict.fromkeys(("add_ptr", "penalty_ptr", "loss_ptr", "unlikely_ptr", "min_p_ptr"), "*fp32"),
-    "top_k_ptr": "*i32",
+    **dict.fromkeys(("top_k_ptr", "asked_ptr"), "*i32"),
+    **dict.fromkeys(("best_id_ptr", "rank_ptr"), "*i64"),
+    "best_logprob_ptr": "*fp32",
     **dict.fromkeys(("scale", "eps"), "fp32"),
 }
 
@@ -74,12 +77,36 @@ EDITS = (
 )  # fmt: skip
 # What a row's draw is narrowed by.
 NARROWING = ("top_k_ptr", "unlikely_ptr", "min_p_ptr")
-# Lower heads of rows, whether scores are edited, and whether draws are narrowed.
+# Where it tells its best tokens.
+BEST = ("asked_ptr", "best_id_ptr", "best_logprob_ptr", "rank_ptr")
+
+
+class HeadKind(NamedTuple):
+    """Lower heads of rows; whether scores are edited, draws narrowed, best tokens told."""
+
+    lowers: str
+    edited: bool = False
+    narrowed: bool = False
+    told: bool = False
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {"EDITED": self.edited, "NARROWED": self.narrowed, "TOLD": self.told}
+
+    @property
+    def has_all(self) -> bool:
+        return self.lowers == "own" and self.edited and (self.narrowed or self.told)
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self._asdict().items())
+
+
+BOTH = (False, True)
 HEADS = (
-    ("no", False, False),
-    ("one", False, False),
-    *((own, edited, False) for own, edited in (("own", False), ("no", True), ("own", True))),
-    *((own, edited, True) for own in ("no", "own") for edited in (False, True)),
+    HeadKind("no"),
+    HeadKind("one"),
+    *(HeadKind(*kind) for kind in product(("no", "own"), BOTH, BOTH, BOTH) if any(kind[1:])),
+    HeadKind("own"),
 )
 
 
@@ -101,7 +128,7 @@ def shipped(capability: int) -> Iterator[Shipped]:
         yield from (Shipped(*item) for item in layers(dtype))
         for rows in (1, 16, 32, 64):
             for kind in HEADS:
-                yield _head(rows, dtype, *kind, overlap)
+                yield _head(rows, dtype, kind, overlap)
             yield from (_statistics(rows, dtype, is_listed) for is_listed in (True, False))
         for head_dim in (64, 128):
             yield from (_packed(head_dim, dtype, is_listed) for is_listed in (True, False))
@@ -125,35 +152,34 @@ def shipped(capability: int) -> Iterator[Shipped]:
     )
 
 
-def _head(
-    rows: int, dtype: torch.dtype, lowers: str, edited: bool, narrowed: bool, overlap: bool
-) -> Shipped:
+def _head(rows: int, dtype: torch.dtype, kind: HeadKind, overlap: bool) -> Shipped:
     """The tiles of a head, its rows contrasted with no lower head, with one, or each with its own.
 
     Where each row has its own the heads have a bias, which takes more registers than none.
     """
+    lowers, edited, narrowed, told = kind
     config = heads.head_config(rows, dtype)
-    if lowers == "own" or edited or narrowed:
-        config = heads.mixed_config(rows, dtype, lowers == "own" and edited and narrowed)
+    if lowers == "own" or any(kind.flags.values()):
+        config = heads.mixed_config(rows, dtype, kind.has_all)
     unused: dict[str, Any] = {
         "no": dict.fromkeys(("bias_ptr", "lower_ptr", "lower_weight_ptr", *MIXED)),
         "one": dict.fromkeys(("bias_ptr", *MIXED)),
         "own": {},
     }[lowers]
     return Shipped(
-        f"head rows={rows} lowers={lowers} edited={edited} narrowed={narrowed}",
+        f"head rows={rows} {kind}",
         head_tiles.head_kernel,
         dtype,
         {
             **unused,
             **({} if edited else {"edited_ptr": None, "allowed_ptr": None}),
             **({} if narrowed else dict.fromkeys(NARROWING)),
+            **({} if told else {"asked_ptr": None}),
             "EVEN": 1024 % config.block_k == 0,
             "HAS_BIAS": lowers == "own",
             "CONTRAST": lowers != "no",
             "MIXED": lowers == "own",
-            "EDITED": edited,
-            "NARROWED": narrowed,
+            **kind.flags,
             "BLOCK_V": config.block_v,
             "BLOCK_R": config.block_r,
             "BLOCK_K": config.block_k,
@@ -223,14 +249,16 @@ def _finishes(overlap: bool) -> Iterator[Shipped]:
             {"TILES": 4096, "LISTED": is_listed, **unlisted},
             options(4),
         )
-    for lowers, edited, narrowed in HEADS[1:]:
+    for kind in HEADS[1:]:
+        lowers, edited, narrowed, told = kind
         unused = () if edited else EDITS
         unused += () if narrowed else NARROWING
-        last_options = heads.finish_config(edited, narrowed)
+        unused += () if told else BEST
+        last_options = heads.finish_config(*kind.flags.values())
         listed = last_options.pop("LISTED")
         unused += () if lowers == "own" else ("group_ptr", "least_ptr")
         yield Shipped(
-            f"contrast finish lowers={lowers} edited={edited} narrowed={narrowed}",
+            f"contrast finish {kind}",
             head_finish.contrast_finish_kernel,
             DTYPES[0],
             {
@@ -241,8 +269,7 @@ def _finishes(overlap: bool) -> Iterator[Shipped]:
                 "CONTRAST": lowers != "no",
                 "MIXED": lowers == "own",
                 "LEAST": lowers == "own",
-                "EDITED": edited,
-                "NARROWED": narrowed,
+                **kind.flags,
             },
             last_options,
         )

@@ -169,6 +169,36 @@ def test_what_sampling_is_by_default_is_done_by_the_kernels(folder, device, laun
     assert found == [output.outputs[0].token_ids for output in expected]
 
 
+LISTING = [
+    SamplingParams(max_new_tokens=2, ignore_eos=True, logprobs=3),
+    SamplingParams(max_new_tokens=2, ignore_eos=True, logprobs=0, temperature=1.3, top_k=0, seed=2),
+    SamplingParams(max_new_tokens=2, ignore_eos=True, logprobs=20, repetition_penalty=1.7),
+    SamplingParams(max_new_tokens=2, ignore_eos=True, logprobs=2, temperature=1.0, seed=3),
+    SamplingParams(max_new_tokens=2, ignore_eos=True),
+]
+
+
+def test_logprobs_are_told_by_the_kernels(folder, device, launched):
+    """Beside rows with edits, narrowed ones and such as want a token alone."""
+    modes = [Contrast(4, 2), Contrast(4, 1), Exit(4), Contrast(4, 2, alpha=0.5), Contrast(4, 2)]
+    with rehearsal(device):
+        outputs = on_kernels(folder, device).generate(PROMPTS, LISTING, modes)
+    assert launched == ["head_kernel", "contrast_finish_kernel"] * 2
+    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
+    expected = engine.generate(PROMPTS, LISTING, modes)
+    for found, wanted in zip(outputs, expected, strict=True):
+        assert found.outputs[0].token_ids == wanted.outputs[0].token_ids
+        assert_same_logprobs(found.outputs[0].logprobs, wanted.outputs[0].logprobs)
+
+
+def assert_same_logprobs(found, wanted):
+    for own, other in zip(found or [], wanted or [], strict=True):
+        assert list(own) == list(other)
+        for token, one in own.items():
+            assert one.rank == other[token].rank
+            assert one.logprob == pytest.approx(other[token].logprob, abs=1e-4)
+
+
 def test_biases_count_where_some_rows_leave_early(folder, device):
     sampling = [
         SamplingParams(max_new_tokens=3, logit_bias={7 + i: 60.0}, ignore_eos=True)
