@@ -30,7 +30,7 @@ from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.request import sequence_seed
 from multiexit_engine.runtime.choosing import TokenChooser, is_edited
 from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choices
-from multiexit_engine.runtime.decode_memory import MAX_GROUPS, TURNS, DecodeMemory, DecodeRow
+from multiexit_engine.runtime.decode_memory import MAX_GROUPS, DecodeMemory, DecodeRow
 from multiexit_engine.runtime.decode_pieces import DecodePieces
 from multiexit_engine.runtime.draft_rounds import Items, Rounds
 from multiexit_engine.runtime.flight import Flight, Place
@@ -38,6 +38,7 @@ from multiexit_engine.runtime.graphs import Pieces
 from multiexit_engine.runtime.launched_step import ComingStep, LaunchedStep
 from multiexit_engine.runtime.logit_rows import LogitRow, choice_rows, target_rows
 from multiexit_engine.runtime.logit_slices import LogitSlice
+from multiexit_engine.runtime.packed import TURNS
 from multiexit_engine.runtime.piece_drafter import PieceDrafter
 from multiexit_engine.runtime.state_rows import StateRows
 from multiexit_engine.runtime.step_clock import StepClock
