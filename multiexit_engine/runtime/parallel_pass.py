@@ -15,9 +15,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from multiexit_engine.decoding.certainty import certain_rows, lone_best_tokens
 from multiexit_engine.decoding.parallel import (
-    certain_rows,
-    lone_best_tokens,
     rows_to_refine,
     sure_rows,
     tested_layers,
@@ -260,7 +259,11 @@ class ParallelBatch:
             hidden.codes, hidden.scales, head.codes, head.starts, head.scales, head.vocab, bias
         )
         errors = logit_errors(hidden, head, bias)
-        is_sure, is_unsure = certain_rows(found, errors, [self._mode(row) for row in rows])
+        modes = [self._mode(row) for row in rows]
+        thresholds = [mode.threshold for mode in modes if mode.threshold is not None]
+        is_sure, is_unsure = certain_rows(
+            found, errors, [mode.measure for mode in modes], thresholds
+        )
         verdicts = list(zip(rows, is_sure.tolist(), is_unsure.tolist(), strict=True))
         sure = [row for row, yes, _ in verdicts if yes]
         if sure:

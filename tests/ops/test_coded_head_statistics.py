@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from multiexit_engine.decoding.parallel import certain_rows, sure_rows
+from multiexit_engine.decoding.certainty import certain_rows
+from multiexit_engine.decoding.gates import reading_of
 from multiexit_engine.ops import (
     code_head,
     code_states,
@@ -14,7 +15,6 @@ from multiexit_engine.ops import (
     logit_bounds,
     logit_errors,
 )
-from multiexit_engine.parallel_mode import Parallel
 
 SHAPES = pytest.mark.parametrize(
     ("rows", "vocab", "size"), [(1, 1, 4), (2, 17, 5), (3, 513, 33), (13, 1031, 48), (25, 600, 64)]
@@ -81,40 +81,36 @@ def test_statistics_are_those_of_the_codes(rows, vocab, size, has_bias):
 
 
 @SHAPES
-@pytest.mark.parametrize("measure", ["max_prob", "entropy"])
+@pytest.mark.parametrize("measure", ["max_prob", "margin", "entropy"])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 30.0])
 def test_a_certain_row_is_what_the_exact_logits_say(rows, vocab, size, measure, spread):
     hidden, weight, bias = operands(rows, vocab, size, spread)
     exact = head_statistics(hidden, weight, bias)
     rough, errors = coded(hidden, weight, bias)
-    own = exact.log_probs.exp() if measure == "max_prob" else exact.entropy
+    own = reading_of([measure] * rows, exact).values
     # the hardest thresholds are the values themselves
     for threshold in [0.0, 0.3, 0.9, 1.0, *own.tolist(), *(own * 1.00001).tolist()]:
-        if measure == "max_prob" and threshold > 1.0:
-            continue
-        modes = [Parallel("confidence", measure, threshold)] * rows
-        sure, unsure = certain_rows(rough, errors, modes)
-        wanted = sure_rows(exact, modes)
+        sure, unsure = certain_rows(rough, errors, [measure] * rows, [threshold] * rows)
+        wanted = own <= threshold if measure == "entropy" else own >= threshold
         assert not (sure & ~wanted).any() and not (unsure & wanted).any()
 
 
 def test_rows_far_from_the_threshold_are_certain():
     hidden, weight, bias = operands(8, 1031, 48, 0.3)
     rough, errors = coded(hidden, weight, bias)
-    modes = [Parallel("confidence", "max_prob", 0.9)] * 8
-    assert certain_rows(rough, errors, modes)[1].all()
+    assert certain_rows(rough, errors, ["max_prob"] * 8, [0.9] * 8)[1].all()
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_what_is_no_number_is_never_certain(broken):
     hidden, weight, bias = operands(3, 100, 16)
-    modes = [Parallel("confidence", "max_prob", 0.0)] * 3
+    asked = ["max_prob"] * 3, [0.0] * 3
     bad = hidden.clone()
     bad[1, 3] = broken
-    sure, unsure = certain_rows(*coded(bad, weight, bias), modes)
+    sure, unsure = certain_rows(*coded(bad, weight, bias), *asked)
     assert not sure[1] and not unsure[1] and sure[0] and sure[2]
     weight[7, 2] = broken
-    for verdict in certain_rows(*coded(hidden, weight, bias), modes):
+    for verdict in certain_rows(*coded(hidden, weight, bias), *asked):
         assert not verdict.any()
 
 

@@ -3,19 +3,17 @@
 import pytest
 import torch
 
-from multiexit_engine.decoding.parallel import certain_rows, lone_best_tokens
+from multiexit_engine.decoding.certainty import certain_rows, lone_best_tokens
 from multiexit_engine.ops import head_statistics
 from multiexit_engine.ops.heads import statistics_of_logits
-from multiexit_engine.parallel_mode import Parallel
 from tests.ops.test_coded_head_statistics import SHAPES, coded, operands
 
 
 def verdict(probability, error, threshold):
     """Of a row of two tokens."""
     logits = torch.tensor([[probability, 1 - probability]]).log()
-    modes = [Parallel("confidence", "max_prob", threshold)]
     errors = torch.tensor([error], dtype=torch.float64)
-    sure, unsure = certain_rows(statistics_of_logits(logits), errors, modes)
+    sure, unsure = certain_rows(statistics_of_logits(logits), errors, ["max_prob"], [threshold])
     return sure.item(), unsure.item()
 
 
