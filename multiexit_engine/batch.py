@@ -7,7 +7,7 @@ the first ones and a deeper segment works on a plain slice.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -25,13 +25,18 @@ class ScheduledSequence:
 
     Tokens ``[start, start + num_tokens)`` of the sequence are computed; its block table already
     covers them. ``start`` is its ``num_computed_tokens`` when it was scheduled. The table covers
-    ``num_drafts`` tokens more, which the step may draft and check.
+    ``num_drafts`` tokens more, which the step may draft and check, and behind these one for each
+    of ``alternatives``: other tokens for the places of drafts, named by the number of that draft,
+    from 0. Of one row that is such an alternative itself, ``aside`` tells the place in the table
+    of its key and value, which its position does not.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     num_drafts: int = 0
+    alternatives: tuple[int, ...] = ()
+    aside: int | None = None
 
     @property
     def stop(self) -> int:
@@ -80,11 +85,25 @@ class CheckedDrafts:
 
     Attributes:
         tokens: its next tokens: the drafts that were accepted, then one token of the target's own.
-        num_drafts: drafts that were checked.
+        num_drafts: drafts that were checked, one after the other.
+        num_alternatives: other tokens for their places that were checked.
+        alternative: which of these was accepted after the last right draft, if one was.
     """
 
     tokens: list[ChosenToken]
     num_drafts: int
+    num_alternatives: int = 0
+    alternative: int | None = None
+
+    @property
+    def num_accepted(self) -> int:
+        """Tokens that the exit had guessed."""
+        return len(self.tokens) - 1
+
+    @property
+    def num_right(self) -> int:
+        """Drafts that were accepted, without an alternative."""
+        return self.num_accepted - (self.alternative is not None)
 
 
 @dataclass(slots=True)
@@ -177,6 +196,12 @@ class SequenceLayout:
         """What an op works out from the layout once a step and reuses in every layer."""
         return {}
 
+    def by_token(self, block_size: int) -> SequenceLayout:
+        """The same for a cache whose blocks hold one token each, its tables free to be changed."""
+        offsets = torch.arange(block_size, dtype=torch.int32, device=self.block_tables.device)
+        tables = (self.block_tables[:, :, None] * block_size + offsets).flatten(1)
+        return replace(self, block_tables=tables)
+
     def first(self, num_seqs: int) -> SequenceLayout:
         """The layout of the first ``num_seqs`` sequences."""
         return SequenceLayout(
@@ -243,6 +268,33 @@ class ForwardBatch:
             None if self.sources is None else self.sources.first(num_tokens),
         )
 
+    def by_token(self, batch: ScheduledBatch, block_size: int) -> ForwardBatch:
+        """The same for a cache whose blocks hold one token each.
+
+        There the key and value of a row that stands aside have a slot of their own, although all
+        that it sees lies where its sequence's others see it.
+
+        Args:
+            batch: what this was built of, every item that stands aside of one row.
+            block_size: tokens of the blocks that the sequences own.
+        """
+        layout = self.layout.by_token(block_size)
+        slots = self.slot_mapping.clone()
+        rows, places, own = [], [], []
+        for place, item in enumerate(batch.scheduled):
+            if item.aside is not None:
+                rows.append(layout.query_starts[place])
+                places.append([place, item.start])
+                own.append(slot_of(item.sequence.block_table, item.aside, block_size))
+        if own:
+            device = slots.device
+            found = to_device(own, device, torch.int64)
+            slots[to_device(rows, device)] = found
+            at, column = to_device(places, device).unbind(1)
+            layout.block_tables[at, column] = found.int()
+        sources = None if self.sources is None else self.sources.by_token(block_size)
+        return replace(self, slot_mapping=slots, layout=layout, sources=sources)
+
     @classmethod
     def build(cls, batch: ScheduledBatch, block_size: int, device: torch.device) -> ForwardBatch:
         """Lay the scheduled sequences out flat and copy the result to the device.
@@ -257,7 +309,7 @@ class ForwardBatch:
             tokens += item.sequence.token_ids[item.start : item.stop]
             tokens += [0] * (item.stop - max(item.start, len(item.sequence.token_ids)))
             positions += item.positions
-            slots += [table[p // block_size] * block_size + p % block_size for p in item.positions]
+            slots += [slot_of(table, p, block_size) for p in item.positions]
 
         def on_device(values: list[int]) -> Tensor:
             return to_device(values, device, torch.int64)
@@ -290,3 +342,8 @@ class ForwardBatch:
             block_size,
             device,
         )
+
+
+def slot_of(table: list[int], place: int, block_size: int) -> int:
+    """Where the cache has a place of a block table."""
+    return table[place // block_size] * block_size + place % block_size

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Layer: TypeAlias = int | Literal["original"]
 MAX_DRAFT_LEN = 16
+# most tokens that are checked at one place of a draft
+MAX_CHOICES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +160,22 @@ class SelfSpeculative:
             byte-pair vocabularies begin with the frequent ones, and a head costs what is read of
             it. "auto" is a quarter of the vocabulary, at least 8192 tokens. Requests with
             penalties, masks or top-k draft from all tokens.
+        tree: how many choices of the exit are checked at each place of the drafts, the first place
+            first: (2, 1, 3) checks the exit's second choice of the first token and two more of the
+            third, as far as so many are drafted. What is drafted goes on from the best choice
+            alone. A number is that of the first place, True is 2, False is the chain alone. Kept
+            as False or a tuple.
 
     Source: Leviathan et al. 2022, arXiv:2211.17192; drafting by an exit: Elhoushi et al. 2024,
-        arXiv:2404.16710; drawing both with one noise: Daliri et al. 2024, arXiv:2408.07978.
+        arXiv:2404.16710; drawing both with one noise: Daliri et al. 2024, arXiv:2408.07978; several
+        choices at one place: Miao et al. 2023, arXiv:2305.09781.
     """
 
     draft_exit: int
     draft_len: int | Literal["auto"] = "auto"
     target: Target = Original()
     draft_vocab: int | Literal["auto"] = "auto"
+    tree: bool | int | tuple[int, ...] = False
 
     def __post_init__(self) -> None:
         if not is_int(self.draft_exit) or self.draft_exit < 1:
@@ -181,6 +190,28 @@ class SelfSpeculative:
         if self.draft_vocab != "auto" and not is_size:
             allowed = "'auto' or a number of tokens, 1 or more"
             raise reject("SelfSpeculative.draft_vocab", self.draft_vocab, allowed)
+        object.__setattr__(self, "tree", self._choices() or False)
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """How many tokens are checked at each place of the drafts; beyond them one at each."""
+        return self.tree if isinstance(self.tree, tuple) else ()
+
+    def _choices(self) -> tuple[int, ...]:
+        given: Any = {True: 2, False: ()}[self.tree] if isinstance(self.tree, bool) else self.tree
+        counts = tuple(given) if isinstance(given, list | tuple) else (given,)
+        if not all(is_int(count) and 1 <= count <= MAX_CHOICES for count in counts):
+            allowed = (
+                f"a number of choices, 1..{MAX_CHOICES}, or several of these, or True or False"
+            )
+            raise reject("SelfSpeculative.tree", self.tree, allowed)
+        while counts and counts[-1] == 1:
+            counts = counts[:-1]
+        most = MAX_DRAFT_LEN if self.draft_len == "auto" else self.draft_len
+        if len(counts) > most:
+            allowed = f"choices at {most} places at most, as draft_len={self.draft_len!r} drafts"
+            raise reject("SelfSpeculative.tree", self.tree, allowed)
+        return counts
 
 
 Measure: TypeAlias = Literal["max_prob", "margin", "entropy", "similarity", "patience", "probe"]

@@ -159,7 +159,7 @@ class EngineStats:
         num_waiting: sequences that wait for their turn.
         num_steps: steps run.
         num_generated_tokens: tokens chosen.
-        num_drafted_tokens: drafts that were checked.
+        num_drafted_tokens: drafts that were checked, other tokens for their places included.
         num_accepted_tokens: those that were right.
         num_tokens_by_layer: tokens chosen by the layer whose head (the upper one under contrast)
             chose them.

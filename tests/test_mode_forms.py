@@ -66,6 +66,7 @@ MODES = st.one_of(
         st.one_of(st.integers(1, 16), st.just("auto")),
         TARGETS,
         st.one_of(st.integers(1, 99), st.just("auto")),
+        st.booleans() | st.integers(1, 8),
     ),
     st.builds(
         EarlyExit,
@@ -134,6 +135,8 @@ def test_every_mode_survives_its_command_line_form(mode):
         ("self_speculative:6", SelfSpeculative(6)),
         ("self_speculative:6,draft_vocab=4096", SelfSpeculative(6, draft_vocab=4096)),
         ("self_speculative:6,3,target=exit:9", SelfSpeculative(6, 3, Exit(9))),
+        ("self_speculative:6,tree=true", SelfSpeculative(6, tree=2)),
+        ("self_speculative:6,3,tree=2;1;4", SelfSpeculative(6, 3, tree=(2, 1, 4))),
         (
             "early_exit:0.9,margin,layers=4; 8,shortlist=2048",
             EarlyExit(0.9, "margin", (4, 8), shortlist=2048),
@@ -210,6 +213,7 @@ def test_command_line_forms(text, mode):
         ("early_exit:0.9,shortlist=1", "EarlyExit.shortlist=1"),
         ("early_exit:0.9,similarity,shortlist=9", "must be None with measure='similarity'"),
         ("self_speculative:6,target=early_exit(0.9)", "target=Early.*must be Original"),
+        ("self_speculative:6,1,tree=2;2", r"tree=\[2, 2\]: must be choices at 1 places"),
         ("self_speculative:0", "SelfSpeculative.draft_exit=0"),
         ("self_speculative:6,draft_len=17", "draft_len=17: must be 'auto' or .* 1..16"),
         ("self_speculative:6,draft_len=some", "draft_len='some'"),

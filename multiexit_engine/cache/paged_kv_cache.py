@@ -6,6 +6,8 @@ Knows nothing of who owns a block: that is ``block_manager``'s.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +34,14 @@ class PagedKVCache:
         shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
         self._blocks = torch.empty(shape, dtype=dtype, device=device)
         self.block_size = block_size
+
+    @cached_property
+    def by_token(self) -> PagedKVCache:
+        """The same memory as blocks of one token each, which have the numbers of its slots."""
+        found = copy(self)
+        found._blocks = self._blocks.flatten(2, 3).unsqueeze(3)
+        found.block_size = 1
+        return found
 
     @property
     def device(self) -> torch.device:

@@ -5,13 +5,20 @@ Knows nothing of plans, of requests, or of how hidden states came to be.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from multiexit_engine.layers.exit_heads import HeadOperands
-from multiexit_engine.ops import contrast_tokens, head_tokens, shared_head_tokens
+from multiexit_engine.ops import (
+    contrast_tokens,
+    head_tokens,
+    sample_tokens,
+    shared_head_tokens,
+)
 from multiexit_engine.ops.best_tokens import BestTokens
 from multiexit_engine.ops.edits import TokenEdits
 from multiexit_engine.ops.narrowing import Narrowing
@@ -48,6 +55,31 @@ class Draws(NamedTuple):
     def columns(self) -> tuple[Tensor, Tensor, Tensor]:
         """What every op that chooses tokens takes."""
         return self.temperature, self.seeds, self.positions
+
+
+def tokens_in_order(scores: Tensor, draws: Draws, count: int) -> Tensor:
+    """The token that a draw gives, then that of the same draw without the ones before.
+
+    Args:
+        scores: [rows, vocab] float32.
+        draws: how each row's tokens are drawn; nothing narrows them.
+        count: how many tokens, at most the vocabulary.
+
+    Returns:
+        [rows, count] int64, different ones in each row.
+
+    Source: the order of Gumbel-max keys, Kool et al. 2019, arXiv:1903.06059.
+    """
+    is_drawn = draws.temperature > 0
+    if scores.device.type == "cpu" and not bool(is_drawn.any()):
+        return scores.topk(count, -1).indices
+    scores = scores / torch.where(is_drawn, draws.temperature, 1.0)[:, None]
+    tokens: list[Tensor] = []
+    for _ in range(count):
+        drawn = sample_tokens(scores, draws.seeds, draws.positions)
+        tokens.append(torch.where(is_drawn, drawn, scores.argmax(-1))[:, None])
+        scores = scores.scatter(1, tokens[-1], -math.inf)
+    return torch.cat(tokens, 1)
 
 
 def pair_tokens(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.dola import dola_scores
-from multiexit_engine.decoding.draws import Draws, pair_tokens, shared_tokens
+from multiexit_engine.decoding.draws import Draws, pair_tokens, shared_tokens, tokens_in_order
 from multiexit_engine.decoding.plan import ContrastFunction, ExitPlan, HeadGroup
 from multiexit_engine.layers.exit_heads import ExitHeads, Head, HeadOperands
 from multiexit_engine.layers.rough_heads import HeadRows
@@ -179,6 +179,23 @@ def draft_tokens(
         if found is not None:
             return found[0]
     return head_tokens(*operands.first(num_tokens), *draws.columns)[0]
+
+
+def draft_choices(
+    head: Head, tap: Tensor, heads: ExitHeads, draws: Draws, num_tokens: int, count: int
+) -> Tensor:
+    """[rows, count] int64: the token of ``draft_tokens``, then that without the ones before.
+
+    Args:
+        head: as in ``draft_tokens``, like what follows.
+        tap: as there.
+        heads: as there.
+        draws: as there; nothing narrows them.
+        num_tokens: as there.
+        count: how many tokens.
+    """
+    logits = head_logits(*heads.operands(head, tap).first(num_tokens))
+    return tokens_in_order(logits, draws, count)
 
 
 _Sharing: TypeAlias = list[tuple[list[HeadGroup], HeadOperands]]

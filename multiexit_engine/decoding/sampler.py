@@ -5,9 +5,11 @@ Knows a request's sampling parameters; nothing of the mode that made the scores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.processors import TokenRow, asks_for_processing, process_scores
@@ -20,6 +22,7 @@ from multiexit_engine.transfer import to_device
 __all__ = [
     "LogprobTensors",
     "TokenRow",
+    "choose_several",
     "choose_tokens",
     "needs_distribution",
     "needs_scores",
@@ -83,6 +86,16 @@ def choose_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     Source: transformers' ``_sample`` with its processors; drawing by Gumbel-max.
     """
     return pick_tokens(process_scores(scores, rows), rows)
+
+
+def choose_several(scores: Tensor, rows: Sequence[TokenRow], count: int) -> Tensor:
+    """[rows, count] int64: the token of ``choose_tokens``, then that without the ones before."""
+    scores = process_scores(scores, rows)
+    tokens = [pick_tokens(scores, rows)[:, None]]
+    for _ in range(1, count):
+        scores = scores.scatter(1, tokens[-1], -math.inf)
+        tokens.append(pick_tokens(scores, rows)[:, None])
+    return torch.cat(tokens, 1)
 
 
 def pick_tokens(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:

@@ -17,6 +17,7 @@ from multiexit_engine.decoding.beam import beam_candidates
 from multiexit_engine.decoding.draws import Draws
 from multiexit_engine.decoding.exits import (
     EditsOf,
+    draft_choices,
     draft_tokens,
     gives_tokens,
     mode_scores,
@@ -33,7 +34,7 @@ from multiexit_engine.decoding.processors import (
 )
 from multiexit_engine.decoding.sampler import (
     TokenRow,
-    choose_tokens,
+    choose_several,
     needs_distribution,
     needs_whole_distribution,
     pick_tokens,
@@ -158,15 +159,27 @@ class TokenChooser:
             return self.direct_drafts(
                 mode, part.taps[mode.layer], self.draws(part.rows), num_tokens
             )
+        return self.draft_choices(part, 1)[:, 0]
+
+    def draft_choices(self, part: LogitSlice, count: int) -> Tensor:
+        """[rows, count] int64: drafts of rows that look at their scores, the best one first."""
         allowed = self._allowed(part.rows)
         scores, _ = self.scores(part, allowed)
         pairs = zip(part.rows, allowed, strict=True)
-        return choose_tokens(scores, [token_row(row)._replace(allowed=own) for row, own in pairs])
+        rows = [token_row(row)._replace(allowed=own) for row, own in pairs]
+        return choose_several(scores, rows, count)
 
     def direct_drafts(self, mode: Exit, tap: Tensor, draws: Draws, num_tokens: int) -> Tensor:
         """See ``draft_tokens``; for rows of which ``is_direct`` is true."""
         head = resolve_mode(mode, self._planner.config).upper
         return draft_tokens(head, tap, self._heads, draws, num_tokens)
+
+    def direct_draft_choices(
+        self, mode: Exit, tap: Tensor, draws: Draws, num_tokens: int, count: int
+    ) -> Tensor:
+        """See ``draft_choices`` of ``decoding.exits``; for rows of which ``is_direct`` is true."""
+        head = resolve_mode(mode, self._planner.config).upper
+        return draft_choices(head, tap, self._heads, draws, num_tokens, count)
 
     def is_direct(self, row: LogitRow, *, fused: bool = False) -> bool:
         """Whether ops that choose tokens give all that is wanted of a row's distribution.

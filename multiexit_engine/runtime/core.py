@@ -214,9 +214,9 @@ class EngineCore:
 
     def _append_checked(self, sequence: Sequence, checked: CheckedDrafts) -> None:
         """Give a sequence its accepted drafts and the token after them, up to where it ends."""
-        num_accepted = len(checked.tokens) - 1
-        sequence.acceptance.record(checked.num_drafts, num_accepted)
-        self.num_drafted_tokens += checked.num_drafts
+        num_accepted = checked.num_accepted
+        sequence.acceptance.record(checked.num_drafts, checked.num_right)
+        self.num_drafted_tokens += checked.num_drafts + checked.num_alternatives
         self.num_accepted_tokens += num_accepted
         for place, token in enumerate(checked.tokens):
             self._append_one(sequence, token, is_draft=place < num_accepted)

@@ -71,7 +71,7 @@ class DraftLengths:
         policy.times.drafts.add(sum(map(bool, lengths)), drafting / max(lengths))
         policy.times.checks.add(batch.num_tokens, rest)
         for _, checked in output.checked:
-            policy.acceptance.record(checked.num_drafts, len(checked.tokens) - 1)
+            policy.acceptance.record(checked.num_drafts, checked.num_right)
 
     def _policy(self, mix: frozenset[DecodingMode]) -> DraftPolicy:
         policy = self._policies.pop(mix, None) or DraftPolicy()

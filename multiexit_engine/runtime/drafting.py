@@ -21,6 +21,7 @@ from multiexit_engine.decoding.draws import Draws
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import Exit, SelfSpeculative
 from multiexit_engine.request import Joining
+from multiexit_engine.runtime.alternatives import Alternative
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.logit_rows import LogitRow
@@ -39,11 +40,14 @@ class Drafts:
 
     Attributes:
         known: for each item with drafts those that are on the host; all of them after ``fetch``.
+            For one that is an alternative the tokens up to and with it.
+        alternatives: items that are other tokens for the place of a draft.
         last: for each item its last draft, [1] int64 on the device.
         joining: for each item the drafted rows, whose states wait at the exit.
     """
 
     known: dict[int, list[int]]
+    alternatives: Mapping[int, Alternative] = field(default_factory=dict)
     last: dict[int, Tensor] = field(default_factory=dict)
     joining: dict[int, tuple[Joining, ...]] = field(default_factory=dict)
     _pending: list[tuple[list[int], Tensor]] = field(default_factory=list)
@@ -60,6 +64,36 @@ class Drafts:
         for item, token in zip(items, tokens[:, None].unbind(), strict=True):
             self.last[item] = token
 
+    def num_choices(self, number: int) -> int:
+        """How many choices for draft ``number``, counted from 0, some item wants."""
+        return 1 + max(
+            (o.rank for o in self.alternatives.values() if o.number == number), default=0
+        )
+
+    def add_choices(self, number: int, items: list[int], choices: Tensor) -> Tensor:
+        """Draft ``number`` of some items, and what else is checked at its place.
+
+        Args:
+            number: counted from 0.
+            items: that draft it.
+            choices: [items, ``num_choices``] int64, best first.
+
+        Returns:
+            [items] int64: the drafts.
+        """
+        tokens = choices[:, 0].contiguous()
+        self.add(items, tokens)
+        rows = {item: row for row, item in enumerate(items)}
+        others = {
+            item: (rows[other.item], other.rank)
+            for item, other in self.alternatives.items()
+            if other.number == number and other.item in rows
+        }
+        if others:
+            own, ranks = to_device([*others.values()], choices.device).unbind(1)
+            self.add([*others], choices[own, ranks])
+        return tokens
+
     def fetch(self) -> None:
         """Have all drafts on the host; waits for the device."""
         if self._pending:
@@ -75,6 +109,8 @@ class Drafts:
         """Know the drafts that were sent."""
         for (items, _), tokens in zip(self._pending, self._coming.lists(), strict=True):
             for item, token in zip(items, tokens, strict=True):
+                if (other := self.alternatives.get(item)) is not None:
+                    self.known[item] += self.known[other.item][: other.number]
                 self.known[item].append(token)
         self._pending.clear()
 
@@ -152,8 +188,8 @@ class Drafter:
                 if stop in tap_layers:
                     keep(stop, flight)
             flight.keep(aboard)
-            tokens = self._tokens(group, picks, number, flight, drafts)
-            drafts.add(list(aboard), tokens)
+            choices = self._tokens(group, picks, number, flight, drafts)
+            tokens = drafts.add_choices(number, list(aboard), choices)
         for index, item in group.items.items():
             drafts.joining[index] = (Joining(layer, item.stop - 1),)
 
@@ -168,16 +204,16 @@ class Drafter:
     def _tokens(
         self, group: _Group, picks: _Picks, number: int, flight: Flight, drafts: Drafts
     ) -> Tensor:
-        """[rows] int64: a draft for each row of a round."""
+        """[rows, choices] int64 for each row of a round, best first: the draft, and others."""
+        count = drafts.num_choices(number)
         direct = [place for place in picks.direct if place < flight.num_rows]
         scored = [place for place in picks.scored if place < flight.num_rows]
         draws = picks.draws.later(number, len(direct))
         if not scored:
-            return self._chooser.direct_drafts(group.mode, flight.hidden, draws, group.vocab)
-        tokens = to_device([0] * flight.num_rows, self._kv_cache.device, torch.int64)
+            return self._direct(group, flight.hidden, draws, count)
+        tokens = to_device([[0] * count] * flight.num_rows, self._kv_cache.device, torch.int64)
         if direct:
-            own = flight.take(direct)
-            found = self._chooser.direct_drafts(group.mode, own, draws, group.vocab)
+            found = self._direct(group, flight.take(direct), draws, count)
             tokens.index_copy_(0, to_device(direct, tokens.device), found)
         rows = group.rows(number, flight.num_rows, drafts)
         places = {rows[place].item: place for place in scored}
@@ -187,8 +223,14 @@ class Drafter:
                 # penalties and bans look at the drafts before
                 drafts.fetch()
             index = to_device([places[row.item] for row in part.rows], tokens.device)
-            tokens.index_copy_(0, index, self._chooser.drafts(part, group.vocab))
+            tokens.index_copy_(0, index, self._chooser.draft_choices(part, count))
         return tokens
+
+    def _direct(self, group: _Group, hidden: Tensor, draws: Draws, count: int) -> Tensor:
+        options = group.mode, hidden, draws, group.vocab
+        if count == 1:
+            return self._chooser.direct_drafts(*options)[:, None]
+        return self._chooser.direct_draft_choices(*options, count)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,9 @@ class Flight:
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
+        # keys and values that lie aside can be found one by one only
+        self._is_by_token = any(item.aside is not None for item in items.values())
+        self._blocks = kv_cache.by_token if self._is_by_token else kv_cache
         self._states = states
         self._items = dict(items)
         self._joining = joining or {}
@@ -101,7 +104,7 @@ class Flight:
         batch = self._forward
         if self._copied is not None:
             batch = replace(batch, copied=self._copied)
-        self.hidden = self._model.run_layers(self.hidden, start, stop, self._kv_cache, batch)
+        self.hidden = self._model.run_layers(self.hidden, start, stop, self._blocks, batch)
 
     def rows_of(self, places: Sequence[Place]) -> list[int | None]:
         """The rows of ``hidden`` in which these positions stand; None where one is not here."""
@@ -238,9 +241,10 @@ class Flight:
         return known
 
     def _build(self) -> ForwardBatch:
-        items = tuple(self._items[item] for item in self._aboard)
-        device = self._kv_cache.device
-        return ForwardBatch.build(ScheduledBatch(items), self._kv_cache.block_size, device)
+        batch = ScheduledBatch(tuple(self._items[item] for item in self._aboard))
+        block_size = self._kv_cache.block_size
+        forward = ForwardBatch.build(batch, block_size, self._kv_cache.device)
+        return forward.by_token(batch, block_size) if self._is_by_token else forward
 
     def _index(self, rows: list[int]) -> Tensor:
         return to_device(rows, self._kv_cache.device, torch.int64)

@@ -55,6 +55,7 @@ class PieceDrafter:
             len({(mode.draft_exit, mode.draft_vocab) for mode in modes}) == 1
             and len({item.sequence.request.depth for item in steady}) == 1
             and not any(row.needs_drafts for row in rows)
+            and not any(item.alternatives for item in batch.scheduled)
             and num_rows + len(batch.scheduled) - len(steady) <= self._memory.spare_row
         )
 

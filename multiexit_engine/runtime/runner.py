@@ -19,6 +19,11 @@ from multiexit_engine.decoding.plan import ExitPlanner, plan_segments
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import DecodingMode, EarlyExit
+from multiexit_engine.runtime.alternatives import (
+    alternative_rows,
+    slots_of_accepted,
+    with_alternatives,
+)
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.decode_steps import DecodeSteps
 from multiexit_engine.runtime.draft_lengths import DraftLengths
@@ -101,8 +106,11 @@ class ModelRunner:
     def _run(self, batch: ScheduledBatch) -> StepOutput:
         clock = StepClock(self.config.device)
         self._prepare_blocks(batch)
-        drafts = Drafts({index: [] for index, item in _items(batch) if item.num_drafts})
+        scheduled, (batch, alternatives) = batch, with_alternatives(batch)
+        drafted = [index for index, item in _items(batch) if item.num_drafts]
+        drafts = Drafts({index: [] for index in [*drafted, *alternatives]}, alternatives)
         choosing, scored = choice_rows(_items(batch), drafts.known), target_rows(_items(batch))
+        choosing += alternative_rows(batch.scheduled, alternatives, drafts.known)
         early = self._early_exits.rows([*choosing, *scored], batch)
         choices = self._chooser.slices(_with_fixed_heads(choosing))
         targets = self._chooser.scored_slices(_with_fixed_heads(scored))
@@ -119,12 +127,13 @@ class ModelRunner:
         wait_for(self.config.device)
         drafts.read()
         chosen = [pair for part in coming for pair in part.read(output)]
-        hand_out([*chosen, *early.chosen], drafts.known, output)
+        hand_out([*chosen, *early.chosen], drafts.known, output, alternatives)
+        self._move_alternatives(scheduled, output)
         hand_out_scores([pair for part in coming_scores for pair in part.read(output)], output)
         clock.mark()
         seconds = clock.seconds()
         early.note_step(sum(seconds))
-        self.draft_lengths.record(batch, seconds, output)
+        self.draft_lengths.record(scheduled, seconds, output)
         return output
 
     @torch.inference_mode()
@@ -156,6 +165,11 @@ class ModelRunner:
         self._states.copy_blocks(batch.block_copies)
         if batch.unread:
             read_sources(self.model, self.kv_cache, batch.unread)
+
+    def _move_alternatives(self, batch: ScheduledBatch, output: StepOutput) -> None:
+        """Put keys and values of accepted alternatives where those of the drafts lie."""
+        slots = slots_of_accepted(batch.scheduled, output, self.config.block_size)
+        self.kv_cache.by_token.copy_blocks(slots)
 
     def _run_layers(
         self,

@@ -19,7 +19,7 @@ from multiexit_engine.request import Held, Joining, Request, Sequence, SequenceS
 from multiexit_engine.runtime.draft_lengths import DraftLengths
 from multiexit_engine.runtime.limits import check_fits
 from multiexit_engine.runtime.queues import Queues, Unit
-from multiexit_engine.runtime.step_plan import StepPlan
+from multiexit_engine.runtime.step_plan import StepPlan, less_and_less
 
 NOBODY: Mapping[Sequence, Any] = MappingProxyType({})
 
@@ -266,13 +266,13 @@ class Scheduler:
         chunks = step.chunks()
         lengths = self._draft_lengths.of([chunk for _, chunk in chunks], self._config)
         for (unit, chunk), wanted in zip(chunks, lengths, strict=True):
-            stop = chunk.stop
-            for num_drafts in range(min(wanted, step.num_tokens_left), 0, -1):
-                table = chunk.sequence.block_table
-                copies = self._blocks.make_writable(table, chunk.start, stop + num_drafts)
+            room = min(step.num_tokens_left, self._config.max_model_len - chunk.stop)
+            for num_drafts, others in less_and_less(chunk.sequence, wanted, room):
+                table, stop = chunk.sequence.block_table, chunk.stop + num_drafts + len(others)
+                copies = self._blocks.make_writable(table, chunk.start, stop)
                 if copies is not None:
                     step.add_copies(unit, copies)
-                    step.extend(unit, chunk, num_drafts)
+                    step.extend(unit, chunk, num_drafts, others)
                     break
 
     def _find_blocks(self, unit: Unit, sequence: Sequence, stop: int, step: StepPlan) -> bool:

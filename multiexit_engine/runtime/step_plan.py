@@ -5,10 +5,12 @@ Knows nothing of who may run or of how blocks are found.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.request import Sequence
+from multiexit_engine.runtime.alternatives import alternatives_of
 from multiexit_engine.runtime.queues import Unit
 
 
@@ -47,11 +49,14 @@ class StepPlan:
         """Every chunk with its unit, in the order in which they were planned."""
         return [(unit, chunk) for unit, chunks in self._chunks.items() for chunk in chunks]
 
-    def extend(self, unit: Unit, chunk: ScheduledSequence, num_drafts: int) -> None:
+    def extend(
+        self, unit: Unit, chunk: ScheduledSequence, num_drafts: int, alternatives: tuple[int, ...]
+    ) -> None:
         """Let a planned chunk draft tokens, too."""
         chunks = self._chunks[unit]
-        chunks[chunks.index(chunk)] = replace(chunk, num_drafts=num_drafts)
-        self.num_tokens_left -= num_drafts
+        drafting = replace(chunk, num_drafts=num_drafts, alternatives=alternatives)
+        chunks[chunks.index(chunk)] = drafting
+        self.num_tokens_left -= num_drafts + len(alternatives)
 
     def drop(self, unit: Unit) -> None:
         """Take back what a unit got, if it got anything: it was preempted."""
@@ -66,3 +71,18 @@ class StepPlan:
         chunks.sort(key=lambda chunk: -chunk.sequence.request.depth)
         copies = tuple(pair for pairs in self._copies.values() for pair in pairs)
         return ScheduledBatch(tuple(chunks), copies, tuple(self._unread))
+
+
+def less_and_less(
+    sequence: Sequence, wanted: int, room: int
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """What a sequence may draft within a number of rows: all that it wants, then less of it.
+
+    Yields numbers of drafts and with them alternatives, as ``ScheduledSequence`` has them; drafts
+    alone are better than fewer with alternatives.
+    """
+    others = alternatives_of(sequence, wanted)
+    if others and wanted + len(others) <= room:
+        yield wanted, others
+    for num_drafts in range(min(wanted, room), 0, -1):
+        yield num_drafts, ()

@@ -52,6 +52,7 @@ SPECULATIVE = [
     SelfSpeculative(2, 3),
     SelfSpeculative(4, "auto", Contrast(6, 2)),
     SelfSpeculative(2, 2, DoLa((0, 2, 4))),
+    SelfSpeculative(2, 3, tree=(2, 3)),
 ]
 WITH_SOURCES = [
     Original(),
@@ -62,6 +63,7 @@ WITH_SOURCES = [
     DoLa((1, 2)),
     EarlyExit(0.4, layers=(1, 2, 3)),
     EarlyExit(0.4, layers=(1, 2, 3), kv="copy"),
+    SelfSpeculative(2, draft_len=3, tree=(3, 2)),
 ]
 PARALLEL = [
     Parallel("soft", length=11),

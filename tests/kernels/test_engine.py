@@ -66,8 +66,12 @@ def test_cached_prefixes_and_chunks_change_nothing(folder, device):
 
 @pytest.mark.parametrize(
     "mode",
-    [SelfSpeculative(2, draft_len=2, target=Contrast(4, 2)), EarlyExit(0.5, "max_prob")],
-    ids=lambda mode: type(mode).__name__,
+    [
+        SelfSpeculative(2, draft_len=2, target=Contrast(4, 2)),
+        SelfSpeculative(2, draft_len=2, tree=2),
+        EarlyExit(0.5, "max_prob"),
+    ],
+    ids=("SelfSpeculative", "tree", "EarlyExit"),
 )
 def test_modes_with_exits_on_the_way_give_the_ids_of_the_reference(folder, mode, device):
     with rehearsal(device):

@@ -30,6 +30,10 @@ def drafting(target=None, draft_len=3):
     return SelfSpeculative(2, draft_len, Original() if target is None else target)
 
 
+def tree_drafting():
+    return SelfSpeculative(2, 3, tree=(2, 2))
+
+
 CASES = {
     "greedy": ([GREEDY] * 3, [drafting()] * 3),
     "drawn": ([DRAWN, GREEDY, DRAWN], [drafting()] * 3),
@@ -41,6 +45,7 @@ CASES = {
     "beside others": ([GREEDY, DRAWN, WARPED], [drafting(), Original(), Contrast(4, 2)]),
     "other depths": ([GREEDY] * 3, [drafting(), Exit(2), drafting()]),
     "two exits": ([GREEDY] * 3, [drafting(), SelfSpeculative(4, draft_len=2), drafting()]),
+    "trees": ([GREEDY, DRAWN, WARPED], [drafting(), tree_drafting(), tree_drafting()]),
     "penalties": ([PENALISED, GREEDY, GREEDY], [drafting()] * 3),
     "early exits": ([GREEDY] * 3, [drafting(), EarlyExit(threshold=0.5), drafting()]),
 }
