@@ -13,9 +13,10 @@ from torch import Tensor
 from multiexit_engine.kernels.launch import INTERPRETED, options
 from multiexit_engine.kernels.row_lists import RowList, rows_at
 
-# The tile in which every kernel sums a row, so that all of them find the same bits.
-NORM_ROWS = tl.constexpr(16)
-NORM_COLUMNS = tl.constexpr(128)
+# The tile in which every kernel sums a row, so that all of them find the same bits. Few rows, as
+# what is computed for masked ones costs as much; many columns, as steps wait for each other's loads.
+NORM_ROWS = tl.constexpr(4)
+NORM_COLUMNS = tl.constexpr(256)
 _NUM_WARPS = 4
 # The interpreter runs programs one after the other; the tile, and so every bit, is the same.
 _PROGRAMS = 1 if INTERPRETED else 512
@@ -35,7 +36,7 @@ def row_moments(x_ptr, rows, row_mask, width, stride, eps, IS_LAYER: tl.constexp
     mean = tl.zeros((NORM_ROWS, NORM_COLUMNS), tl.float32)
     squares = tl.zeros((NORM_ROWS, NORM_COLUMNS), tl.float32)
     step = 0.0
-    for k in range(0, width, NORM_COLUMNS):
+    for k in tl.range(0, width, NORM_COLUMNS, num_stages=4):
         mask = row_mask[:, None] & (k + columns < width)[None, :]
         x = tl.load(places + k, mask=mask, other=0.0).to(tl.float32)
         if IS_LAYER:
@@ -53,6 +54,14 @@ def row_moments(x_ptr, rows, row_mask, width, stride, eps, IS_LAYER: tl.constexp
     else:
         center = tl.zeros((NORM_ROWS,), tl.float32)
     return center, tl.rsqrt(tl.sum(squares, 1) / width + eps)
+
+
+@triton.jit
+def spread(moments, BLOCK_R: tl.constexpr):
+    """[BLOCK_R] numbers that begin with those of NORM_ROWS rows; the others repeat them."""
+    lanes = tl.arange(0, BLOCK_R)[:, None] % NORM_ROWS
+    mine = lanes == tl.arange(0, NORM_ROWS)[None, :]
+    return tl.sum(tl.where(mine, moments[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -80,7 +89,7 @@ def norm_kernel(
     LISTED: tl.constexpr,
     IS_LAYER: tl.constexpr,
 ):
-    """``rows_each`` rows of the tile's sixteen, the others masked; the output may be x."""
+    """``rows_each`` rows of the tile's four, the others masked; the output may be x."""
     if LISTED:  # noqa: SIM102 - without a list there is no count
         if tl.program_id(0) * rows_each >= tl.load(count_ptr):
             return

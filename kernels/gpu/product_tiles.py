@@ -11,7 +11,7 @@ import triton.language as tl
 
 from multiexit_engine.kernels.activations import activate
 from multiexit_engine.kernels.code_tiles import multiplied_codes, multiplied_e4m3
-from multiexit_engine.kernels.norms import normalised, row_moments
+from multiexit_engine.kernels.norms import NORM_ROWS, normalised, row_moments, spread
 from multiexit_engine.kernels.row_lists import rows_at
 
 
@@ -39,14 +39,19 @@ def multiplied(
 ):
     """[BLOCK_V, BLOCK_R] float32 sums over the columns ``start`` to ``stop - 1``, in their order.
 
-    Masked rows and entries are not read and give 0. NORM is "none", "layer" or "rms".
+    Masked rows and entries are not read and give 0. NORM is "none", or "layer" or "rms" of the first
+    rows, at most NORM_ROWS.
     """
     columns = tl.arange(0, BLOCK_K)
     weight_ptrs = weight_ptr + entries.to(tl.int64)[:, None] * width + columns[None, :]
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
     total = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
     if NORM != "none":
-        center, scale = row_moments(x_ptr, rows, row_mask, width, x_stride, eps, NORM == "layer")
+        tl.static_assert(BLOCK_R >= NORM_ROWS)
+        lanes = tl.arange(0, NORM_ROWS)
+        is_row = lanes < tl.sum(row_mask.to(tl.int32), 0)
+        center, scale = row_moments(x_ptr, lanes, is_row, width, x_stride, eps, NORM == "layer")
+        center, scale = spread(center, BLOCK_R), spread(scale, BLOCK_R)
     for k in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
         inside = k + columns < stop
         weight_mask = entry_mask[:, None]
@@ -79,8 +84,8 @@ def joined(
     partial_ptr,
     ticket_ptr,
     part,
-    splits,
     turn,
+    SPLITS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -89,20 +94,21 @@ def joined(
     Only the one that arrives last has; it leaves the ticket ``turn`` as it was found.
     """
     cells = tl.arange(0, BLOCK_V)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-    first = partial_ptr + turn.to(tl.int64) * splits * BLOCK_V * BLOCK_R
+    first = partial_ptr + turn.to(tl.int64) * SPLITS * BLOCK_V * BLOCK_R
     tl.store(first + part * BLOCK_V * BLOCK_R + cells, total)
     tl.debug_barrier()
-    is_last = tl.atomic_add(ticket_ptr + turn, 1, sem="acq_rel") == splits - 1
+    is_last = tl.atomic_add(ticket_ptr + turn, 1, sem="acq_rel") == SPLITS - 1
     if is_last:
         tl.store(ticket_ptr + turn, 0)
         total = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
-        for other in range(splits):
+        # unrolled, so that many parts are on their way at once
+        for other in tl.static_range(SPLITS):
             place = first + other * BLOCK_V * BLOCK_R + cells
             total += tl.load(place, cache_modifier=".cg")  # [BLOCK_V, BLOCK_R]
     return total, is_last
 
 
-@triton.jit(do_not_specialize=["num_rows", "out_features", "splits"])
+@triton.jit(do_not_specialize=["num_rows", "out_features"])
 def product_kernel(
     x_ptr,
     weight_ptr,
@@ -120,7 +126,6 @@ def product_kernel(
     out_features,
     width,
     split_width,
-    splits,
     x_stride,
     code_stride,
     num_groups,
@@ -133,7 +138,7 @@ def product_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -184,10 +189,10 @@ def product_kernel(
             start, stop, width, code_stride, num_groups, x_stride,
             BITS, GROUP, BLOCK_V, BLOCK_R, STAGES,
         )  # fmt: skip
-    if SPLIT:
+    if SPLITS > 1:
         turn = block * tl.num_programs(1) + tile
         total, is_last = joined(
-            total, partial_ptr, ticket_ptr, part, splits, turn, BLOCK_V, BLOCK_R
+            total, partial_ptr, ticket_ptr, part, turn, SPLITS, BLOCK_V, BLOCK_R
         )
         if not is_last:
             return

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from multiexit_engine.kernels.activations import FORMS
 from multiexit_engine.kernels.launch import kept_scratch, options
-from multiexit_engine.kernels.norms import norm
+from multiexit_engine.kernels.norms import NORM_ROWS, norm
 from multiexit_engine.kernels.product_tiles import product_kernel
 from multiexit_engine.kernels.row_lists import RowList
 
@@ -27,7 +27,7 @@ from multiexit_engine.kernels.row_lists import RowList
 MAX_ROWS = 64
 # More rows are normalised by a launch of their own, as every tile would read them whole; those of
 # float32 too, whose products without tensor cores leave no registers for it.
-MAX_NORMED_ROWS = 4
+MAX_NORMED_ROWS = NORM_ROWS.value
 # Programs that fill a large card, and the columns that each of them should have at least.
 _PROGRAMS = 512
 _MIN_SPLIT = 256
@@ -204,7 +204,7 @@ def cut(
         partial = torch.empty(cells, dtype=torch.float32, device=x.device)
         ticket = _tickets(blocks * tiles, x.device)
     constants = {
-        "SPLIT": splits > 1, "EVEN": width % tile.block_k == 0, "BLOCK_V": tile.block_v,
+        "SPLITS": splits, "EVEN": width % tile.block_k == 0, "BLOCK_V": tile.block_v,
         "BLOCK_R": tile.block_r, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages,
     }  # fmt: skip
     # of no tile's own width: where sums are cut must not depend on the rows
@@ -266,7 +266,7 @@ def _launch(
     product_kernel[how.grid](
         x, stored, scales, bias, gain, shift, residual, output, how.partial, how.ticket,
         *((None, None) if listed is None else (listed.rows, listed.count)),
-        rows, output.shape[1], width, how.step, how.grid[0], x.stride(0), stored.stride(0),
+        rows, output.shape[1], width, how.step, x.stride(0), stored.stride(0),
         0 if scales is None else scales.stride(0), eps,
         LISTED=listed is not None, BITS=bits, GROUP=group,
         NORM=norm_kind(norm_before), FORM=FORMS[activation] if activation else "none", GATED=gated,

@@ -73,8 +73,7 @@ def store_qkv(
     cos, sin, positions = turn or (None, None, None)
     qkv_kernel[how.grid](
         x, weight, bias, gain, shift, query, *slots, positions, cos, sin,
-        how.partial, how.ticket, rows, query_width, kv_width, width, how.step, how.grid[0],
-        x.stride(0), eps,
+        how.partial, how.ticket, rows, query_width, kv_width, width, how.step, x.stride(0), eps,
         HEAD_DIM=head_dim, NORM=norm_kind(norm_before), ROTARY=turn is not None,
         HAS_BIAS=bias is not None, **how.constants, **how.options,
     )  # fmt: skip

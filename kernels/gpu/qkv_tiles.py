@@ -37,7 +37,7 @@ def _store(
     tl.store(value_cache_ptr + places - kv_width, numbers, mask=mask & is_value)
 
 
-@triton.jit(do_not_specialize=["num_rows", "splits"])
+@triton.jit(do_not_specialize=["num_rows"])
 def qkv_kernel(
     x_ptr,
     weight_ptr,
@@ -58,14 +58,13 @@ def qkv_kernel(
     kv_width,
     width,
     split_width,
-    splits,
     x_stride,
     eps,
     HEAD_DIM: tl.constexpr,
     NORM: tl.constexpr,
     ROTARY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -99,10 +98,10 @@ def qkv_kernel(
         start, tl.minimum(start + split_width, width), width, x_stride, eps,
         NORM, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
     )  # fmt: skip
-    if SPLIT:
+    if SPLITS > 1:
         turn = block * tl.num_programs(1) + tile
         total, is_last = joined(
-            total, partial_ptr, ticket_ptr, part, splits, turn, BLOCK_V, BLOCK_R
+            total, partial_ptr, ticket_ptr, part, turn, SPLITS, BLOCK_V, BLOCK_R
         )
         if not is_last:
             return

@@ -14,26 +14,26 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp
 # product, what it has
 PRODUCTS = {
     "plain": {},
-    "split": {"SPLIT": True},
+    "split": {"SPLITS": 16},
     "bias, gelu": {"HAS_BIAS": True, "FORM": "tanh"},
     "bias, erf": {"HAS_BIAS": True, "FORM": "erf"},
-    "bias, residual, split": {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SPLIT": True},
+    "bias, residual, split": {"HAS_BIAS": True, "HAS_RESIDUAL": True, "SPLITS": 16},
     "gated": {"GATED": True, "FORM": "silu"},
-    "gated, split": {"GATED": True, "FORM": "silu", "SPLIT": True},
+    "gated, split": {"GATED": True, "FORM": "silu", "SPLITS": 16},
     "listed, bias, erf, split": {
-        "LISTED": True, "HAS_BIAS": True, "FORM": "erf", "SPLIT": True,
+        "LISTED": True, "HAS_BIAS": True, "FORM": "erf", "SPLITS": 16,
     },
     "listed, bias, residual, split": {
-        "LISTED": True, "HAS_BIAS": True, "HAS_RESIDUAL": True, "SPLIT": True,
+        "LISTED": True, "HAS_BIAS": True, "HAS_RESIDUAL": True, "SPLITS": 16,
     },
     "layer norm, bias": {"NORM": "layer", "HAS_BIAS": True},
     "layer norm, bias, gelu, split": {
-        "NORM": "layer", "HAS_BIAS": True, "FORM": "tanh", "SPLIT": True,
+        "NORM": "layer", "HAS_BIAS": True, "FORM": "tanh", "SPLITS": 16,
     },
-    "rms norm, gated, split": {"NORM": "rms", "GATED": True, "FORM": "silu", "SPLIT": True},
-    "rms norm, split": {"NORM": "rms", "SPLIT": True},
-    "rms norm, relu, split": {"NORM": "rms", "FORM": "relu", "SPLIT": True},
-    "rms norm, gated gelu, split": {"NORM": "rms", "GATED": True, "FORM": "tanh", "SPLIT": True},
+    "rms norm, gated, split": {"NORM": "rms", "GATED": True, "FORM": "silu", "SPLITS": 16},
+    "rms norm, split": {"NORM": "rms", "SPLITS": 16},
+    "rms norm, relu, split": {"NORM": "rms", "FORM": "relu", "SPLITS": 16},
+    "rms norm, gated gelu, split": {"NORM": "rms", "GATED": True, "FORM": "tanh", "SPLITS": 16},
     "relu": {"FORM": "relu"},
     "gated gelu": {"GATED": True, "FORM": "tanh"},
 }  # fmt: skip
@@ -41,10 +41,10 @@ PRODUCTS = {
 
 # what stands before attention, per family: width of a head, the rest
 QKV = {
-    "gpt2": (64, {"NORM": "layer", "ROTARY": False, "HAS_BIAS": True, "SPLIT": True}),
-    "llama": (128, {"NORM": "rms", "ROTARY": True, "HAS_BIAS": False, "SPLIT": True}),
-    "t5": (64, {"NORM": "rms", "ROTARY": False, "HAS_BIAS": False, "SPLIT": True}),
-    "wide llama": (96, {"NORM": "rms", "ROTARY": True, "HAS_BIAS": True, "SPLIT": False}),
+    "gpt2": (64, {"NORM": "layer", "ROTARY": False, "HAS_BIAS": True, "SPLITS": 16}),
+    "llama": (128, {"NORM": "rms", "ROTARY": True, "HAS_BIAS": False, "SPLITS": 16}),
+    "t5": (64, {"NORM": "rms", "ROTARY": False, "HAS_BIAS": False, "SPLITS": 16}),
+    "wide llama": (96, {"NORM": "rms", "ROTARY": True, "HAS_BIAS": True, "SPLITS": 1}),
 }
 _Item = tuple[str, Any, torch.dtype, dict[str, Any], dict[str, int], dict[str, str]]
 
@@ -65,9 +65,9 @@ def layers(dtype: torch.dtype) -> Iterator[_Item]:
             if "NORM" not in has or is_normed:
                 yield _product(f"product rows={rows} {name}", rows, dtype, has)
         for bits, group in ((8, 32), (8, 64), (4, 32), (4, 64)):
-            codes = {"BITS": bits, "GROUP": group, "SPLIT": True, "STAGES": products.CODE_STAGES}
+            codes = {"BITS": bits, "GROUP": group, "SPLITS": 16, "STAGES": products.CODE_STAGES}
             yield _product(f"product rows={rows} int{bits}-g{group}", rows, dtype, codes)
-        numbers = {"BITS": 8, "GROUP": 0, "SPLIT": True, "STAGES": products.FLOAT_STAGES}
+        numbers = {"BITS": 8, "GROUP": 0, "SPLITS": 16, "STAGES": products.FLOAT_STAGES}
         yield _product(f"product rows={rows} fp8", rows, dtype, numbers)
         for name, (head_dim, has) in QKV.items():
             norm = has["NORM"] if is_normed else "none"
@@ -102,7 +102,7 @@ def _qkv(name: str, rows: int, dtype: torch.dtype, head_dim: int, has: dict[str,
         "bias_ptr": has["HAS_BIAS"], "gain_ptr": has["NORM"] != "none",
         "shift_ptr": has["NORM"] == "layer", "position_ptr": has["ROTARY"],
         "cos_ptr": has["ROTARY"], "sin_ptr": has["ROTARY"],
-        "partial_ptr": has["SPLIT"], "ticket_ptr": has["SPLIT"],
+        "partial_ptr": has["SPLITS"] > 1, "ticket_ptr": has["SPLITS"] > 1,
     }  # fmt: skip
     types = {"weight_ptr": POINTERS[dtype]}
     if has["NORM"] != "none":
@@ -115,7 +115,7 @@ def _product(name: str, rows: int, dtype: torch.dtype, has: dict[str, Any]) -> _
     tile, launch = _tile(rows, dtype)
     constants = {
         "NORM": "none", "FORM": "none", "GATED": False, "HAS_BIAS": False, "HAS_RESIDUAL": False,
-        "SPLIT": False, "LISTED": False, "BITS": 0, "GROUP": 0, **tile, **has,
+        "SPLITS": 1, "LISTED": False, "BITS": 0, "GROUP": 0, **tile, **has,
     }  # fmt: skip
     needed = {
         "scale_ptr": constants["BITS"] > 0,
@@ -123,8 +123,8 @@ def _product(name: str, rows: int, dtype: torch.dtype, has: dict[str, Any]) -> _
         "gain_ptr": constants["NORM"] != "none",
         "shift_ptr": constants["NORM"] == "layer",
         "residual_ptr": constants["HAS_RESIDUAL"],
-        "partial_ptr": constants["SPLIT"],
-        "ticket_ptr": constants["SPLIT"],
+        "partial_ptr": constants["SPLITS"] > 1,
+        "ticket_ptr": constants["SPLITS"] > 1,
         "row_ptr": constants["LISTED"],
         "count_ptr": constants["LISTED"],
     }
