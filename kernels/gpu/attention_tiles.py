@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from multiexit_engine.kernels.overlap import arrive
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -97,7 +99,7 @@ def _chunk_length(context, BLOCK_N: tl.constexpr, MIN_CHUNK: tl.constexpr, MAX_P
     return tl.maximum(MIN_CHUNK, tl.cdiv(share, BLOCK_N) * BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["table_stride", "max_queries"])
+@triton.jit(do_not_specialize=["table_stride", "max_queries", "ahead_bytes"])
 def short_kernel(
     query_ptr,
     key_ptr,
@@ -108,6 +110,8 @@ def short_kernel(
     bias_ptr,
     partial_ptr,
     weight_ptr,
+    ahead_ptr,
+    ahead_bytes,
     scale,
     query_stride,
     table_stride,
@@ -124,12 +128,16 @@ def short_kernel(
     STAGES: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     MAX_PARTS: tl.constexpr,
+    ALONE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One part of the keys of a sequence whose queries fit one block; writes unscaled sums.
 
     ``partial`` [seqs, max_queries, heads, parts, head_dim], ``weight`` [..., parts, 2] hold the
     sums of values, the largest score and the sum of p. Parts outside a window are not written.
+    ALONE: there is one part, and ``partial`` is the result [tokens, heads, head_dim].
     """
+    arrive(ahead_ptr, ahead_bytes, OVERLAP)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     part = tl.program_id(0)
     num_parts = tl.num_programs(0)
@@ -170,10 +178,15 @@ def short_kernel(
         bias_row, positions, BIAS_SIZE, 0,
         WINDOW, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
     )  # fmt: skip
-    row = ((seq * max_queries + index) * HEADS + head) * num_parts + part
-    tl.store(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], output, mask=mask)
-    tl.store(weight_ptr + row * 2, largest, mask=row_mask)
-    tl.store(weight_ptr + row * 2 + 1, total, mask=row_mask)
+    if ALONE:
+        output = (output / total[:, None]).to(partial_ptr.dtype.element_ty)
+        place = (token * HEADS + head) * HEAD_DIM
+        tl.store(partial_ptr + place[:, None] + dims[None, :], output, mask=mask)
+    else:
+        row = ((seq * max_queries + index) * HEADS + head) * num_parts + part
+        tl.store(partial_ptr + row[:, None] * HEAD_DIM + dims[None, :], output, mask=mask)
+        tl.store(weight_ptr + row * 2, largest, mask=row_mask)
+        tl.store(weight_ptr + row * 2 + 1, total, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -195,14 +208,13 @@ def merge_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Join the parts of one query and head, in order."""
+    arrive(None, 0, OVERLAP)
     head = tl.program_id(0)
     index = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
     first = tl.load(start_ptr + seq)
     num_queries = tl.load(start_ptr + seq + 1) - first
     context = tl.load(context_ptr + seq)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
     if (index >= num_queries) | (num_queries > MOST_QUERIES):
         return
     chunk = _chunk_length(context, BLOCK_N, MIN_CHUNK, MAX_PARTS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.kernels.norms import norm as norm_rows
-from multiexit_engine.kernels.products import Norm, product
+from multiexit_engine.kernels.products import Matrix, Norm, product
 from multiexit_engine.kernels.row_lists import RowList
 
 
@@ -30,20 +30,27 @@ class PartNorm:
         return norm_rows(hidden, *self._behind, dtype=torch.float32)
 
 
-def added(hidden: Tensor, x: Tensor, matrix: Any) -> Tensor:
+def added(hidden: Tensor, x: Tensor, matrix: Any, ahead: Matrix | None = None) -> Tensor:
     """[rows, hidden] float32: the stream and the product of a part's last matrix."""
-    return product(x, matrix.weight, matrix.bias, residual=hidden, dtype=torch.float32)
+    return product(x, matrix.weight, matrix.bias, residual=hidden, dtype=torch.float32, ahead=ahead)
 
 
-def inner(hidden: Tensor, norm: Norm | None, mlp: Any, listed: RowList | None = None) -> Tensor:
-    """[rows, inner width]: all of a feed-forward layer but its last matrix."""
+def inner_matrix(mlp: Any) -> Any:
+    """The layer that a feed-forward layer begins with."""
     gate_up = getattr(mlp, "gate_up", None)
-    if gate_up is None:
-        return product(
-            hidden, mlp.up.weight, mlp.up.bias,
-            norm_before=norm, activation=mlp.kind, listed=listed,
-        )  # fmt: skip
+    return mlp.up if gate_up is None else gate_up
+
+
+def inner(
+    hidden: Tensor,
+    norm: Norm | None,
+    mlp: Any,
+    listed: RowList | None = None,
+    ahead: Matrix | None = None,
+) -> Tensor:
+    """[rows, inner width]: all of a feed-forward layer but its last matrix."""
+    first = inner_matrix(mlp)
     return product(
-        hidden, gate_up.weight, gate_up.bias,
-        norm_before=norm, activation=mlp.kind, gated=True, listed=listed,
+        hidden, first.weight, first.bias, norm_before=norm, activation=mlp.kind,
+        gated=hasattr(mlp, "gate_up"), listed=listed, ahead=ahead,
     )  # fmt: skip

@@ -11,46 +11,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multiexit_engine.kernels.attention import attend_paged, paged_attention
-from multiexit_engine.kernels.block_parts import PartNorm, added, inner
+from multiexit_engine.kernels.attention import attend_paged
+from multiexit_engine.kernels.block_parts import PartNorm, added, inner, inner_matrix
 from multiexit_engine.kernels.norms import rms_norm
-from multiexit_engine.kernels.products import Norm, product
+from multiexit_engine.kernels.products import Matrix, Norm, product
 from multiexit_engine.kernels.qkv import Slots, Turn, place, store_qkv
 
 
 def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: Any) -> Tensor:
     """See ``multiexit_engine.ops.blocks``. The residual stream is float32 between layers."""
     hidden = hidden.float()
+    coming = Coming(blocks)
     for block in blocks:
         attention, cross, mlp = block.attention, block.cross_attention, block.mlp
         norm = PartNorm(block.attention_norm, block.is_post_norm)
-        attended = _attended(hidden, norm.before, attention, kv_cache, batch)
-        hidden = norm.after(added(hidden, attended, attention.output))
+        attended = _attended(hidden, norm.before, attention, kv_cache, batch, coming)
+        hidden = norm.after(added(hidden, attended, attention.output, coming.next()))
         if cross is not None:
             norm = PartNorm(block.cross_norm, block.is_post_norm)
-            mixed = _of_sources(hidden, norm.before, cross, kv_cache, batch)
-            hidden = norm.after(added(hidden, mixed, cross.output))
+            mixed = _of_sources(hidden, norm.before, cross, kv_cache, batch, coming)
+            hidden = norm.after(added(hidden, mixed, cross.output, coming.next()))
         norm = PartNorm(block.mlp_norm, block.is_post_norm)
-        hidden = norm.after(added(hidden, inner(hidden, norm.before, mlp), mlp.down))
+        through = inner(hidden, norm.before, mlp, ahead=coming.next())
+        hidden = norm.after(added(hidden, through, mlp.down, coming.next()))
     return hidden
 
 
-def _of_sources(hidden: Tensor, norm: Norm | None, cross: Any, kv_cache: Any, batch: Any) -> Tensor:
+class Coming:
+    """The matrices of a span in the order of its launches, attention's having none.
+
+    A launch asks for what the launch after the next one reads, so that it is in L2 by then.
+    """
+
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        self._matrices = [matrix for block in blocks for matrix in _matrices(block)]
+        self._place = 0
+
+    def next(self) -> Matrix | None:
+        """What the launch at this place asks for; the place goes on."""
+        self._place += 1
+        later = self._place + 1
+        return self._matrices[later] if later < len(self._matrices) else None
+
+
+def _matrices(block: Any) -> list[Matrix | None]:
+    """Of one block, in the order of its launches."""
+    attention, cross = block.attention, block.cross_attention
+    matrices = [attention.qkv.weight, None, attention.output.weight]
+    if cross is not None:
+        matrices += [cross.query.weight, None, cross.output.weight]
+    return [*matrices, inner_matrix(block.mlp).weight, block.mlp.down.weight]
+
+
+def _of_sources(
+    hidden: Tensor, norm: Norm | None, cross: Any, kv_cache: Any, batch: Any, coming: Coming
+) -> Tensor:
     """[tokens, width of all heads]; reads what was stored of each token's source."""
-    query = product(hidden, cross.query.weight, cross.query.bias, norm_before=norm)
-    mixed = paged_attention(
+    query = product(
+        hidden, cross.query.weight, cross.query.bias, norm_before=norm, ahead=coming.next()
+    )
+    mixed = attend_paged(
         query.view(len(hidden), -1, cross.head_dim),
         kv_cache.key(cross.layer),
         kv_cache.value(cross.layer),
         batch.sources,
         cross.scale,
         None,
+        None,
+        coming.next(),
     )
     return mixed.flatten(1)
 
 
 def _attended(
-    hidden: Tensor, norm: Norm | None, attention: Any, kv_cache: Any, batch: Any
+    hidden: Tensor, norm: Norm | None, attention: Any, kv_cache: Any, batch: Any, coming: Coming
 ) -> Tensor:
     """[tokens, width of all heads]; writes this layer's keys and values."""
     slots = Slots(
@@ -60,9 +94,9 @@ def _attended(
     if attention.rotary is not None:
         turn = Turn(attention.rotary.cos, attention.rotary.sin, batch.positions)
     if attention.query_norm is None:
-        query = store_qkv(hidden, qkv.weight, qkv.bias, norm, slots, turn)
+        query = store_qkv(hidden, qkv.weight, qkv.bias, norm, slots, turn, coming.next())
     else:
-        fused = product(hidden, qkv.weight, qkv.bias, norm_before=norm)
+        fused = product(hidden, qkv.weight, qkv.bias, norm_before=norm, ahead=coming.next())
         query, key, value = (
             part.view(len(hidden), -1, attention.head_dim)
             for part in torch.split(fused, attention.widths, dim=1)
@@ -74,6 +108,6 @@ def _attended(
         query = place(query, key, value, slots, turn)
     mixed = attend_paged(
         query, slots.key_cache, slots.value_cache, batch.layout, attention.scale, attention.window,
-        attention.bias,
+        attention.bias, coming.next(),
     )  # fmt: skip
     return mixed.flatten(1)

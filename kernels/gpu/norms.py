@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from multiexit_engine.kernels.launch import INTERPRETED, options
+from multiexit_engine.kernels.overlap import arrive, overlapped
 from multiexit_engine.kernels.row_lists import RowList, rows_at
 
-# The tile in which every kernel sums a row, so that all of them find the same bits. Few rows, as
-# what is computed for masked ones costs as much; many columns, as steps wait for each other's loads.
+# The tile in which every kernel sums a row, so that all of them find the same bits: few rows, as
+# masked ones cost what others do; many columns, as each step waits for its loads.
 NORM_ROWS = tl.constexpr(4)
 NORM_COLUMNS = tl.constexpr(256)
 _NUM_WARPS = 4
@@ -88,8 +89,10 @@ def norm_kernel(
     eps,
     LISTED: tl.constexpr,
     IS_LAYER: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """``rows_each`` rows of the tile's four, the others masked; the output may be x."""
+    arrive(None, 0, OVERLAP)
     if LISTED:  # noqa: SIM102 - without a list there is no count
         if tl.program_id(0) * rows_each >= tl.load(count_ptr):
             return
@@ -136,7 +139,8 @@ def norm(
             x, gain, shift, output,
             *((None, None) if listed is None else (listed.rows, listed.count)),
             rows, rows_each, width, x.stride(0), eps,
-            LISTED=listed is not None, IS_LAYER=shift is not None, **options(_NUM_WARPS),
+            LISTED=listed is not None, IS_LAYER=shift is not None,
+            **options(_NUM_WARPS), **overlapped(x.device),
         )  # fmt: skip
     return output
 

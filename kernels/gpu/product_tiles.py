@@ -12,6 +12,7 @@ import triton.language as tl
 from multiexit_engine.kernels.activations import activate
 from multiexit_engine.kernels.code_tiles import multiplied_codes, multiplied_e4m3
 from multiexit_engine.kernels.norms import NORM_ROWS, normalised, row_moments, spread
+from multiexit_engine.kernels.overlap import arrive
 from multiexit_engine.kernels.row_lists import rows_at
 
 
@@ -39,8 +40,8 @@ def multiplied(
 ):
     """[BLOCK_V, BLOCK_R] float32 sums over the columns ``start`` to ``stop - 1``, in their order.
 
-    Masked rows and entries are not read and give 0. NORM is "none", or "layer" or "rms" of the first
-    rows, at most NORM_ROWS.
+    Masked rows and entries are not read and give 0. NORM is "none", or "layer" or "rms" of the rows
+    from the first on, at most NORM_ROWS.
     """
     columns = tl.arange(0, BLOCK_K)
     weight_ptrs = weight_ptr + entries.to(tl.int64)[:, None] * width + columns[None, :]
@@ -108,7 +109,7 @@ def joined(
     return total, is_last
 
 
-@triton.jit(do_not_specialize=["num_rows", "out_features"])
+@triton.jit(do_not_specialize=["num_rows", "out_features", "ahead_bytes"])
 def product_kernel(
     x_ptr,
     weight_ptr,
@@ -122,6 +123,8 @@ def product_kernel(
     ticket_ptr,
     row_ptr,
     count_ptr,
+    ahead_ptr,
+    ahead_bytes,
     num_rows,
     out_features,
     width,
@@ -144,6 +147,7 @@ def product_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of outputs for one block of rows, over one part of the columns.
 
@@ -153,6 +157,7 @@ def product_kernel(
     matrix, whose GROUP columns share a scale; 0 for a plain one. Codes of rows that have one scale,
     with GROUP 0, are numbers in e4m3.
     """
+    arrive(ahead_ptr, ahead_bytes, OVERLAP)
     part = tl.program_id(0)
     tile = tl.program_id(1)
     block = tl.program_id(2)

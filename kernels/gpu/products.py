@@ -20,6 +20,7 @@ from torch.nn import functional
 from multiexit_engine.kernels.activations import FORMS
 from multiexit_engine.kernels.launch import kept_scratch, options
 from multiexit_engine.kernels.norms import NORM_ROWS, norm
+from multiexit_engine.kernels.overlap import fetched, overlapped
 from multiexit_engine.kernels.product_tiles import product_kernel
 from multiexit_engine.kernels.row_lists import RowList
 
@@ -114,6 +115,7 @@ def product(
     dtype: torch.dtype | None = None,
     listed: RowList | None = None,
     output: Tensor | None = None,
+    ahead: Matrix | None = None,
 ) -> Tensor:
     """``residual + activation(norm(x) @ weight.T + bias)``, in one launch up to 64 rows.
 
@@ -130,6 +132,7 @@ def product(
         listed: the rows that are multiplied; all by default. With a list any number of rows is
             multiplied here, and a row has the bits that it has among few rows.
         output: [rows, outputs] contiguous, to be written to; may be ``residual``. New by default.
+        ahead: a matrix of a later launch, whose first bytes are asked for meanwhile.
 
     Returns:
         [rows, outputs]; rows that are not listed are as ``output`` had them.
@@ -146,7 +149,7 @@ def product(
     if output is None:
         output = torch.empty(rows, outputs, dtype=dtype, device=x.device)
     if rows:
-        _launch(x, weight, bias, norm_before, activation, gated, residual, output, listed)
+        _launch(x, weight, bias, norm_before, activation, gated, residual, output, listed, ahead)
     return output
 
 
@@ -252,6 +255,7 @@ def _launch(
     residual: Tensor | None,
     output: Tensor,
     listed: RowList | None,
+    ahead: Matrix | None,
 ) -> None:
     rows, width = x.shape
     if isinstance(weight, Tensor):
@@ -266,12 +270,12 @@ def _launch(
     product_kernel[how.grid](
         x, stored, scales, bias, gain, shift, residual, output, how.partial, how.ticket,
         *((None, None) if listed is None else (listed.rows, listed.count)),
-        rows, output.shape[1], width, how.step, x.stride(0), stored.stride(0),
-        0 if scales is None else scales.stride(0), eps,
+        *fetched(ahead, x.device), rows, output.shape[1], width, how.step, x.stride(0),
+        stored.stride(0), 0 if scales is None else scales.stride(0), eps,
         LISTED=listed is not None, BITS=bits, GROUP=group,
         NORM=norm_kind(norm_before), FORM=FORMS[activation] if activation else "none", GATED=gated,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        **how.constants, **how.options,
+        **how.constants, **how.options, **overlapped(x.device),
     )  # fmt: skip
 
 

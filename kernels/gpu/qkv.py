@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.kernels.kv import write_kv
+from multiexit_engine.kernels.overlap import fetched, overlapped
 from multiexit_engine.kernels.products import MAX_ROWS, Matrix, Norm, cut, norm_kind, product, ready
 from multiexit_engine.kernels.qkv_tiles import qkv_kernel
 from multiexit_engine.kernels.rotary import rotate_and_write_kv
@@ -40,6 +41,7 @@ def store_qkv(
     norm_before: Norm | None,
     slots: Slots,
     turn: Turn | None,
+    ahead: Matrix | None = None,
 ) -> Tensor:
     """Queries, with keys and values written to their slots.
 
@@ -50,6 +52,7 @@ def store_qkv(
         norm_before: of x.
         slots: of this layer, in the dtype of the weights.
         turn: of queries and keys; None where positions are in the embedding.
+        ahead: a matrix of a later launch, whose first bytes are asked for meanwhile.
 
     Returns:
         [rows, heads, head_dim] in the dtype of the weights.
@@ -73,9 +76,10 @@ def store_qkv(
     cos, sin, positions = turn or (None, None, None)
     qkv_kernel[how.grid](
         x, weight, bias, gain, shift, query, *slots, positions, cos, sin,
-        how.partial, how.ticket, rows, query_width, kv_width, width, how.step, x.stride(0), eps,
+        how.partial, how.ticket, *fetched(ahead, x.device),
+        rows, query_width, kv_width, width, how.step, x.stride(0), eps,
         HEAD_DIM=head_dim, NORM=norm_kind(norm_before), ROTARY=turn is not None,
-        HAS_BIAS=bias is not None, **how.constants, **how.options,
+        HAS_BIAS=bias is not None, **how.constants, **how.options, **overlapped(x.device),
     )  # fmt: skip
     return query
 

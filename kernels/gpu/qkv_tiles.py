@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from multiexit_engine.kernels.overlap import arrive
 from multiexit_engine.kernels.product_tiles import joined, multiplied
 
 
@@ -37,7 +38,7 @@ def _store(
     tl.store(value_cache_ptr + places - kv_width, numbers, mask=mask & is_value)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "ahead_bytes"])
 def qkv_kernel(
     x_ptr,
     weight_ptr,
@@ -53,6 +54,8 @@ def qkv_kernel(
     sin_ptr,
     partial_ptr,
     ticket_ptr,
+    ahead_ptr,
+    ahead_bytes,
     num_rows,
     query_width,
     kv_width,
@@ -70,12 +73,14 @@ def qkv_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of outputs for one block of rows, over one part of the columns.
 
     ROTARY: the first half of a tile are entries of the first halves of heads, the other half their
     partners, so that a pair is turned where it is made.
     """
+    arrive(ahead_ptr, ahead_bytes, OVERLAP)
     part = tl.program_id(0)
     tile = tl.program_id(1)
     block = tl.program_id(2)

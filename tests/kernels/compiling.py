@@ -36,6 +36,7 @@ from multiexit_engine.kernels.launch import options
 from tests.kernels.shipped_layers import POINTERS, layers
 
 PRODUCTS = re.compile(r"mma\.sync\.aligned\.\w+|wgmma\.mma_async|tcgen05\.mma")
+OVERLAPS = ("launch_dependents", "prefetch.L2", "griddepcontrol.wait")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = (torch.bfloat16, torch.float32)
 # Arguments that are multiples of 16 for every model we know.
@@ -125,7 +126,7 @@ def shipped(capability: int) -> Iterator[Shipped]:
     """Every configuration that a GPU of this capability may be asked to run."""
     overlap = capability >= 90
     for dtype in DTYPES:
-        yield from (Shipped(*item) for item in layers(dtype))
+        yield from (Shipped(*item) for item in layers(dtype, overlap))
         for rows in (1, 16, 32, 64):
             for kind in HEADS:
                 yield _head(rows, dtype, kind, overlap)
@@ -300,13 +301,25 @@ def _attention(
         "MIN_CHUNK": attention.MIN_CHUNK,
         "MAX_PARTS": attention.MAX_PARTS,
     }
-    yield Shipped(
-        f"short {name}",
-        attention_tiles.short_kernel,
-        dtype,
-        {**shape, **cache, **cut, "BLOCK_M": short.block_m, "STAGES": short.num_stages},
-        options(short.num_warps, short.max_registers),
-    )
+    begins = {"OVERLAP": overlap, **({} if overlap else {"ahead_ptr": None})}
+    for alone in (True, False):
+        yield Shipped(
+            f"short {name} alone={alone}",
+            attention_tiles.short_kernel,
+            dtype,
+            {
+                **shape,
+                **cache,
+                **cut,
+                **begins,
+                **({"weight_ptr": None} if alone else {}),
+                "BLOCK_M": short.block_m,
+                "STAGES": short.num_stages,
+                "ALONE": alone,
+            },
+            options(short.num_warps, short.max_registers),
+            {"partial_ptr": POINTERS[dtype]} if alone else {},
+        )
     yield Shipped(
         f"merge {name}",
         attention_tiles.merge_kernel,
@@ -361,6 +374,7 @@ def compiled(item: Shipped, capability: int) -> dict[str, Any]:
         "stack": int(numbers[2]),
         "shared": kernel.metadata.shared,
         "products": sorted(set(PRODUCTS.findall(kernel.asm["ptx"]))),
+        "overlap": [name for name in OVERLAPS if name in kernel.asm["ptx"]],
     }
 
 

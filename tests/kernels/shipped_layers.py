@@ -49,12 +49,13 @@ QKV = {
 _Item = tuple[str, Any, torch.dtype, dict[str, Any], dict[str, int], dict[str, str]]
 
 
-def layers(dtype: torch.dtype) -> Iterator[_Item]:
+def layers(dtype: torch.dtype, overlap: bool) -> Iterator[_Item]:
     """Name, kernel, dtype, constants, options, types of arguments that are not of ``dtype``."""
+    begins = {"OVERLAP": overlap, **_without({"ahead_ptr": overlap})}
     for is_layer in (True, False):
         for listed in (True, False):
             constants = {
-                "IS_LAYER": is_layer, "LISTED": listed,
+                "IS_LAYER": is_layer, "LISTED": listed, "OVERLAP": overlap,
                 **_without({"shift_ptr": is_layer, "row_ptr": listed, "count_ptr": listed}),
             }  # fmt: skip
             name = f"norm layer={is_layer} listed={listed}"
@@ -63,16 +64,20 @@ def layers(dtype: torch.dtype) -> Iterator[_Item]:
         is_normed = rows == 1 and dtype != torch.float32
         for name, has in PRODUCTS.items():
             if "NORM" not in has or is_normed:
-                yield _product(f"product rows={rows} {name}", rows, dtype, has)
+                yield _product(f"product rows={rows} {name}", rows, dtype, has | begins)
         for bits, group in ((8, 32), (8, 64), (4, 32), (4, 64)):
             codes = {"BITS": bits, "GROUP": group, "SPLITS": 16, "STAGES": products.CODE_STAGES}
-            yield _product(f"product rows={rows} int{bits}-g{group}", rows, dtype, codes)
+            yield _product(f"product rows={rows} int{bits}-g{group}", rows, dtype, codes | begins)
         numbers = {"BITS": 8, "GROUP": 0, "SPLITS": 16, "STAGES": products.FLOAT_STAGES}
-        yield _product(f"product rows={rows} fp8", rows, dtype, numbers)
+        yield _product(f"product rows={rows} fp8", rows, dtype, numbers | begins)
         for name, (head_dim, has) in QKV.items():
             norm = has["NORM"] if is_normed else "none"
             yield _qkv(
-                f"product rows={rows} qkv {name}", rows, dtype, head_dim, {**has, "NORM": norm}
+                f"product rows={rows} qkv {name}",
+                rows,
+                dtype,
+                head_dim,
+                {**has, **begins, "NORM": norm},
             )
     for heads, kv_heads, head_dim in ((32, 8, 128), (32, 32, 96), (0, 8, 128)):
         constants = {

@@ -1,5 +1,7 @@
 """Spans of blocks on the GPU's kernels, against the modules; ``tests/ops`` has every family."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -12,7 +14,10 @@ from tests.models.test_encoder_decoders import transformers_model as transformer
 from tests.ops.test_decoder_blocks import hidden_after
 
 blocks = pytest.importorskip("multiexit_engine.kernels.blocks")
-kernels = pytest.importorskip("multiexit_engine.kernels.launch")
+attention, kernels, products, qkv = (
+    pytest.importorskip(f"multiexit_engine.kernels.{name}")
+    for name in ("attention", "launch", "products", "qkv")
+)
 
 TEXTS = [[5, 17, 99], [9, 8]]
 STEPS = [[(0, 2), (0, 1)], [(2, 3), (1, 2)]]
@@ -45,9 +50,13 @@ def test_blocks_with_sources_and_norms_behind_equal_the_modules(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted where they are few")
-def test_a_block_of_few_rows_takes_six_launches(monkeypatch, tmp_path):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_block_of_few_rows_takes_a_launch_for_each_part_and_one_to_merge(
+    parts, monkeypatch, tmp_path
+):
     checkpoint = open_checkpoint(save(transformers_model(*CASES["gpt2"]), tmp_path))
     model = build_model(checkpoint, torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(attention, "MIN_CHUNK", 16)
     launches = []
     launch = kernels.triton.runtime.interpreter.InterpretedFunction.run
 
@@ -56,8 +65,32 @@ def test_a_block_of_few_rows_takes_six_launches(monkeypatch, tmp_path):
         return launch(self, *args, **kwargs)
 
     monkeypatch.setattr(kernels.triton.runtime.interpreter.InterpretedFunction, "run", counted)
-    hidden_after(model, blocks.decoder_blocks, [[5]], [[(0, 1)]], blocks=slice(0, 1))
-    assert launches == [
-        "qkv_kernel", "short_kernel", "merge_kernel", "product_kernel", "product_kernel",
-        "product_kernel",
-    ]  # fmt: skip
+    text = [[5] * (16 * parts)]
+    length = len(text[0])
+    steps = [[(0, length - 1)], [(length - 1, length)]]
+    hidden_after(model, blocks.decoder_blocks, text, steps, blocks=slice(0, 1))
+    merge = ["merge_kernel"] if parts > 1 else []
+    products = ["product_kernel"] * 3
+    assert launches[-5 - len(merge) :] == ["qkv_kernel", "short_kernel", *merge, *products]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels take what is asked for")
+def test_a_launch_asks_for_what_the_launch_after_the_next_reads(monkeypatch, tmp_path):
+    checkpoint = open_checkpoint(save(transformers_model(*CASES["llama 3"]), tmp_path))
+    model = build_model(checkpoint, torch.device("cpu"), torch.float32)
+    asked = []
+
+    def recorded(weight, device):
+        asked.append(weight)
+        return None, 0
+
+    for module in (attention, products, qkv):
+        monkeypatch.setattr(module, "fetched", recorded)
+    hidden_after(model, blocks.decoder_blocks, [[5]], [[(0, 1)]], blocks=slice(0, 2))
+    parts = [
+        [b.attention.output, b.mlp.gate_up, b.mlp.down, c and c.attention.qkv, None]
+        for b, c in itertools.pairwise([*model.blocks[:2], None])
+    ]
+    expected = [part and part.weight for row in parts for part in row]
+    assert len(asked) == len(expected)
+    assert all(one is other for one, other in zip(asked, expected, strict=True))

@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from tests.kernels.compiling import OVERLAPS
+
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 
@@ -26,6 +28,11 @@ def test_every_configuration_compiles_without_spills(capability):
     assert not [report for report in reports if report["stack"]]
     limit = SHARED_MEMORY[capability] * 1024
     assert not [report for report in reports if report["shared"] > limit]
+    # from sm_90 on the kernels of a decode step begin early, and ask for what is read later
+    step = [r for r in reports if r["name"].startswith(("product", "short", "merge", "norm"))]
+    is_early = {tuple(r["overlap"]) for r in step if not r["name"].startswith(("merge", "norm"))}
+    assert is_early == {(*OVERLAPS,) if capability >= 90 else ()}
+    assert {bool(r["overlap"]) for r in step} == {capability >= 90}
     # one instruction for any number of rows, so that a row's bits do not depend on the others
     rows = ("product", "head rows")
     skinny = [r for r in reports if r["name"].startswith(rows) and "float32" not in r["name"]]
