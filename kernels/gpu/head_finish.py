@@ -105,7 +105,7 @@ def _least_of_largest(
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "vocab", "most"])
 def contrast_finish_kernel(
     edited_ptr,
-    start_ptr,
+    entry_ptr,
     allowed_ptr,
     is_edited_ptr,
     add_ptr,
@@ -237,7 +237,7 @@ def contrast_finish_kernel(
             key, choice, value, count = narrowed_choice(
                 tile_stat_ptr, listed_ptr, candidate_logit_ptr, candidate_score_ptr, row, num_rows,
                 num_tiles, vocab, top_k, unlikely, min_p, temperature, seed, position, threshold,
-                shift, base, edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
+                shift, base, edited_ptr, entry_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
                 TILES, BLOCK_V, LISTED, CONTRAST, EDITED,
             )  # fmt: skip
     if is_scored & (narrows == 0):
@@ -257,7 +257,7 @@ def contrast_finish_kernel(
             wanted = final
             if EDITED:
                 wanted = edited_score(
-                    final, base, token, logit > float("-inf"), row, vocab, edited_ptr, start_ptr,
+                    final, base, token, logit > float("-inf"), row, vocab, edited_ptr, entry_ptr,
                     allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
                 )  # fmt: skip
             keys = wanted / heat

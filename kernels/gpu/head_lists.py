@@ -55,32 +55,17 @@ def from_order(x):
 
 
 @triton.jit
-def _ones(word):
-    """How many bits of an int32 are set."""
-    x = word.to(tl.uint32, bitcast=True)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x = x + (x >> 8)
-    return ((x + (x >> 16)) & 0x3F).to(tl.int32)
-
-
-@triton.jit
 def _after_edits(
-    score, token, mask, row, vocab, edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr,
+    score, token, mask, row, vocab, edited_ptr, entry_ptr, allowed_ptr, add_ptr, penalty_ptr,
     loss_ptr,
 ):  # fmt: skip
-    """Scores of tokens after the row's edits, whose numbers stand in the order of tokens.
-
-    Which of them is a token's is known from its word of bits: the first of the word, and how many
-    bits are set before its own.
-    """
+    """Scores of tokens after the row's edits: a token whose bit is set has numbers somewhere."""
     place = row * ((vocab + 31) // 32) + token // 32
     lane = token % 32
     word = tl.load(edited_ptr + place, mask=mask, other=0)
     allowed = tl.load(allowed_ptr + place, mask=mask, other=0)
     mask = mask & ((word >> lane & 1) != 0)
-    index = tl.load(start_ptr + place, mask=mask, other=0) + _ones(word & ((1 << lane) - 1))
+    index = tl.load(entry_ptr + row * vocab + token, mask=mask, other=0)
     score += tl.load(add_ptr + index, mask=mask, other=0.0)
     penalty = tl.load(penalty_ptr + index, mask=mask, other=1.0)
     score = tl.where(score < 0, score * penalty, score / penalty)
@@ -90,12 +75,12 @@ def _after_edits(
 
 @triton.jit
 def edited_score(
-    score, base, token, mask, row, vocab, edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr,
+    score, base, token, mask, row, vocab, edited_ptr, entry_ptr, allowed_ptr, add_ptr, penalty_ptr,
     loss_ptr,
 ):  # fmt: skip
     """``_after_edits`` of score - base, with base added: the very score where nothing is edited."""
     changed = _after_edits(
-        score - base, token, mask, row, vocab, edited_ptr, start_ptr, allowed_ptr, add_ptr,
+        score - base, token, mask, row, vocab, edited_ptr, entry_ptr, allowed_ptr, add_ptr,
         penalty_ptr, loss_ptr,
     )  # fmt: skip
     return tl.where(changed == score - base, score, base + changed)

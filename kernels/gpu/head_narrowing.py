@@ -61,7 +61,7 @@ def _keys(
 @triton.jit
 def _fill_keys(
     logit_ptr, score_ptr, listed_ptr, row, start, count, threshold, shift, base, heat, vocab,
-    edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr, num_tiles,
+    edited_ptr, entry_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr, num_tiles,
     BLOCK_V: tl.constexpr, LISTED: tl.constexpr, EDITED: tl.constexpr,
 ):  # fmt: skip
     """Write keys over contrast scores, and what they came from before any edit over logits.
@@ -81,7 +81,7 @@ def _fill_keys(
         wanted = final
         if EDITED:
             wanted = edited_score(
-                final, base, token, is_token, row, vocab, edited_ptr, start_ptr, allowed_ptr,
+                final, base, token, is_token, row, vocab, edited_ptr, entry_ptr, allowed_ptr,
                 add_ptr, penalty_ptr, loss_ptr,
             )  # fmt: skip
         key = tl.where(is_token, wanted / heat, float("-inf"))
@@ -204,7 +204,7 @@ def _first_of_equals(
 def narrowed_choice(
     tile_stat_ptr, listed_ptr, logit_ptr, score_ptr, row, num_rows, num_tiles, vocab,
     top_k, unlikely, min_p, temperature, seed, position, threshold, shift, base,
-    edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
+    edited_ptr, entry_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
     TILES: tl.constexpr, BLOCK_V: tl.constexpr, LISTED: tl.constexpr, CONTRAST: tl.constexpr,
     EDITED: tl.constexpr,
 ):  # fmt: skip
@@ -236,7 +236,7 @@ def narrowed_choice(
     tl.debug_barrier()
     top = _fill_keys(
         logit_ptr, score_ptr, listed_ptr, row, 0, num_special, threshold, shift, base,
-        temperature, vocab, edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
+        temperature, vocab, edited_ptr, entry_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
         num_tiles, BLOCK_V, LISTED, EDITED,
     )  # fmt: skip
     top = tl.maximum(top, tl.max(bounds, 0))
@@ -262,7 +262,7 @@ def narrowed_choice(
     tl.debug_barrier()
     _fill_keys(
         logit_ptr, score_ptr, listed_ptr, row, num_special, count, threshold, shift, base,
-        temperature, vocab, edited_ptr, start_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
+        temperature, vocab, edited_ptr, entry_ptr, allowed_ptr, add_ptr, penalty_ptr, loss_ptr,
         num_tiles, BLOCK_V, LISTED, EDITED,
     )  # fmt: skip
 

@@ -22,8 +22,8 @@ class TokenEdits(NamedTuple):
     the token. Tokens that are not allowed are forbidden whatever their score.
 
     Attributes:
-        rows: [edits] int64, ascending.
-        tokens: [edits] int64, ascending within a row, each once.
+        rows: [edits] int64 in any order; the number of rows for an edit that does nothing.
+        tokens: [edits] int64, each once in a row.
         bias: [edits] float32.
         penalty: [edits] float32, 1 for none.
         loss: [edits] float32.
@@ -51,14 +51,67 @@ def edited_scores(scores: Tensor, edits: TokenEdits) -> Tensor:
     Source: transformers' ``RepetitionPenaltyLogitsProcessor`` for the penalty; the presence and
         frequency penalties of vLLM for the loss.
     """
-    scores = scores.clone()
+    num_rows = scores.shape[0]
+    # what does nothing is done to a row that nobody looks at
+    scores = torch.cat([scores, scores.new_zeros(1, scores.shape[1])])
     places = edits.rows, edits.tokens
     found = scores[places] + edits.bias
     found = torch.where(found < 0, found * edits.penalty, found / edits.penalty)
     scores[places] = torch.where(edits.loss == math.inf, -math.inf, found - edits.loss)
+    scores = scores[:num_rows]
     if edits.allowed is not None:
         scores.masked_fill_(~allowed_tokens(edits.allowed, scores.shape[1]), -math.inf)
     return scores
+
+
+class LatestTokens(NamedTuple):
+    """Tokens that the edits of rows do not know of yet, and what one more token changes.
+
+    Attributes:
+        tokens: [rows] int64: what stands last in the row's text; -1 where the edits know it.
+        penalty: [rows] float32 of a token that the text contains.
+        loss: [rows] float32 of a token that stands in the text for the first time.
+        more: [edits] float32: what an edit's token loses besides if it is the last one.
+    """
+
+    tokens: Tensor
+    penalty: Tensor
+    loss: Tensor
+    more: Tensor
+
+
+def with_latest(edits: TokenEdits, latest: LatestTokens) -> TokenEdits:
+    """The edits of texts that are one token longer; shapes depend on shapes alone.
+
+    Args:
+        edits: [edits] of texts without their last tokens.
+        latest: these tokens.
+
+    Returns:
+        [edits + rows] edits: those of tokens that were edited are changed, others are added.
+    """
+    num_rows, device = latest.tokens.shape[0], latest.tokens.device
+    is_late = edits.tokens == _of_rows(latest.tokens, edits.rows, -1)
+    is_known = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+    is_known.index_add_(0, edits.rows, is_late.int())
+    is_new = (latest.tokens >= 0) & (is_known[:num_rows] == 0)
+    is_new &= (latest.penalty != 1) | (latest.loss != 0)
+    own = torch.where(is_new, torch.arange(num_rows, device=device), num_rows)
+    penalty = torch.where(is_late, _of_rows(latest.penalty, edits.rows, 1.0), edits.penalty)
+    return TokenEdits(
+        torch.cat([edits.rows, own]),
+        torch.cat([edits.tokens, latest.tokens.clamp(min=0)]),
+        torch.cat([edits.bias, torch.zeros_like(latest.loss)]),
+        torch.cat([penalty, latest.penalty]),
+        torch.cat([edits.loss + torch.where(is_late, latest.more, 0.0), latest.loss]),
+        edits.allowed,
+        edits.edited | is_new,
+    )
+
+
+def _of_rows(values: Tensor, rows: Tensor, otherwise: float) -> Tensor:
+    """[edits] of [rows] values, ``otherwise`` for edits that do nothing."""
+    return torch.nn.functional.pad(values, (0, 1), value=otherwise)[rows]
 
 
 def allowed_tokens(words: Tensor, vocab_size: int) -> Tensor:

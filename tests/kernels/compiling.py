@@ -61,6 +61,7 @@ TYPES = {
     **dict.fromkeys(("table_ptr", "start_ptr", "context_ptr"), "*i32"),
     **dict.fromkeys(("query_start_ptr", "key_start_ptr", "group_ptr", "ticket_ptr"), "*i32"),
     **dict.fromkeys(("lower_table_ptr", "least_ptr"), "*i64"),
+    "entry_ptr": "*i32",
     **dict.fromkeys(("num_candidates_ptr", "edited_ptr", "allowed_ptr", "is_edited_ptr"), "*i32"),
     **dict.fromkeys(("add_ptr", "penalty_ptr", "loss_ptr", "unlikely_ptr", "min_p_ptr"), "*fp32"),
     **dict.fromkeys(("top_k_ptr", "asked_ptr"), "*i32"),
@@ -74,7 +75,7 @@ TYPES = {
 MIXED = ("lower_table_ptr", "group_ptr")
 # What the last kernel does without where no score is edited.
 EDITS = (
-    "edited_ptr", "start_ptr", "allowed_ptr", "is_edited_ptr", "add_ptr", "penalty_ptr", "loss_ptr",
+    "edited_ptr", "entry_ptr", "allowed_ptr", "is_edited_ptr", "add_ptr", "penalty_ptr", "loss_ptr",
 )  # fmt: skip
 # What a row's draw is narrowed by.
 NARROWING = ("top_k_ptr", "unlikely_ptr", "min_p_ptr")
