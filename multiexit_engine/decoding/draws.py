@@ -114,6 +114,30 @@ def pair_tokens(
     )
 
 
+def group_tokens(
+    upper: HeadOperands,
+    groups: Sequence[RowGroup],
+    alpha: Tensor,
+    least: Tensor | None,
+    draws: Draws,
+    num_candidates: Tensor,
+    edits: TokenEdits | None,
+    best: BestTokens | None,
+) -> tuple[Tensor, Tensor]:
+    """``shared_tokens``, by the op that is made for it where nothing but tokens is wanted.
+
+    ``num_candidates`` holds zeros.
+    """
+    is_token_all = least is None and edits is None and best is None
+    _, hidden, weight, bias = groups[0]
+    if is_token_all and all(group.lower_weight is None for group in groups):
+        return pair_tokens(upper, None, None, draws, num_candidates)
+    is_pair = len(groups) == 1 and upper.bias is None and bias is None
+    if is_token_all and is_pair and hidden is not None and weight is not None:
+        return pair_tokens(upper, HeadOperands(hidden, weight, bias), alpha, draws, num_candidates)
+    return shared_tokens(upper, groups, alpha, least, draws, num_candidates, edits, best)
+
+
 def shared_tokens(
     upper: HeadOperands,
     groups: Sequence[RowGroup],

@@ -83,11 +83,6 @@ def gives_tokens(mode: DecodingMode) -> bool:
     return not isinstance(mode, DoLa) and not (isinstance(mode, Contrast) and mode.function)
 
 
-def takes_pair(mode: DecodingMode, heads: ExitHeads) -> bool:
-    """Whether ``pair_tokens`` chooses as this mode wants."""
-    return not isinstance(mode, Contrast) or (mode.min_candidates == 1 and not heads.has_bias)
-
-
 def mode_tokens(
     plan: ExitPlan,
     taps: Mapping[int, Tensor],

@@ -72,7 +72,7 @@ def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     asking = [(index, row) for index, row in enumerate(rows) if is_processed(row)]
     if not asking:
         return scores
-    edits = [_row_edits(row) if is_processed(row) else _NO_EDITS for row in rows]
+    edits = [row_edits(row) if is_processed(row) else _NO_EDITS for row in rows]
     numbers = _numbers(edits, scores.device, scores.dtype)
     scores = edited_scores(scores, TokenEdits(*numbers, None, numbers[0]))
     for index, row in asking:
@@ -106,7 +106,7 @@ def token_edits(
         vocab_size: of the model.
         device: where the tensors go.
     """
-    edits = [_row_edits(row) for row in rows]
+    edits = [row_edits(row) for row in rows]
     is_edited = [
         bool(own.tokens) or mask is not None for own, mask in zip(edits, masks, strict=True)
     ]
@@ -132,19 +132,24 @@ def _allowed_words(
     return words
 
 
-class _RowEdits(NamedTuple):
-    """Numbers of the tokens of one row whose scores change, in the order of tokens."""
+class RowEdits(NamedTuple):
+    """Numbers of the tokens of one row whose scores change, in the order of tokens.
+
+    And whether presence and frequency penalties have counted a token.
+    """
 
     tokens: list[int]
     bias: list[float]
     penalty: list[float]
     loss: list[float]
+    is_counted: list[bool]
 
 
-_NO_EDITS = _RowEdits([], [], [], [])
+_NO_EDITS = RowEdits([], [], [], [], [])
 
 
-def _row_edits(row: TokenRow) -> _RowEdits:
+def row_edits(row: TokenRow) -> RowEdits:
+    """What ``process_scores`` does to a row that is not forced, its ``allowed`` apart."""
     params = row.params
     bias = params.logit_bias or {}
     presence, frequency = params.presence_penalty, params.frequency_penalty
@@ -154,20 +159,22 @@ def _row_edits(row: TokenRow) -> _RowEdits:
     loss = {token: presence + frequency * count for token, count in counts.items()}
     loss |= dict.fromkeys(_banned(row), math.inf)
     tokens = sorted({*bias, *seen, *loss})
-    return _RowEdits(
+    return RowEdits(
         tokens,
         [bias.get(token, 0.0) for token in tokens] if bias else [0.0] * len(tokens),
         [params.repetition_penalty if token in seen else 1.0 for token in tokens],
         [loss.get(token, 0.0) for token in tokens] if loss else [0.0] * len(tokens),
+        [token in counts for token in tokens] if counts else [False] * len(tokens),
     )
 
 
 def _numbers(
-    edits: Sequence[_RowEdits], device: torch.device, dtype: torch.dtype
+    edits: Sequence[RowEdits], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows, tokens, bias, penalty and loss of all edits."""
     rows = [place for place, own in enumerate(edits) for _ in own.tokens]
-    tokens, *numbers = (list(chain.from_iterable(column)) for column in zip(*edits, strict=True))
+    columns = zip(*(own[:4] for own in edits), strict=True)
+    tokens, *numbers = (list(chain.from_iterable(column)) for column in columns)
     index = to_device([rows, tokens], device, torch.int64)
     values = to_device(numbers, device, dtype)
     return index[0], index[1], values[0], values[1], values[2]
@@ -193,6 +200,33 @@ def asks_for_processing(
         or num_output_tokens < params.min_new_tokens
         or bad_words
         or params.structured_outputs is not None
+    )
+
+
+def latest_edit(params: SamplingParams) -> tuple[float, float, float]:
+    """What one more token of the output changes for that token.
+
+    Its penalty, and what it loses if it is the first of its kind in the output or one of many.
+    """
+    ban = math.inf if params.no_repeat_ngram_size == 1 else 0.0
+    more = params.frequency_penalty + ban
+    return params.repetition_penalty, params.presence_penalty + more, more
+
+
+def most_edits(row: TokenRow) -> int:
+    """No fewer than ``row_edits`` gives."""
+    params = row.params
+    is_long = looks_at_tokens(params, row.bad_words)
+    seen = len(row.prompt_token_ids) + row.num_output_tokens if is_long else 0
+    return len(params.logit_bias or ()) + len(row.eos_token_ids) + len(row.bad_words) + seen
+
+
+def follows_tokens(params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether what is done to a row's scores depends on more than the tokens' numbers."""
+    return bool(
+        params.no_repeat_ngram_size > 1
+        or params.structured_outputs is not None
+        or any(len(word) > 1 for word in bad_words)
     )
 
 

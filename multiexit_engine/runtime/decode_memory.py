@@ -18,6 +18,8 @@ from multiexit_engine.runtime.packed import TURNS, Packed
 MAX_GROUPS = 8
 # the inputs that make up a ``Narrowing``
 NARROWING = ("top_k", "unlikely", "min_p")
+# the results that make up ``BestTokens``
+BEST = ("best_ids", "best_logprobs", "ranks")
 
 
 class DecodeRow(NamedTuple):
@@ -34,6 +36,8 @@ class DecodeRow(NamedTuple):
         temperature: 0 is greedy.
         alpha: of its contrast; any number without one.
         narrowing: its numbers in a ``Narrowing``.
+        min_candidates: of its contrast.
+        logprobs: how many best tokens it lists; -1 for none, nor a rank.
     """
 
     token: int
@@ -45,6 +49,8 @@ class DecodeRow(NamedTuple):
     temperature: float
     alpha: float
     narrowing: tuple[int, float, float]
+    min_candidates: int = 1
+    logprobs: int = -1
 
 
 class DecodeMemory:
@@ -55,6 +61,7 @@ class DecodeMemory:
         max_model_len: most tokens of a sequence.
         block_size: tokens of a KV block.
         spare_block: a block of the KV cache that nobody owns: padding writes there.
+        most_listed: best tokens that a row may list.
         device: where it lies.
 
     Attributes:
@@ -67,6 +74,7 @@ class DecodeMemory:
         max_model_len: int,
         block_size: int,
         spare_block: int,
+        most_listed: int,
         device: torch.device,
     ) -> None:
         self.spare_row = num_rows
@@ -74,12 +82,15 @@ class DecodeMemory:
         self._width = -(-max_model_len // block_size)
         self._padding = DecodeRow(0, -1, 0, [spare_block], 0, 0, 0.0, 1.0, NOT_NARROWED)
         rows = (num_rows + 1,)
+        listed = (*rows, most_listed)
         self._inputs = Packed(
             [
                 *((name, torch.int64, rows) for name in ("tokens", "sources", "positions")),
                 *((name, torch.int64, rows) for name in ("slots", "seeds", "counts")),
+                ("min_candidates", torch.int64, rows),
                 ("groups", torch.int64, (MAX_GROUPS, *rows)),
                 ("contexts", torch.int32, rows),
+                ("logprobs", torch.int32, rows),
                 ("temperatures", torch.float32, rows),
                 ("alphas", torch.float32, rows),
                 (NARROWING[0], torch.int32, rows),
@@ -94,6 +105,9 @@ class DecodeMemory:
                 ("drafts", torch.int64, rows),
                 ("logprobs", torch.float32, rows),
                 ("candidates", torch.int32, rows),
+                ("ranks", torch.int64, rows),
+                ("best_ids", torch.int64, listed),
+                ("best_logprobs", torch.float32, listed),
             ],
             device,
         )
@@ -133,6 +147,8 @@ class DecodeMemory:
         arrays["contexts"][:count] = [row.position + 1 for row in every]
         arrays["temperatures"][:count] = [row.temperature for row in every]
         arrays["alphas"][:count] = [row.alpha for row in every]
+        arrays["min_candidates"][:count] = [row.min_candidates for row in every]
+        arrays["logprobs"][:count] = [row.logprobs for row in every]
         columns = zip(*(row.narrowing for row in every), strict=True)
         for name, column in zip(NARROWING, columns, strict=True):
             arrays[name][:count] = column
@@ -143,9 +159,9 @@ class DecodeMemory:
         self._fill_tables(turn, arrays["tables"], running)
         self._inputs.send(turn, "tables", size * self._width * 4)
 
-    def fetch(self, turn: int) -> None:
-        """Copy the results to a twin; see ``found``."""
-        self._results.fetch(turn)
+    def fetch(self, turn: int, *, are_told: bool) -> None:
+        """Copy the results to a twin, best tokens and ranks only if rows tell them."""
+        self._results.fetch(turn, None if are_told else "ranks")
 
     def found(self, turn: int, rows: Sequence[int]) -> tuple[list[int], list[float], list[int]]:
         """Tokens, log-probabilities and plausible tokens of rows, once they were waited for."""
@@ -154,6 +170,11 @@ class DecodeMemory:
             arrays[name][rows].tolist() for name in ("tokens", "logprobs", "candidates")
         )
         return tokens, logprobs, counts
+
+    def told(self, turn: int, rows: Sequence[int]) -> list[list[Any]]:
+        """Ids and log-probabilities of best tokens, and ranks of chosen ones, likewise."""
+        arrays = self._results.on_host(turn)
+        return [arrays[name][rows].tolist() for name in BEST]
 
     def drafts(self, turn: int, rows: Sequence[int]) -> list[int]:
         """What rows drafted, once they were waited for."""

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from multiexit_engine.batch import ForwardBatch, SequenceLayout
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
-from multiexit_engine.decoding.draws import Draws, pair_tokens, shared_tokens
+from multiexit_engine.decoding.draws import Draws, group_tokens
 from multiexit_engine.decoding.plan import HeadGroup, Segment
 from multiexit_engine.layers.exit_heads import Head, HeadOperands
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.ops import head_tokens
+from multiexit_engine.ops.best_tokens import BestTokens, no_best_tokens
 from multiexit_engine.ops.narrowing import Narrowing
 from multiexit_engine.ops.tokens import RowGroup
-from multiexit_engine.runtime.decode_memory import NARROWING, DecodeMemory
+from multiexit_engine.runtime.decode_memory import BEST, NARROWING, DecodeMemory
+from multiexit_engine.runtime.edit_memory import NO_EDITS, EditMemory, EditRoom
 from multiexit_engine.runtime.graphs import Pieces
 
 
@@ -43,6 +45,22 @@ class _Part(NamedTuple):
     size: int
 
 
+class HeadWishes(NamedTuple):
+    """What rows of a step want of their heads besides a token: hashable, as a part of pieces' keys.
+
+    Attributes:
+        are_narrowed: some draw from a part of their tokens.
+        have_least: some contrasts keep more than one plausible token at least.
+        are_told: some list best tokens.
+        edits: what is done to scores before.
+    """
+
+    are_narrowed: bool = False
+    have_least: bool = False
+    are_told: bool = False
+    edits: EditRoom = NO_EDITS
+
+
 class DecodePieces:
     """Runs the pieces of steps of one decoder-only model.
 
@@ -50,15 +68,22 @@ class DecodePieces:
         model: the decoder.
         kv_cache: of the model.
         memory: the rows' inputs and results.
+        edits: what is done to the scores of these rows.
         pieces: how pieces run.
     """
 
     def __init__(
-        self, model: MultiExitModel, kv_cache: PagedKVCache, memory: DecodeMemory, pieces: Pieces
+        self,
+        model: MultiExitModel,
+        kv_cache: PagedKVCache,
+        memory: DecodeMemory,
+        edits: EditMemory,
+        pieces: Pieces,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._memory = memory
+        self._edits = edits
         self._pieces = pieces
         num_rows = memory.spare_row + 1
         self._starts = torch.arange(num_rows + 1, dtype=torch.int32, device=kv_cache.device)
@@ -120,7 +145,7 @@ class DecodePieces:
         self._pieces.run(("draft", *what), batch, partial(self._draft, *what))
 
     def choose(
-        self, groups: Sequence[HeadGroup], batch: int, are_listed: bool, are_narrowed: bool
+        self, groups: Sequence[HeadGroup], batch: int, are_listed: bool, wishes: HeadWishes
     ) -> None:
         """Choose the tokens of rows with plain heads.
 
@@ -129,11 +154,14 @@ class DecodePieces:
             groups: rows with the same heads.
             are_listed: whether the memory lists the rows of each group; else there is one group, of
                 the first rows.
-            are_narrowed: whether any of them draws from a part of its tokens.
+            wishes: of these rows.
         """
+        if wishes.edits.num_edits:
+            tokens, sources = self._memory.results["tokens"], self._memory.inputs["sources"]
+            call = partial(self._edits.note_latest, tokens, sources)
+            self._pieces.run(("latest",), batch, call)
         for parts in self._by_matrix(groups, are_listed):
-            call = partial(self._choose, parts, are_narrowed)
-            self._pieces.run(("heads", parts, are_narrowed), batch, call)
+            self._pieces.run(("heads", parts, wishes), batch, partial(self._choose, parts, wishes))
 
     def _span(self, start: int, stop: int, first: int, size: int, bound: int) -> None:
         """Run a span of layers on ``size`` rows, from the memory of states to it."""
@@ -191,29 +219,43 @@ class DecodePieces:
         draws = inputs["temperatures"][rows], inputs["seeds"][rows], inputs["counts"][rows]
         self._memory.results["drafts"][rows] = head_tokens(*operands, *draws)[0]
 
-    def _choose(self, parts: tuple[_Part, ...], are_narrowed: bool) -> None:
+    def _choose(self, parts: tuple[_Part, ...], wishes: HeadWishes) -> None:
         """Choose tokens of the rows of groups whose heads have one matrix, which is read once."""
         inputs, results = self._memory.inputs, self._memory.results
         rows = [self._rows_of(part) for part in parts]
         own = rows[0] if len(parts) == 1 else torch.cat([r for r in rows if isinstance(r, Tensor)])
-        narrowing = Narrowing(*(inputs[name][own] for name in NARROWING)) if are_narrowed else None
-        draws = Draws(
-            inputs["temperatures"][own], inputs["seeds"][own], inputs["counts"][own], narrowing
-        )
-        alpha = inputs["alphas"][own]
+        draws = self._draws(own, wishes.are_narrowed)
         counts = torch.zeros_like(draws.seeds, dtype=torch.int32)
+        best = self._best_tokens(own) if wishes.are_told else None
+        edits = None
+        if wishes.edits.num_edits:
+            edits = self._edits.edits(own, len(counts), wishes.edits)
         pairs = list(zip(parts, rows, strict=True))
         uppers = [self._operands(part.upper, place) for part, place in pairs]
         lowers = [part.lower and self._operands(part.lower, place) for part, place in pairs]
-        if len(parts) == 1:
-            found = pair_tokens(uppers[0], lowers[0], alpha, draws, counts)
-        else:
-            hidden = torch.cat([upper.hidden for upper in uppers])
-            groups = [RowGroup(p.size, *(low or ())) for p, low in zip(parts, lowers, strict=True)]
-            upper = uppers[0]._replace(hidden=hidden)
-            found = shared_tokens(upper, groups, alpha, None, draws, counts)
+        upper = uppers[0]
+        if len(parts) > 1:
+            upper = upper._replace(hidden=torch.cat([one.hidden for one in uppers]))
+        groups = [RowGroup(p.size, *(low or ())) for p, low in zip(parts, lowers, strict=True)]
+        least = inputs["min_candidates"][own] if wishes.have_least else None
+        alpha = inputs["alphas"][own]
+        found = group_tokens(upper, groups, alpha, least, draws, counts, edits, best)
         results["tokens"][own], results["logprobs"][own] = found[0], found[1].float()
         results["candidates"][own] = counts
+        if best is not None:
+            for name, told in zip(BEST, best[1:], strict=True):
+                results[name][own] = told
+
+    def _draws(self, own: Tensor | slice, are_narrowed: bool) -> Draws:
+        inputs = self._memory.inputs
+        narrowing = Narrowing(*(inputs[name][own] for name in NARROWING)) if are_narrowed else None
+        return Draws(
+            inputs["temperatures"][own], inputs["seeds"][own], inputs["counts"][own], narrowing
+        )
+
+    def _best_tokens(self, own: Tensor | slice) -> BestTokens:
+        asked = self._memory.inputs["logprobs"][own]
+        return no_best_tokens(asked, self._memory.results[BEST[0]].shape[1])
 
     def _rows_of(self, part: _Part) -> Tensor | slice:
         if part.place is None:

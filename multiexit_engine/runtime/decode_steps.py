@@ -15,7 +15,7 @@ from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
-from multiexit_engine.decoding.exits import takes_pair
+from multiexit_engine.decoding.exits import gives_tokens
 from multiexit_engine.decoding.plan import (
     ExitPlan,
     ExitPlanner,
@@ -23,16 +23,17 @@ from multiexit_engine.decoding.plan import (
     plan_segments,
     target_mode,
 )
-from multiexit_engine.decoding.warpers import NOT_NARROWED, narrowing_row
+from multiexit_engine.decoding.warpers import narrowing_row
 from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.ops.best_tokens import MOST_LISTED
 from multiexit_engine.params import Contrast, DecodingMode, EarlyExit, Exit, Original
-from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.request import sequence_seed
-from multiexit_engine.runtime.choosing import TokenChooser, is_edited
+from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choices
 from multiexit_engine.runtime.decode_memory import MAX_GROUPS, DecodeMemory, DecodeRow
-from multiexit_engine.runtime.decode_pieces import DecodePieces
+from multiexit_engine.runtime.decode_pieces import DecodePieces, HeadWishes
 from multiexit_engine.runtime.draft_rounds import Items, Rounds
+from multiexit_engine.runtime.edit_memory import EditMemory
 from multiexit_engine.runtime.flight import Flight, Place
 from multiexit_engine.runtime.graphs import Pieces
 from multiexit_engine.runtime.launched_step import ComingStep, LaunchedStep
@@ -40,6 +41,13 @@ from multiexit_engine.runtime.logit_rows import LogitRow, choice_rows, target_ro
 from multiexit_engine.runtime.logit_slices import LogitSlice
 from multiexit_engine.runtime.packed import TURNS
 from multiexit_engine.runtime.piece_drafter import PieceDrafter
+from multiexit_engine.runtime.plain_rows import (
+    edits_of,
+    head_wishes,
+    lists_best,
+    min_candidates,
+    num_edits_at_most,
+)
 from multiexit_engine.runtime.state_rows import StateRows
 from multiexit_engine.runtime.step_clock import StepClock
 from multiexit_engine.transfer import to_device, wait_for
@@ -82,9 +90,12 @@ class DecodeSteps:
             config.max_model_len,
             config.block_size,
             config.num_kv_blocks,
+            min(MOST_LISTED, model.config.vocab_size),
             config.device,
         )
-        self._pieces = DecodePieces(model, kv_cache, self._memory, pieces)
+        num_rows = self._memory.spare_row + 1
+        self._edits = EditMemory(num_rows, model.config.vocab_size, config.device)
+        self._pieces = DecodePieces(model, kv_cache, self._memory, self._edits, pieces)
         self._drafter = PieceDrafter(model.config, self._memory, self._pieces, chooser)
         self._turn = 0
 
@@ -102,12 +113,11 @@ class DecodeSteps:
         expecting = [item for item in batch.scheduled if item.sequence.num_expected]
         if not expecting:
             return True
-        rows = choice_rows(enumerate(expecting), {})
         return (
             before is not None
             and all(_is_one_token(item) for item in expecting)
             and all(item.sequence in before.coming.token_rows for item in expecting)
-            and not any(row.needs_drafts for row in rows)
+            and self._knows_enough(choice_rows(enumerate(batch.scheduled), {}))
         )
 
     def launch(self, batch: ScheduledBatch, before: LaunchedStep | None = None) -> LaunchedStep:
@@ -142,10 +152,10 @@ class DecodeSteps:
             self._run_chunks(batch, chunks, layers, places, targets)
         if plain:
             batch_size = rounds.sizes[0] if steady else self._pieces.size(len(plain))
-            are_narrowed = any(_narrowing(row.sequence) != NOT_NARROWED for row in plain)
-            self._pieces.choose(groups, batch_size, are_listed, are_narrowed)
+            wishes = head_wishes(plain, self._edits.send(turn, edits_of(plain, places)))
+            self._pieces.choose(groups, batch_size, are_listed, wishes)
         choices = [self._choose_looking(part, places) for part in slices]
-        self._memory.fetch(turn)
+        self._memory.fetch(turn, are_told=any(map(lists_best, plain)))
         coming = ComingStep(
             [*([self._plain_choices(plain, places)] if plain else []), *choices],
             [self._chooser.score(part) for part in targets],
@@ -174,28 +184,34 @@ class DecodeSteps:
             segments = plan_segments([depth] * size, plan.rows_at)
             for bound in self._pieces.bounds:
                 self._pieces.run_layers(segments, bound, size)
-            if isinstance(mode, PLAIN) and takes_pair(mode, self._model.heads):
+            if isinstance(mode, PLAIN) and gives_tokens(mode):
                 group = replace(plan.groups[0], rows=tuple(range(size)))
-                for kind in product((False, True), repeat=2):
-                    self._pieces.choose([group], size, *kind)
+                for are_listed, are_narrowed in product((False, True), repeat=2):
+                    wishes = HeadWishes(are_narrowed, min_candidates(mode) != 1)
+                    self._pieces.choose([group], size, are_listed, wishes)
         wait_for(self._device)
 
     def _by_kind(self, rows: Sequence[LogitRow]) -> tuple[list[LogitRow], list[LogitRow]]:
         """The rows whose tokens are chosen in pieces, and the others."""
         plain = [row for row in rows if self._is_plain(row)]
-        if len(self._plan(plain).groups) > MAX_GROUPS:
+        if (
+            len(self._plan(plain).groups) > MAX_GROUPS
+            or num_edits_at_most(plain) > self._edits.most
+        ):
             return [], list(rows)
         return plain, [row for row in rows if not self._is_plain(row)]
 
     def _is_plain(self, row: LogitRow) -> bool:
-        return (
-            isinstance(row.mode, PLAIN)
-            and takes_pair(row.mode, self._model.heads)
-            and row.sequence.grammar is None
-            and row.sequence.request.sampling.logprobs is None
-            and not is_edited(row)
-            and self._chooser.is_direct(row, fused=True)
-        )
+        return isinstance(row.mode, PLAIN) and self._chooser.is_direct(row, fused=True)
+
+    def _knows_enough(self, rows: Sequence[LogitRow]) -> bool:
+        """Whether no row depends on unknown tokens but by their number, which pieces count."""
+        needing = [row for row in rows if row.needs_drafts]
+        if not needing:
+            return True
+        plain, _ = self._by_kind(rows)
+        are_plain = set(map(id, plain))
+        return all(row.counts_drafts and id(row) in are_plain for row in needing)
 
     def _plan(self, rows: Sequence[LogitRow]) -> ExitPlan:
         return self._planner.plan([row.mode for row in rows])
@@ -262,7 +278,8 @@ class DecodeSteps:
         def read(output: StepOutput) -> list[tuple[LogitRow, Choice]]:
             tokens, logprobs, counts = self._memory.found(turn, rows)
             output.note_candidates(counts)
-            return direct_choices(plain, tokens, logprobs)
+            told = self._memory.told(turn, rows) if any(map(lists_best, plain)) else ()
+            return direct_choices(plain, tokens, logprobs, told)
 
         return Coming(plain, None, read)
 
@@ -361,9 +378,7 @@ def _decode_row(
         num_output_tokens=item.stop + number - len(request.prompt_token_ids),
         temperature=request.sampling.temperature,
         alpha=alpha,
-        narrowing=_narrowing(sequence),
+        narrowing=narrowing_row(request.sampling),
+        min_candidates=min_candidates(target_mode(request.decoding)),
+        logprobs=-1 if request.sampling.logprobs is None else request.sampling.logprobs,
     )
-
-
-def _narrowing(sequence: TokenSequence) -> tuple[int, float, float]:
-    return narrowing_row(sequence.request.sampling)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from multiexit_engine.batch import ScheduledSequence
 from multiexit_engine.decoding.plan import target_mode
-from multiexit_engine.decoding.processors import TokenRow, looks_at_tokens
+from multiexit_engine.decoding.processors import TokenRow, follows_tokens, looks_at_tokens
 from multiexit_engine.params import DecodingMode
 from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.request import sequence_seed
@@ -50,6 +50,12 @@ class LogitRow:
         """Whether its token depends on what the drafts are, not on their number alone."""
         request = self.sequence.request
         return self.num_drafts > 0 and looks_at_tokens(request.sampling, request.bad_words)
+
+    @property
+    def counts_drafts(self) -> bool:
+        """Whether of the drafts that it depends on only their numbers count."""
+        request = self.sequence.request
+        return not follows_tokens(request.sampling, request.bad_words)
 
     def decided(self, mode: DecodingMode, confidence: float) -> LogitRow:
         """The row with the mode that it chose."""

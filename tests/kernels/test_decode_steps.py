@@ -14,9 +14,15 @@ from tests.tiny import save_gpt2
 pytest.importorskip("multiexit_engine.kernels.heads")
 
 PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12], [9] * 20]
-MODES = [Original(), Exit(2), Contrast(4, 2)]
+MODES = [Original(), Exit(2), Contrast(4, 2, min_candidates=2)]
 DRAWN = SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=1.0, top_k=0, seed=3)
 NARROWED = SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=1.0, top_p=0.9, seed=3)
+EDITED = SamplingParams(
+    max_new_tokens=3, ignore_eos=True, repetition_penalty=1.5, presence_penalty=1.0, logprobs=2
+)
+KINDS = pytest.mark.parametrize(
+    "sampling", [DRAWN, NARROWED, EDITED], ids=["drawn", "narrowed", "edited and listed"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +31,12 @@ def folder(tmp_path_factory):
 
 
 def ids(engine, sampling=DRAWN):
-    return [o.outputs[0].token_ids for o in engine.generate(PROMPTS, sampling, MODES)]
+    """And which tokens are listed beside them."""
+    outputs = [o.outputs[0] for o in engine.generate(PROMPTS, sampling, MODES)]
+    return [(one.token_ids, [list(listed) for listed in one.logprobs or []]) for one in outputs]
 
 
-@pytest.mark.parametrize("sampling", [DRAWN, NARROWED], ids=["drawn", "narrowed"])
+@KINDS
 def test_padded_pieces_give_the_ids_of_the_reference(folder, sampling, device):
     """Pieces are called again instead of captured, with what their first call was given."""
     kept = {"device": device, "dtype": "float32", "max_model_len": 64}
@@ -48,7 +56,7 @@ def test_padded_pieces_give_the_ids_of_the_reference(folder, sampling, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("ahead", [False, True], ids=["one at a time", "ahead"])
 @pytest.mark.parametrize("backend", ["reference", "native"])
-@pytest.mark.parametrize("sampling", [DRAWN, NARROWED], ids=["drawn", "narrowed"])
+@KINDS
 def test_cuda_graphs_give_the_ids_of_the_reference(folder, sampling, backend, ahead):
     kept = {"device": "cuda", "dtype": "float32", "max_model_len": 64}
     options = {"backend": backend, "cuda_graphs": True, "async_scheduling": ahead}

@@ -49,7 +49,6 @@ def test_the_next_step_is_launched_before_the_last_one_is_waited_for(folder):
 
 WARPED = SamplingParams(max_new_tokens=9, ignore_eos=True, temperature=0.9, seed=1)
 LISTED = SamplingParams(max_new_tokens=9, ignore_eos=True, logprobs=2)
-PENALISED = SamplingParams(max_new_tokens=9, ignore_eos=True, repetition_penalty=1.3)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +70,52 @@ def test_rows_that_look_at_their_distribution_are_launched_ahead_too(folder, sam
     assert token_ids([outputs[name] for name in names]) == wanted
 
 
-def test_penalties_wait_for_the_tokens_that_they_count_and_others_go_on(folder):
+COUNTING = {
+    "repetition": {"repetition_penalty": 1.7},
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": 2.0, "presence_penalty": -0.5},
+    "no token twice": {"no_repeat_ngram_size": 1},
+    "bias": {"logit_bias": {3: 5.0, 7: 4.0}, "repetition_penalty": 2.0, "presence_penalty": 1.0},
+    "no end yet": {"ignore_eos": False, "min_new_tokens": 5, "bad_words": ([7], [9])},
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+@pytest.mark.parametrize("mode", [Original(), Contrast(4, 2, min_candidates=2)], ids=str)
+def test_a_token_that_the_host_does_not_know_yet_is_counted(folder, name, mode):
+    asked = {"max_new_tokens": 9, "ignore_eos": True, **COUNTING[name]}
+    sampling = [
+        SamplingParams(**asked),
+        SamplingParams(**asked, temperature=0.5, top_k=5, seed=3),
+    ]
     prompts = [[1, 2, 3], [5, 6]]
-    wanted = whole(on_cpu(folder).generate(prompts, [PENALISED, WARPED]))
+    wanted = token_ids(on_cpu(folder).generate(prompts, sampling, mode))
     with ahead(folder, cuda_graphs=(1, 2)) as (engine, device):
-        assert whole(engine.generate(prompts, [PENALISED, WARPED])) == wanted
+        names = [engine.add_request(*pair, mode) for pair in zip(prompts, sampling, strict=True)]
+        outputs = {}
+        while engine.has_unfinished():
+            outputs |= {output.request_id: output for output in engine.step()}
+            assert device.num_waiting() > 0 or not engine.has_unfinished()
+    assert token_ids([outputs[name] for name in names]) == wanted
+
+
+FOLLOWING = SamplingParams(max_new_tokens=9, ignore_eos=True, no_repeat_ngram_size=2)
+
+
+def test_bans_wait_for_the_tokens_that_they_look_at_and_others_go_on(folder):
+    prompts = [[1, 2, 3], [5, 6]]
+    wanted = whole(on_cpu(folder).generate(prompts, [FOLLOWING, WARPED]))
+    with ahead(folder, cuda_graphs=(1, 2)) as (engine, device):
+        assert whole(engine.generate(prompts, [FOLLOWING, WARPED])) == wanted
         assert device.counts["replays"] > device.counts["captures"]
+
+
+def test_penalties_of_rows_that_choose_outside_of_pieces_wait_too(folder):
+    penalised = SamplingParams(max_new_tokens=9, ignore_eos=True, presence_penalty=2.0)
+    prompts, modes = [[1, 2, 3], [5, 6]], [DoLa("low"), Contrast(4, 2)]
+    wanted = token_ids(on_cpu(folder).generate(prompts, penalised, modes))
+    with ahead(folder) as (engine, _):
+        assert token_ids(engine.generate(prompts, penalised, modes)) == wanted
 
 
 def test_a_prompt_that_arrives_is_launched_ahead_and_so_is_what_follows_it(folder):

@@ -1,0 +1,54 @@
+"""What rows whose tokens are chosen in pieces want of their heads besides a token.
+
+Host data only. Knows nothing of memory, of pieces or of how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from multiexit_engine.decoding.processors import latest_edit, most_edits, row_edits
+from multiexit_engine.decoding.warpers import NOT_NARROWED, narrowing_row
+from multiexit_engine.params import Contrast, DecodingMode
+from multiexit_engine.runtime.choosing import is_edited
+from multiexit_engine.runtime.decode_pieces import HeadWishes
+from multiexit_engine.runtime.edit_memory import CountedEdits, EditRoom
+from multiexit_engine.runtime.flight import Place
+from multiexit_engine.runtime.logit_rows import LogitRow, allowed_masks, token_row
+
+
+def head_wishes(rows: Sequence[LogitRow], edits: EditRoom) -> HeadWishes:
+    """What rows want together, whose edits have this room."""
+    sampling = [row.sequence.request.sampling for row in rows]
+    return HeadWishes(
+        any(narrowing_row(params) != NOT_NARROWED for params in sampling),
+        any(min_candidates(row.mode) != 1 for row in rows),
+        any(map(lists_best, rows)),
+        edits,
+    )
+
+
+def edits_of(rows: Sequence[LogitRow], places: Mapping[Place, int]) -> dict[int, CountedEdits]:
+    """What is done to the scores of rows, by their places in the memory."""
+    edited = [row for row in rows if is_edited(row)]
+    return {
+        places[row.item, row.position]: CountedEdits(
+            row_edits(token_row(row)), latest_edit(row.sequence.request.sampling), mask
+        )
+        for row, mask in zip(edited, allowed_masks(edited), strict=True)
+    }
+
+
+def num_edits_at_most(rows: Sequence[LogitRow]) -> int:
+    """No fewer than the edits of rows."""
+    return sum(most_edits(token_row(row)) for row in rows if is_edited(row))
+
+
+def lists_best(row: LogitRow) -> bool:
+    """Whether a row lists best tokens, or its token's rank."""
+    return row.sequence.request.sampling.logprobs is not None
+
+
+def min_candidates(mode: DecodingMode) -> int:
+    """The least size of a mode's plausible sets."""
+    return mode.min_candidates if isinstance(mode, Contrast) else 1
