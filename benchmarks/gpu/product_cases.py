@@ -53,7 +53,7 @@ def measure(read_tb_s: float) -> list[dict[str, Any]]:
         size = copies_of(2 * matrix.outputs * matrix.width), matrix.outputs, matrix.width
         weights = torch.randn(size, device=DEVICE, dtype=torch.bfloat16) / matrix.width**0.5
         for rows in ROWS:
-            ours, theirs, bare = _calls(matrix, rows)
+            ours, theirs, bare = calls(matrix, rows)
             us, torch_us, bare_us = (
                 graph_us([lambda w=w, f=f: f(w) for w in weights]) for f in (ours, theirs, bare)
             )
@@ -68,7 +68,7 @@ def measure(read_tb_s: float) -> list[dict[str, Any]]:
     return lines
 
 
-def _calls(matrix: Matrix, rows: int) -> tuple[Callable[[Tensor], Tensor], ...]:
+def calls(matrix: Matrix, rows: int) -> tuple[Callable[[Tensor], Tensor], ...]:
     """Ours, PyTorch's, and PyTorch's product alone."""
     width, outputs = matrix.width, matrix.outputs
     x = torch.randn(rows, width, device=DEVICE)

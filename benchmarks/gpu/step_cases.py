@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.timing import DEVICE, sized
+from multiexit_engine.kernels.overlap import one_after_the_other
 
 LAYERS, EXIT = sized((24, 12), (2, 1))
 SHAPE = sized(
@@ -29,6 +30,8 @@ WAYS = {
     "graphs": sized({"cuda_graphs": True}, {}),
     "graphs, ahead": sized({"cuda_graphs": True, "async_scheduling": True}, {}),
 }
+# what the launches of a block do for each other is left out
+APART = "graphs, launches one after the other"
 
 
 def measure() -> list[dict[str, Any]]:
@@ -36,15 +39,26 @@ def measure() -> list[dict[str, Any]]:
     rows = []
     with _checkpoint() as folder:
         for way, options in WAYS.items():
-            engine = _engine(folder, options)
-            rows += [
-                {"way": way, "mode": name, "rows": size} | _step(engine, case, size)
-                for name, case in _cases().items()
-                for size in BATCHES
-            ]
-            del engine
-            if DEVICE == "cuda":
-                torch.cuda.empty_cache()
+            rows += _steps(folder, way, options, _cases())
+        with one_after_the_other():
+            plain = {name: _cases()[name] for name in ("original", "contrast")}
+            rows += _steps(folder, APART, WAYS["graphs"], plain)
+    return rows
+
+
+def _steps(
+    folder: Path, way: str, options: dict[str, Any], cases: dict[str, _Case]
+) -> list[dict[str, Any]]:
+    """One line for each case and batch, of one engine."""
+    engine = _engine(folder, options)
+    rows = [
+        {"way": way, "mode": name, "rows": size} | _step(engine, case, size)
+        for name, case in cases.items()
+        for size in BATCHES
+    ]
+    del engine
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
     return rows
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import attention_cases, head_cases
+from benchmarks.gpu import attention_cases, head_cases, product_cases
 from benchmarks.gpu.timing import DEVICE, copies_of, graph_us
-from multiexit_engine.kernels import attention, heads
+from multiexit_engine.kernels import attention, heads, products
 
 HEAD_SHAPES = {"gpt2-medium": (50257, 1024, (1, 16, 32, 64)), "llama-8b": (128256, 4096, (1, 64))}
 ATTENTION_SHAPES = (
@@ -29,6 +29,9 @@ ATTENTION_SHAPES = (
     (1, 8192, 32, 8, 128),
     (16, 8192, 32, 8, 128),
 )
+PRODUCT_ROWS = (1, 16)
+# a tile, and the programs that a card should have at least
+ProductCandidate = tuple[products.Tile, int]
 
 
 def head_candidates(rows: int, width: int) -> Iterator[heads.HeadConfig]:
@@ -69,6 +72,43 @@ def attention_candidates() -> Iterator[tuple[int, attention.AttentionConfig]]:
                 yield chunk, attention.AttentionConfig(16, block_n, stages, warps)
 
 
+def product_candidates() -> Iterator[ProductCandidate]:
+    """Tiles worth a try for up to 16 rows, in few long parts and in many short ones."""
+    for block_k, stages in ((64, 6), (128, 3), (128, 4), (128, 6), (256, 2), (256, 3)):
+        for warps in (2, 4):
+            for programs in (96, 192, 384, 512):
+                yield products.Tile(32, 16, block_k, stages, warps, 128), programs
+
+
+def product_calls(
+    matrix: product_cases.Matrix, rows: int, candidate: ProductCandidate, weights: torch.Tensor
+) -> list[Callable[[], object]]:
+    """One call for each copy of a matrix, cut in this way."""
+    tile, programs = candidate
+    products.tile_for = lambda *_: tile  # type: ignore[assignment]
+    products._PROGRAMS = programs
+    ours = product_cases.calls(matrix, rows)[0]
+    return [lambda w=w: ours(w) for w in weights]
+
+
+def compile_product(job: tuple[product_cases.Matrix, int, ProductCandidate]) -> str:
+    """Fill the compiler's cache, with a matrix of no particular contents."""
+    matrix, rows, candidate = job
+    weights = torch.empty(1, matrix.outputs, matrix.width, device=DEVICE, dtype=torch.bfloat16)
+    return compiled(product_calls(matrix, rows, candidate, weights), candidate)
+
+
+def compiled(calls: list[Callable[[], object]], candidate: object) -> str:
+    """Why these do not run; nothing if they do."""
+    try:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+    except Exception as error:  # a candidate that does not compile is a result too
+        return f"{candidate}: {str(error)[:80]}"
+    return ""
+
+
 def head_calls(
     rows: int, config: heads.HeadConfig, pairs: list[Any], contrast: bool
 ) -> list[Callable[[], object]]:
@@ -90,24 +130,14 @@ def compile_head(job: tuple[int, int, int, heads.HeadConfig]) -> str:
     """Fill the compiler's cache, with heads of no particular contents."""
     rows, vocab, width, config = job
     head = torch.empty(vocab, width, device=DEVICE, dtype=torch.bfloat16)
-    try:
-        for contrast in (True, False):
-            head_calls(rows, config, [(head, head)], contrast)[0]()
-        torch.cuda.synchronize()
-    except Exception as error:  # a candidate that does not compile is a result too
-        return f"{config}: {str(error)[:80]}"
-    return ""
+    calls = [head_calls(rows, config, [(head, head)], contrast)[0] for contrast in (True, False)]
+    return compiled(calls, config)
 
 
 def compile_attention(job: tuple[Any, ...]) -> str:
     """Fill the compiler's cache, on a short context."""
     chunk, config, heads_, kv_heads, head_dim = job
-    try:
-        attention_case(chunk, config, (1, 512, heads_, kv_heads, head_dim), 1)[0]()
-        torch.cuda.synchronize()
-    except Exception as error:  # a candidate that does not compile is a result too
-        return f"{config}: {str(error)[:80]}"
-    return ""
+    return compiled(attention_case(chunk, config, (1, 512, heads_, kv_heads, head_dim), 1), config)
 
 
 def attention_case(
@@ -141,7 +171,7 @@ def main() -> None:
     """Compile all candidates side by side, then time them one by one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default=os.path.join(os.environ.get("OUT", "."), "tune.json"))
-    parser.add_argument("--only", choices=("heads", "attention"))
+    parser.add_argument("--only", choices=("heads", "attention", "products"))
     arguments = parser.parse_args()
     head_jobs = [
         (rows, vocab, width, config)
@@ -154,18 +184,26 @@ def main() -> None:
         for candidate in attention_candidates()
         for num_heads, kv_heads, head_dim in sorted({shape[2:] for shape in ATTENTION_SHAPES})
     ]
+    product_jobs = [
+        (matrix, rows, candidate)
+        for matrix in product_cases.MATRICES
+        for rows in PRODUCT_ROWS
+        for candidate in product_candidates()
+    ]
+    parts = (
+        ("heads", compile_head, head_jobs, time_heads),
+        ("attention", compile_attention, attention_jobs, time_attention),
+        ("products", compile_product, product_jobs, time_products),
+    )
+    wanted = [part for part in parts if arguments.only in (None, part[0])]
     failures: list[str] = []
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
-        if arguments.only != "attention":
-            failures += filter(None, pool.map(compile_head, head_jobs))
-        if arguments.only != "heads":
-            failures += filter(None, pool.map(compile_attention, attention_jobs))
+        for _, compile_one, jobs, _ in wanted:
+            failures += filter(None, pool.map(compile_one, jobs))
     print("do not compile:", *failures, sep="\n  ")
     results: dict[str, Any] = {}
-    if arguments.only != "attention":
-        time_heads(results)
-    if arguments.only != "heads":
-        time_attention(results)
+    for *_, time_all in wanted:
+        time_all(results)
     Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")
 
 
@@ -201,6 +239,25 @@ def time_attention(results: dict[str, Any]) -> None:
         lines.sort(key=lambda line: line[0])
         flat = [(us, us, (chunk, *config)) for us, (chunk, config) in lines]
         report(results, f"attention {shape}", flat, num_bytes / 1e6)
+
+
+def time_products(results: dict[str, Any]) -> None:
+    """Layers' matrices with every candidate."""
+    for matrix in product_cases.MATRICES:
+        num_bytes = 2 * matrix.outputs * matrix.width
+        size = copies_of(num_bytes), matrix.outputs, matrix.width
+        weights = torch.randn(size, device=DEVICE, dtype=torch.bfloat16) / matrix.width**0.5
+        for rows in PRODUCT_ROWS:
+            lines = []
+            for candidate in product_candidates():
+                us = timed(
+                    lambda m=matrix, r=rows, c=candidate, w=weights: product_calls(m, r, c, w)
+                )
+                lines.append((us, us, (*candidate[0], candidate[1])))
+            lines.sort(key=lambda line: line[0])
+            report(results, f"{matrix.model} {matrix.part} rows {rows}", lines, num_bytes / 1e6)
+        del weights
+        torch.cuda.empty_cache()
 
 
 def report(results: dict[str, Any], name: str, lines: list[Any], megabytes: float) -> None:
