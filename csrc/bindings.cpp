@@ -142,21 +142,22 @@ void measure_head(int threads, Address hidden, int dtype, int64_t rows, const Ma
                    at(entropy)});
 }
 
-void measure_coded_head(int threads, Address hidden, Address hidden_scales, int64_t rows,
-                        Address codes, Address starts, Address scales, int64_t vocab,
-                        int64_t columns, Address bias, Address tokens, Address log_probs,
-                        Address second_log_probs, Address log_sum_exp, Address entropy) {
+void measure_coded_head(int threads, Address hidden, Address hidden_scales, int64_t terms,
+                        int64_t rows, Address codes, Address starts, Address scales,
+                        int64_t vocab, int64_t columns, Address bias, Address tokens,
+                        Address log_probs, Address second_log_probs, Address log_sum_exp,
+                        Address entropy) {
   Release nogil;
   coded_head_statistics(
-      threads, {at<uint8_t>(hidden), at(hidden_scales)}, rows,
+      threads, {at<uint8_t>(hidden), at(hidden_scales)}, terms, rows,
       {at<int8_t>(codes), at<int32_t>(starts), at(scales), vocab, columns}, at(bias),
       {at<int64_t>(tokens), at(log_probs), at(second_log_probs), at(log_sum_exp), at(entropy)});
 }
 
-void code_states(int threads, Address x, int64_t rows, int64_t columns, int64_t terms,
-                 Address codes, Address scales, Address norms, Address errors) {
+void code_states(int threads, Address x, Address factors, int64_t rows, int64_t columns,
+                 int64_t terms, Address codes, Address scales, Address norms, Address errors) {
   Release nogil;
-  code_rows(threads, at(x), rows, columns,
+  code_rows(threads, at(x), at(factors), rows, columns,
             {terms, at<uint8_t>(codes), at(scales), at<double>(norms), at<double>(errors)});
 }
 

@@ -153,6 +153,7 @@ def coded_head_statistics(
     threads: int,
     hidden: int,
     hidden_scales: int,
+    terms: int,
     rows: int,
     codes: int,
     starts: int,
@@ -169,6 +170,7 @@ def coded_head_statistics(
 def code_rows(
     threads: int,
     x: int,
+    factors: int,
     rows: int,
     columns: int,
     terms: int,

@@ -308,12 +308,20 @@ void some_tokens(int threads, const RoughRows& rows, const RoughHead& rough, con
 
 }  // namespace
 
-void code_rows(int threads, const float* x, int64_t rows, int64_t columns, const CodedOut& out) {
-  const int64_t padded = (columns + 3) / 4 * 4;
-  in_chunks(threads, rows, 8, [&](int64_t first, int64_t count, int) {
+void code_rows(int threads, const float* x, const float* factors, int64_t rows, int64_t columns,
+               const CodedOut& out) {
+  const int64_t padded = (columns + 3) / 4 * 4, ranks = std::clamp(threads, 1, kMaxThreads);
+  float* rooms = Scratch::of_this_thread().room(Scratch::kPieces, factors ? ranks * columns : 0);
+  in_chunks(threads, rows, 8, [&](int64_t first, int64_t count, int rank) {
     for (int64_t row = first; row < first + count; ++row) {
+      const float* own = x + row * columns;
+      if (factors) {
+        float* scaled = rooms + rank * columns;
+        for (int64_t i = 0; i < columns; ++i) scaled[i] = own[i] * factors[i];
+        own = scaled;
+      }
       uint8_t* codes = out.codes + row * out.terms * padded;
-      const CodedRow found = kernels().code_row(x + row * columns, columns, padded, codes,
+      const CodedRow found = kernels().code_row(own, columns, padded, codes,
                                                 out.terms > 1 ? codes + padded : nullptr);
       out.scales[row * out.terms] = found.scale;
       if (out.terms > 1) out.scales[row * out.terms + 1] = found.second_scale;

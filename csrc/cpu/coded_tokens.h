@@ -16,7 +16,9 @@ struct CodedOut {
   double* errors;
 };
 
-void code_rows(int threads, const float* x, int64_t rows, int64_t columns, const CodedOut& out);
+// Codes of x, each column times its factor where there are some.
+void code_rows(int threads, const float* x, const float* factors, int64_t rows, int64_t columns,
+               const CodedOut& out);
 
 // Rows as they are, and in codes. The logit of a row and a token is rough by no more than the row's
 // reach times the token's error, plus the row's slack.

@@ -235,7 +235,7 @@ void coded_heads(int64_t vocab, int64_t rows, int64_t columns) {
   const auto bias = numbers(vocab);
   std::vector<int64_t> likely(rows);
   std::vector<float> first(rows), second(rows), log_sum(rows), entropy(rows);
-  coded_head_statistics(2, {hidden.data(), hidden_scales.data()}, rows,
+  coded_head_statistics(2, {hidden.data(), hidden_scales.data()}, 1, rows,
                         {codes.data(), starts.data(), scales.data(), vocab, columns}, bias.data(),
                         {likely.data(), first.data(), second.data(), log_sum.data(),
                          entropy.data()});
@@ -257,7 +257,7 @@ void coded_heads(int64_t vocab, int64_t rows, int64_t columns) {
   std::vector<uint8_t> coded(rows * 2 * columns);
   std::vector<float> coded_scales(rows * 2), heats(rows, 0.0f), log_probs(rows);
   std::vector<double> norms(rows), slacks(rows);
-  code_rows(2, states.data(), rows, columns,
+  code_rows(2, states.data(), nullptr, rows, columns,
             {2, coded.data(), coded_scales.data(), norms.data(), slacks.data()});
   const std::vector<float> reaches(rows, 1.0f), alphas(rows, 0.1f);
   const std::vector<int64_t> seeds(rows, 5);

@@ -15,18 +15,19 @@ from multiexit_engine.ops.coded_heads import GROUP, CodedHidden
 from multiexit_engine.ops.heads import HeadStatistics
 
 
-def code_hidden(hidden: Tensor, num_terms: int = 1) -> CodedHidden:
+def code_hidden(hidden: Tensor, num_terms: int = 1, columns: Tensor | None = None) -> CodedHidden:
     """See ``multiexit_engine.ops.code_hidden``."""
-    hidden = hidden.float().contiguous()
-    rows, columns = hidden.shape
-    codes = torch.empty(rows, num_terms, columns + -columns % GROUP, dtype=torch.uint8)
+    hidden, factors = hidden.float().contiguous(), vector(columns)
+    rows, size = hidden.shape
+    codes = torch.empty(rows, num_terms, size + -size % GROUP, dtype=torch.uint8)
     norms, errors = torch.empty(2, rows, dtype=torch.float64)
     found = CodedHidden(codes, torch.empty(rows, num_terms), norms, errors)
     _C.code_rows(
         torch.get_num_threads(),
         hidden.data_ptr(),
+        address(factors),
         rows,
-        columns,
+        size,
         num_terms,
         codes.data_ptr(),
         found.scales.data_ptr(),
@@ -100,6 +101,7 @@ def coded_head_statistics(
         torch.get_num_threads(),
         hidden.data_ptr(),
         hidden_scales.data_ptr(),
+        hidden.shape[1],
         rows,
         codes.data_ptr(),
         starts.data_ptr(),

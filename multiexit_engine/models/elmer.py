@@ -30,11 +30,11 @@ from multiexit_engine.ops import (
     RaggedTexts,
     RowList,
     are_rows_ragged,
+    embed,
     linear,
     listed_linear,
     packed_blocks,
     ragged_blocks,
-    take_rows,
 )
 from multiexit_engine.quantization import row_span
 
@@ -163,7 +163,9 @@ class ElmerModel(EncoderDecoderModel):
             [rows, hidden].
         """
         states, table = self._feedback
-        return linear(hidden, states, None) + take_rows(table, token_ids)
+        product = linear(hidden, states, None)
+        places = torch.arange(len(hidden), device=hidden.device)
+        return embed(token_ids, places, table, product, 1.0)
 
     def predict(self, hidden: Tensor) -> HeadOperands:
         """The model's own head on states after any layer; its logits have the bias."""

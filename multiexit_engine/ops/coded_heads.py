@@ -12,6 +12,7 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from multiexit_engine.checkpoint.huge_pages import HugePages
 from multiexit_engine.ops.heads import HeadStatistics, statistics_of_logits
@@ -25,6 +26,8 @@ _FINER = 2 * _LARGEST
 _ROWS_AT_ONCE = 4096
 # Makes up for the rounding of a bound itself.
 _UP = 1 + 2.0**-20
+# The greatest number of each bias: PyTorch's threads would wake to find it for each call.
+_GREATEST = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,26 +155,25 @@ def code_states(hidden: Tensor, head: CodedHead, num_terms: int = 1) -> CodedHid
         head: whose codes they are for.
         num_terms: 2 for states as of 16 bits, whose own error is next to nothing.
     """
-    scaled = torch.empty_like(hidden)
-    # all at once PyTorch's threads would share it out and then spin beside the kernels
-    for part, out in zip(torch.split(hidden, LANES), torch.split(scaled, LANES), strict=True):
-        torch.mul(part, head.columns, out=out)
-    return code_hidden(scaled, num_terms)
+    return code_hidden(hidden, num_terms, head.columns)
 
 
 @register_op
-def code_hidden(hidden: Tensor, num_terms: int = 1) -> CodedHidden:
+def code_hidden(hidden: Tensor, num_terms: int = 1, columns: Tensor | None = None) -> CodedHidden:
     """The nearest codes of states, row by row: those of 127 equal steps up to its greatest number.
 
     Args:
         hidden: [rows, hidden_size] float32.
         num_terms: 1, or 2: the second codes what the first lacks, in steps of a 254th.
+        columns: [hidden_size] float32 that the states are multiplied by first, or None.
 
     Returns:
         CodedHidden; the codes of a row with a number that is not finite mean nothing.
 
     Source: round-to-nearest absmax, Dettmers et al. 2022, arXiv:2208.07339, section 2.1, by row.
     """
+    if columns is not None:
+        hidden = hidden * columns
     scales = hidden.abs().amax(1) / _LARGEST
     rounded = (hidden / _divisors(scales)).round_().nan_to_num_(0.0).clamp_(-_LARGEST, _LARGEST)
     lacking = hidden.double() - rounded.double() * scales.double()[:, None]
@@ -197,10 +199,7 @@ def logit_bounds(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> L
     products and sums in float32, at most n 2^-23 |h| |w|, and of the steps that follow, in either.
     """
     columns = hidden.codes.shape[-1]
-    greatest = 0.0
-    if bias is not None and bias.numel():
-        greatest = float(bias.abs().masked_fill(bias == -torch.inf, 0.0).max())
-    size = hidden.norms * (head.norm + head.size) + greatest
+    size = hidden.norms * (head.norm + head.size) + _greatest(bias)
     coding = (hidden.errors + hidden.norms * 2.0**-23) * head.size
     rounding = columns * 2.0**-23 * hidden.norms * head.norm + size * 2.0**-20
     return LogitBounds((hidden.norms * _UP).float(), coding + rounding + 1e-4)
@@ -214,11 +213,8 @@ def logit_errors(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> T
 
 def rough_logits(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:
     """[rows, vocab] float32 that the codes stand for: of each row less one number."""
-    parts = [
-        _products(hidden.codes[:, term], hidden.scales[:, term], head.codes, head.scales)
-        for term in range(hidden.codes.shape[1])
-    ]
-    logits = torch.stack(parts).sum(0)[:, : head.vocab]
+    products = _summed_products(hidden.codes, hidden.scales, head.codes, head.scales)
+    logits = products[:, : head.vocab]
     return logits if bias is None else logits + bias
 
 
@@ -237,8 +233,8 @@ def coded_head_statistics(
     These logits lack one number in each row, which only the log-sum-exp shows.
 
     Args:
-        hidden: [rows, 1, columns] uint8 of ``CodedHidden`` with one term, as the next.
-        hidden_scales: [rows, 1] float32.
+        hidden: [rows, terms, columns] uint8 of ``CodedHidden``, as the next.
+        hidden_scales: [rows, terms] float32.
         codes: of ``CodedHead``, as the next two.
         starts: what makes up for the 128 of ``hidden``.
         scales: of the rows.
@@ -251,12 +247,30 @@ def coded_head_statistics(
     Source: products of 8-bit codes on both sides, Dettmers et al. 2022, arXiv:2208.07339, section
         2.1, by row.
     """
-    logits = _products(hidden[:, 0], hidden_scales[:, 0], codes, scales)[:, :vocab]
+    logits = _summed_products(hidden, hidden_scales, codes, scales)[:, :vocab]
     return statistics_of_logits(logits if bias is None else logits + bias)
 
 
 code_hidden.backend("cpu", "multiexit_engine._native:code_hidden", device="cpu")
 coded_head_statistics.backend("cpu", "multiexit_engine._native:coded_head_statistics", device="cpu")
+
+
+def _greatest(bias: Tensor | None) -> float:
+    """Of the magnitudes of a bias that is never changed, but for -inf."""
+    if bias is None or not bias.numel():
+        return 0.0
+    if bias not in _GREATEST:
+        _GREATEST[bias] = float(bias.abs().masked_fill(bias == -torch.inf, 0.0).max())
+    return float(_GREATEST[bias])
+
+
+def _summed_products(
+    hidden: Tensor, hidden_scales: Tensor, codes: Tensor, scales: Tensor
+) -> Tensor:
+    """[rows, padded vocab] float32 of all terms."""
+    terms = range(hidden.shape[1])
+    parts = [_products(hidden[:, i], hidden_scales[:, i], codes, scales) for i in terms]
+    return torch.stack(parts).sum(0)
 
 
 def _products(hidden: Tensor, hidden_scales: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from multiexit_engine import (
     SamplingParams,
     SelfSpeculative,
 )
+from multiexit_engine.ops import code_head, code_states, logit_bounds
 from tests.tiny import save_gpt2
 
 ELMER = Path(__file__).parents[1] / "golden" / "elmer" / "t1"
@@ -34,6 +35,19 @@ SHARED_OUT_OF_MANY = SHARED_OUT | {
     torch.ops.aten.add.Tensor,
     torch.ops.aten.mul.Tensor,
 }
+
+
+class Touched(TorchDispatchMode):
+    """Notes all ops that read one tensor."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.tensor, self.found = tensor, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and args[0] is self.tensor:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 class HiddenStatesTouched(TorchDispatchMode):
@@ -64,6 +78,7 @@ def test_drafts_and_checks_index_no_hidden_states(tmp_path, target):
         Parallel(length=9),
         Parallel("confidence", "max_prob", 0.4, length=9),
         Parallel("prescribed", layers=[1, 3, 2]),
+        Parallel("soft", length=9),
     ],
     ids=str,
 )
@@ -74,3 +89,12 @@ def test_passes_over_packed_texts_leave_hidden_states_to_the_kernels(mode):
     with HiddenStatesTouched(engine.model_config.hidden_size, SHARED_OUT_OF_MANY) as seen:
         engine.generate(sources, sampling, mode)
     assert not seen.found
+
+
+def test_bounds_of_codes_read_a_bias_once():
+    head, bias = code_head(torch.randn(40, 8)), torch.randn(40)
+    states = code_states(torch.randn(2, 8), head)
+    first = logit_bounds(states, head, bias)
+    with Touched(bias) as seen:
+        again = logit_bounds(states, head, bias)
+    assert not seen.found and torch.equal(first.slacks, again.slacks)

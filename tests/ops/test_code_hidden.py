@@ -21,6 +21,16 @@ def test_backend_equals_the_reference(backend, rows, size, num_terms):
 
 
 @all_backends(code_hidden)
+@pytest.mark.parametrize("num_terms", [1, 2])
+def test_states_are_multiplied_by_factors_of_their_columns_first(backend, num_terms):
+    function = implementation_or_skip(code_hidden, backend)
+    hidden, factors = torch.randn(19, 37), torch.rand(37)
+    found = function(hidden, num_terms, factors)
+    for name, wanted in vars(function(hidden * factors, num_terms)).items():
+        assert torch.equal(getattr(found, name), wanted)
+
+
+@all_backends(code_hidden)
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_with_what_is_no_number_has_no_bound(backend, broken):
     function = implementation_or_skip(code_hidden, backend)

@@ -29,10 +29,10 @@ def operands(rows, vocab, size, spread=3.0):
     return hidden, weight, torch.randn(vocab, generator=generator)
 
 
-def coded(hidden, weight, bias, op=coded_head_statistics):
+def coded(hidden, weight, bias, op=coded_head_statistics, num_terms=1):
     """Statistics of the rough logits, and how far off these may be."""
     head = code_head(weight)
-    states = code_states(hidden, head)
+    states = code_states(hidden, head, num_terms)
     arrays = head.codes, head.starts, head.scales, head.vocab
     return op(states.codes, states.scales, *arrays, bias), logit_errors(states, head, bias)
 
@@ -66,14 +66,15 @@ def test_no_logit_is_further_off_than_its_bound(rows, vocab, size, num_terms, ou
 
 @SHAPES
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_statistics_are_those_of_the_codes(rows, vocab, size, has_bias):
+@pytest.mark.parametrize("num_terms", [1, 2])
+def test_statistics_are_those_of_the_codes(rows, vocab, size, has_bias, num_terms):
     hidden, weight, bias = operands(rows, vocab, size)
     bias = bias if has_bias else None
     head = code_head(weight)
-    logits = decoded(head, code_states(hidden, head))
+    logits = decoded(head, code_states(hidden, head, num_terms))
     wanted = (logits if bias is None else logits + bias).log_softmax(-1)
     for op in (coded_head_statistics.reference, coded_head_statistics):
-        found, _ = coded(hidden, weight, bias, op)
+        found, _ = coded(hidden, weight, bias, op, num_terms)
         assert found.tokens.tolist() == wanted.argmax(-1).tolist()
         torch.testing.assert_close(found.log_probs.double(), wanted.amax(-1), atol=1e-4, rtol=1e-5)
         entropy = -(wanted.exp() * wanted).sum(-1)
@@ -83,10 +84,11 @@ def test_statistics_are_those_of_the_codes(rows, vocab, size, has_bias):
 @SHAPES
 @pytest.mark.parametrize("measure", ["max_prob", "margin", "entropy"])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 30.0])
-def test_a_certain_row_is_what_the_exact_logits_say(rows, vocab, size, measure, spread):
+@pytest.mark.parametrize("num_terms", [1, 2])
+def test_a_certain_row_is_what_the_exact_logits_say(rows, vocab, size, measure, spread, num_terms):
     hidden, weight, bias = operands(rows, vocab, size, spread)
     exact = head_statistics(hidden, weight, bias)
-    rough, errors = coded(hidden, weight, bias)
+    rough, errors = coded(hidden, weight, bias, num_terms=num_terms)
     own = reading_of([measure] * rows, exact).values
     # the hardest thresholds are the values themselves
     for threshold in [0.0, 0.3, 0.9, 1.0, *own.tolist(), *(own * 1.00001).tolist()]:
@@ -99,6 +101,16 @@ def test_rows_far_from_the_threshold_are_certain():
     hidden, weight, bias = operands(8, 1031, 48, 0.3)
     rough, errors = coded(hidden, weight, bias)
     assert certain_rows(rough, errors, ["max_prob"] * 8, [0.9] * 8)[1].all()
+
+
+def test_two_terms_leave_fewer_rows_open():
+    hidden, weight, bias = operands(200, 1031, 48, 3.0)
+    num_known = []
+    for num_terms in (1, 2):
+        rough, errors = coded(hidden, weight, bias, num_terms=num_terms)
+        sure, unsure = certain_rows(rough, errors, ["max_prob"] * 200, [0.5] * 200)
+        num_known.append(int((sure | unsure).sum()))
+    assert num_known[0] < num_known[1] < 200
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
