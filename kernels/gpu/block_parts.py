@@ -54,3 +54,42 @@ def inner(
         hidden, first.weight, first.bias, norm_before=norm, activation=mlp.kind,
         gated=hasattr(mlp, "gate_up"), listed=listed, ahead=ahead,
     )  # fmt: skip
+
+
+class ListedStream:
+    """A stream of states in which rows that go on are changed in place, part by part.
+
+    Attributes:
+        states: [rows, hidden] float32.
+        rows: those that go on.
+    """
+
+    def __init__(self, states: Tensor, rows: RowList) -> None:
+        self.states = states
+        self.rows = rows
+
+    def before(self, block: Any, module: Any, listed: RowList | None = None) -> Tensor:
+        """What a part reads of the stream: of the rows that go on, or of others."""
+        if block.is_post_norm:
+            return self.states
+        listed = self.rows if listed is None else listed
+        return norm_rows(self.states, *_operands(module), dtype=module.weight.dtype, listed=listed)
+
+    def add(self, x: Tensor, matrix: Any, block: Any, module: Any) -> None:
+        """Add a part to the stream."""
+        states, listed = self.states, self.rows
+        product(
+            x, matrix.weight, matrix.bias,
+            residual=states, dtype=torch.float32, listed=listed, output=states,
+        )  # fmt: skip
+        if block.is_post_norm:
+            norm_rows(states, *_operands(module), dtype=states.dtype, listed=listed, output=states)
+
+    def feed_forward(self, block: Any) -> None:
+        """Add a block's last part."""
+        read = self.before(block, block.mlp_norm)
+        self.add(inner(read, None, block.mlp, self.rows), block.mlp.down, block, block.mlp_norm)
+
+
+def _operands(module: Any) -> tuple[Tensor, Tensor | None, float]:
+    return module.weight, getattr(module, "bias", None), module.eps

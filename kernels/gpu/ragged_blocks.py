@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multiexit_engine.kernels.block_parts import inner
-from multiexit_engine.kernels.norms import norm
+from multiexit_engine.kernels.block_parts import ListedStream
 from multiexit_engine.kernels.packed_attention import PackedStarts, attend_packed
 from multiexit_engine.kernels.products import product
 from multiexit_engine.kernels.row_lists import RowList
@@ -36,12 +35,11 @@ def ragged_blocks(hidden: Tensor, blocks: Sequence[Any], texts: Any, sources: An
     return states
 
 
-class _Span:
+class _Span(ListedStream):
     """The stream, which the rows that go on are changed in, part by part."""
 
     def __init__(self, states: Tensor, texts: Any, sources: Any) -> None:
-        self._states = states
-        self._rows: RowList = texts.rows
+        super().__init__(states, texts.rows)
         self._keyed: RowList = texts.keyed
         self._own = PackedStarts(texts.query_starts, texts.starts)
         self._read = PackedStarts(sources.query_starts, sources.starts)
@@ -49,47 +47,22 @@ class _Span:
     def attend(self, block: Any) -> None:
         """Keys and values of all rows of texts that go on, queries of the rows that do."""
         attention, width = block.attention, block.attention.widths[0]
-        read = self._before(block, block.attention_norm, self._keyed)
-        query = _span(read, attention.qkv, 0, width, self._rows)
+        read = self.before(block, block.attention_norm, self._keyed)
+        query = _span(read, attention.qkv, 0, width, self.rows)
         fused = _span(read, attention.qkv, width, 3 * width, self._keyed)
         parts = (query, *torch.split(fused, width, dim=1))
         query, key, value = (part.view(len(part), -1, attention.head_dim) for part in parts)
-        mixed = attend_packed(query, key, value, self._own, attention.scale, self._rows)
-        self._add(mixed.flatten(1), attention.output, block, block.attention_norm)
+        mixed = attend_packed(query, key, value, self._own, attention.scale, self.rows)
+        self.add(mixed.flatten(1), attention.output, block, block.attention_norm)
 
     def read_sources(self, block: Any, keys_values: Tensor) -> None:
         """Of [rows of sources, 2, heads, head_dim]."""
         cross, (key, value) = block.cross_attention, keys_values.unbind(1)
-        read = self._before(block, block.cross_norm, self._rows)
-        query = product(read, cross.query.weight, cross.query.bias, listed=self._rows)
+        read = self.before(block, block.cross_norm)
+        query = product(read, cross.query.weight, cross.query.bias, listed=self.rows)
         query = query.view(len(query), -1, cross.head_dim)
-        mixed = attend_packed(query, key, value, self._read, cross.scale, self._rows)
-        self._add(mixed.flatten(1), cross.output, block, block.cross_norm)
-
-    def feed_forward(self, block: Any) -> None:
-        read = self._before(block, block.mlp_norm, self._rows)
-        self._add(inner(read, None, block.mlp, self._rows), block.mlp.down, block, block.mlp_norm)
-
-    def _before(self, block: Any, module: Any, listed: RowList) -> Tensor:
-        """What a part reads of the stream."""
-        if block.is_post_norm:
-            return self._states
-        dtype = module.weight.dtype
-        return norm(self._states, *_operands(module), dtype=dtype, listed=listed)
-
-    def _add(self, x: Tensor, matrix: Any, block: Any, module: Any) -> None:
-        """Add a part to the stream."""
-        states, listed = self._states, self._rows
-        product(
-            x, matrix.weight, matrix.bias,
-            residual=states, dtype=torch.float32, listed=listed, output=states,
-        )  # fmt: skip
-        if block.is_post_norm:
-            norm(states, *_operands(module), dtype=states.dtype, listed=listed, output=states)
-
-
-def _operands(module: Any) -> tuple[Tensor, Tensor | None, float]:
-    return module.weight, getattr(module, "bias", None), module.eps
+        mixed = attend_packed(query, key, value, self._read, cross.scale, self.rows)
+        self.add(mixed.flatten(1), cross.output, block, block.cross_norm)
 
 
 def _span(x: Tensor, layer: Any, start: int, stop: int, listed: RowList) -> Tensor:
