@@ -16,10 +16,18 @@ from torch import Tensor
 from multiexit_engine.kernels.attention_tiles import long_kernel, merge_kernel, short_kernel
 from multiexit_engine.kernels.launch import options
 from multiexit_engine.kernels.overlap import fetched, overlapped
+from multiexit_engine.kernels.row_lists import RowList
 
 # Keys of a part, and most parts of a sequence; beyond 16k keys the parts grow.
 MIN_CHUNK = 256
 MAX_PARTS = 64
+
+
+class ListedSequences(NamedTuple):
+    """Sequences of one query each that are attended, and the row of each in the block tables."""
+
+    listed: RowList
+    tables: Tensor
 
 
 class AttentionConfig(NamedTuple):
@@ -106,8 +114,12 @@ def attend_paged(
     window: int | None,
     bias: Tensor | None,
     ahead: Any = None,
+    only: ListedSequences | None = None,
 ) -> Tensor:
-    """Both of the above: ``bias`` [heads, distances], or None; ``ahead`` as in ``product``."""
+    """Both of the above: ``bias`` [heads, distances], or None; ``ahead`` as in ``product``.
+
+    Of listed sequences ``only``, where given.
+    """
     tokens, heads, head_dim = query.shape
     if query.stride(2) != 1 or query.stride(1) != head_dim:
         query = query.contiguous()
@@ -136,7 +148,7 @@ def attend_paged(
         max_queries = max(queries for queries, _ in shorts)
         max_context = max(context for _, context in shorts)
         _short(query, key_cache, value_cache, layout, scale, bias, output, config, shape, cache,
-               max_queries, max_context, ahead)  # fmt: skip
+               max_queries, max_context, ahead, only)  # fmt: skip
     if len(shorts) < len(layout.query_lens):
         config = long_config(group, head_dim, query.dtype)
         config = config if bias is None else biased(config, query.dtype)
@@ -166,6 +178,7 @@ def _short(
     max_queries: int,
     max_context: int,
     ahead: Any,
+    only: ListedSequences | None,
 ) -> None:
     """Sequences of few queries: all parts of all of them, then their merge unless there is one."""
     num_seqs, heads, head_dim = len(layout.query_lens), query.shape[1], query.shape[2]
@@ -175,21 +188,22 @@ def _short(
     if parts > 1:
         partial = torch.empty(rows, head_dim, dtype=torch.float32, device=query.device)
         weight = torch.empty(rows, 2, dtype=torch.float32, device=query.device)
+    which = (None, None) if only is None else (only.listed.rows, only.listed.count)
     cut = {"BLOCK_N": config.block_n, "MIN_CHUNK": MIN_CHUNK, "MAX_PARTS": MAX_PARTS}
     short_kernel[(parts, key_cache.shape[2], num_seqs)](
         query, key_cache, value_cache, layout.block_tables,
-        layout.cu_query_lens, layout.context_lens_device, bias, partial, weight,
-        *fetched(ahead, query.device), scale,
+        layout.cu_query_lens, layout.context_lens_device, bias, partial, weight, *which,
+        None if only is None else only.tables, *fetched(ahead, query.device), scale,
         query.stride(0), layout.block_tables.stride(0), max_queries,
-        **shape, **cache, **cut, BLOCK_M=config.block_m, STAGES=config.num_stages,
-        ALONE=parts == 1,
+        LISTED=only is not None, **shape, **cache, **cut, BLOCK_M=config.block_m,
+        STAGES=config.num_stages, ALONE=parts == 1,
         **options(config.num_warps, config.max_registers), **overlapped(query.device),
     )  # fmt: skip
     if parts == 1:
         return
     merge_kernel[(heads, max_queries, num_seqs)](
-        partial, weight, output, layout.cu_query_lens, layout.context_lens_device, parts,
-        **shape, **cut, PARTS=triton.next_power_of_2(parts),
+        partial, weight, output, layout.cu_query_lens, layout.context_lens_device, *which, parts,
+        LISTED=only is not None, **shape, **cut, PARTS=triton.next_power_of_2(parts),
         MOST_QUERIES=config.block_m // (heads // key_cache.shape[2]),
         **merge_options(head_dim), **overlapped(query.device),
     )  # fmt: skip

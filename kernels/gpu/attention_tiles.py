@@ -110,12 +110,16 @@ def short_kernel(
     bias_ptr,
     partial_ptr,
     weight_ptr,
+    row_ptr,
+    count_ptr,
+    table_row_ptr,
     ahead_ptr,
     ahead_bytes,
     scale,
     query_stride,
     table_stride,
     max_queries,
+    LISTED: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -136,6 +140,7 @@ def short_kernel(
     ``partial`` [seqs, max_queries, heads, parts, head_dim], ``weight`` [..., parts, 2] hold the
     sums of values, the largest score and the sum of p. Parts outside a window are not written.
     ALONE: there is one part, and ``partial`` is the result [tokens, heads, head_dim].
+    LISTED: the sequences are those of a list, and ``table_row`` says which block table each has.
     """
     arrive(ahead_ptr, ahead_bytes, OVERLAP)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -143,6 +148,12 @@ def short_kernel(
     num_parts = tl.num_programs(0)
     kv_head = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
+    table = seq
+    if LISTED:
+        if seq >= tl.load(count_ptr):
+            return
+        seq = tl.load(row_ptr + seq).to(tl.int64)
+        table = tl.load(table_row_ptr + seq)
     first = tl.load(start_ptr + seq)
     num_queries = tl.load(start_ptr + seq + 1) - first
     context = tl.load(context_ptr + seq)
@@ -174,7 +185,7 @@ def short_kernel(
     positions = context - num_queries + index
     output, largest, total = attend(
         query, positions, row_mask, key_ptr, value_ptr,
-        table_ptr + seq * table_stride, kv_head, begin, end, scale,
+        table_ptr + table * table_stride, kv_head, begin, end, scale,
         bias_row, positions, BIAS_SIZE, 0,
         WINDOW, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
     )  # fmt: skip
@@ -196,7 +207,10 @@ def merge_kernel(
     output_ptr,
     start_ptr,
     context_ptr,
+    row_ptr,
+    count_ptr,
     num_parts,
+    LISTED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -207,11 +221,15 @@ def merge_kernel(
     MOST_QUERIES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Join the parts of one query and head, in order."""
+    """Join the parts of one query and head, in order. LISTED: of the sequences of a list."""
     arrive(None, 0, OVERLAP)
     head = tl.program_id(0)
     index = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
+    if LISTED:
+        if seq >= tl.load(count_ptr):
+            return
+        seq = tl.load(row_ptr + seq).to(tl.int64)
     first = tl.load(start_ptr + seq)
     num_queries = tl.load(start_ptr + seq + 1) - first
     context = tl.load(context_ptr + seq)

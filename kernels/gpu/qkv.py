@@ -16,6 +16,7 @@ from multiexit_engine.kernels.overlap import fetched, overlapped
 from multiexit_engine.kernels.products import MAX_ROWS, Matrix, Norm, cut, norm_kind, product, ready
 from multiexit_engine.kernels.qkv_tiles import qkv_kernel
 from multiexit_engine.kernels.rotary import rotate_and_write_kv
+from multiexit_engine.kernels.row_lists import RowList
 
 
 class Slots(NamedTuple):
@@ -42,6 +43,7 @@ def store_qkv(
     slots: Slots,
     turn: Turn | None,
     ahead: Matrix | None = None,
+    listed: RowList | None = None,
 ) -> Tensor:
     """Queries, with keys and values written to their slots.
 
@@ -53,33 +55,40 @@ def store_qkv(
         slots: of this layer, in the dtype of the weights.
         turn: of queries and keys; None where positions are in the embedding.
         ahead: a matrix of a later launch, whose first bytes are asked for meanwhile.
+        listed: the rows that have any; all by default. Only of plain matrices; a norm of listed
+            rows is a launch of its own.
 
     Returns:
-        [rows, heads, head_dim] in the dtype of the weights.
+        [rows, heads, head_dim] in the dtype of the weights; anything in rows that are not listed.
     """
     kv_heads, head_dim = slots.key_cache.shape[2:]
     kv_width = kv_heads * head_dim
     query_width = weight.shape[0] - 2 * kv_width
     rows, width = x.shape
-    if rows > MAX_ROWS or not isinstance(weight, Tensor):
+    if listed is None and (rows > MAX_ROWS or not isinstance(weight, Tensor)):
         fused = product(x, weight, bias, norm_before=norm_before).view(rows, -1, head_dim)
         heads = [query_width // head_dim, kv_heads, kv_heads]
         query, key, value = torch.split(fused, heads, dim=1)
         return place(query, key, value, slots, turn)
-    x, norm_before = ready(x, weight, norm_before)
+    assert isinstance(weight, Tensor), "codes are multiplied above"
+    if listed is None:
+        x, norm_before = ready(x, weight, norm_before)
     query = torch.empty(rows, query_width // head_dim, head_dim, dtype=weight.dtype,
                         device=x.device)  # fmt: skip
     if not rows:
         return query
-    how = cut(x, weight.shape[0], weight.dtype, turn is not None)
+    how = cut(x, weight.shape[0], weight.dtype, turn is not None, listed is not None)
     gain, shift, eps = norm_before or (None, None, 0.0)
     cos, sin, positions = turn or (None, None, None)
     qkv_kernel[how.grid](
         x, weight, bias, gain, shift, query, *slots, positions, cos, sin,
-        how.partial, how.ticket, *fetched(ahead, x.device),
+        how.partial, how.ticket,
+        *((None, None) if listed is None else (listed.rows, listed.count)),
+        *fetched(ahead, x.device),
         rows, query_width, kv_width, width, how.step, x.stride(0), eps,
-        HEAD_DIM=head_dim, NORM=norm_kind(norm_before), ROTARY=turn is not None,
-        HAS_BIAS=bias is not None, **how.constants, **how.options, **overlapped(x.device),
+        LISTED=listed is not None, HEAD_DIM=head_dim, NORM=norm_kind(norm_before),
+        ROTARY=turn is not None, HAS_BIAS=bias is not None,
+        **how.constants, **how.options, **overlapped(x.device),
     )  # fmt: skip
     return query
 

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from multiexit_engine.kernels.overlap import arrive
 from multiexit_engine.kernels.product_tiles import joined, multiplied
+from multiexit_engine.kernels.row_lists import rows_at
 
 
 @triton.jit
@@ -54,6 +55,8 @@ def qkv_kernel(
     sin_ptr,
     partial_ptr,
     ticket_ptr,
+    row_ptr,
+    count_ptr,
     ahead_ptr,
     ahead_bytes,
     num_rows,
@@ -63,6 +66,7 @@ def qkv_kernel(
     split_width,
     x_stride,
     eps,
+    LISTED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     NORM: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -78,14 +82,18 @@ def qkv_kernel(
     """One tile of outputs for one block of rows, over one part of the columns.
 
     ROTARY: the first half of a tile are entries of the first halves of heads, the other half their
-    partners, so that a pair is turned where it is made.
+    partners, so that a pair is turned where it is made. LISTED: the rows are those of a list; a
+    block that the list does not reach reads no weight.
     """
     arrive(ahead_ptr, ahead_bytes, OVERLAP)
     part = tl.program_id(0)
     tile = tl.program_id(1)
     block = tl.program_id(2)
-    rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_mask = rows < num_rows
+    if LISTED:  # noqa: SIM102 - without a list there is no count
+        if block * BLOCK_R >= tl.load(count_ptr):
+            return
+    places = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows, row_mask = rows_at(places, row_ptr, count_ptr, num_rows, LISTED)
     lanes = tl.arange(0, BLOCK_V)
     out_features = query_width + 2 * kv_width
     HALF: tl.constexpr = HEAD_DIM // 2

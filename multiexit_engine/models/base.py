@@ -15,7 +15,7 @@ from multiexit_engine.checkpoint import TensorLoader
 from multiexit_engine.checkpoint.families import FAMILIES
 from multiexit_engine.config import ModelConfig
 from multiexit_engine.layers.exit_heads import ExitHeads
-from multiexit_engine.ops import decoder_blocks
+from multiexit_engine.ops import ListedRows, decoder_blocks, listed_decoder_blocks
 from multiexit_engine.quantization import Weight
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,18 @@ class MultiExitModel(nn.Module):
         if start == stop:
             return hidden
         return decoder_blocks(hidden, self._order[start:stop], kv_cache, batch)
+
+    def run_listed(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        kv_cache: PagedKVCache,
+        batch: ForwardBatch,
+        listed: ListedRows,
+    ) -> Tensor:
+        """``run_layers`` of those rows that the device lists; see ``listed_decoder_blocks``."""
+        return listed_decoder_blocks(hidden, self._order[start:stop], kv_cache, batch, listed)
 
 
 def load_original_head(config: ModelConfig, loader: TensorLoader, tokens: Tensor) -> Weight:

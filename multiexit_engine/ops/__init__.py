@@ -20,9 +20,18 @@ from multiexit_engine.ops.coded_heads import (
 from multiexit_engine.ops.coded_tokens import coded_head_tokens
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.dola import js_divergences, relative_top_logits
+from multiexit_engine.ops.exit_rows import (
+    ExitProgress,
+    ExitRules,
+    RowPaths,
+    decide_exits,
+    rows_asked,
+    rows_beyond,
+)
 from multiexit_engine.ops.heads import HeadStatistics, head_logits, head_statistics
 from multiexit_engine.ops.kv import rotate_and_write_kv, write_kv
 from multiexit_engine.ops.linear import linear, linear_activation
+from multiexit_engine.ops.listed_blocks import ListedRows, listed_decoder_blocks
 from multiexit_engine.ops.norm import layer_norm, rms_norm
 from multiexit_engine.ops.packed_attention import packed_attention
 from multiexit_engine.ops.packed_blocks import PackedSources, PackedTexts, packed_blocks
@@ -56,13 +65,17 @@ __all__ = [
     "NATIVE",
     "REFERENCE",
     "CodedHead",
+    "ExitProgress",
+    "ExitRules",
     "HeadStatistics",
+    "ListedRows",
     "Op",
     "PackedSources",
     "PackedTexts",
     "RaggedSources",
     "RaggedTexts",
     "RowList",
+    "RowPaths",
     "are_codes_fast",
     "are_rows_ragged",
     "assume_device",
@@ -77,6 +90,7 @@ __all__ = [
     "contrast_heads",
     "contrast_logits",
     "contrast_tokens",
+    "decide_exits",
     "decoder_blocks",
     "device_kind",
     "embed",
@@ -89,6 +103,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_activation",
+    "listed_decoder_blocks",
     "listed_head_statistics",
     "listed_linear",
     "logit_bounds",
@@ -102,6 +117,8 @@ __all__ = [
     "rms_norm",
     "rotary",
     "rotate_and_write_kv",
+    "rows_asked",
+    "rows_beyond",
     "sample_tokens",
     "shared_head_tokens",
     "take_rows",

@@ -121,7 +121,7 @@ class DecodeMemory:
         self,
         turn: int,
         rows: Sequence[DecodeRow | None],
-        others: Sequence[DecodeRow],
+        others: Sequence[DecodeRow | None],
         groups: Sequence[Sequence[int]],
     ) -> None:
         """Copy a step's inputs to the device.
@@ -129,18 +129,19 @@ class DecodeMemory:
         Args:
             turn: which twin; the step that used it last must be over.
             rows: the first rows of the memory, which run through pieces; None is padding.
-            others: rows behind them, of which the heads alone read: they have no table here.
+            others: rows behind them, which read the tables of those before them, or of which heads
+                alone read.
             groups: rows with the same heads, each list to be padded to the longest size there is.
         """
         arrays = self._inputs.on_host(turn)
-        running = [row or self._padding for row in rows]
-        every = [*running, *others]
+        every = [row or self._padding for row in (*rows, *others)]
+        running = every[: len(rows)]
         size, count, block = len(running), len(every), self._block_size
         arrays["tokens"][:count] = [row.token for row in every]
         arrays["sources"][:count] = [row.source for row in every]
         arrays["positions"][:count] = [row.position for row in every]
-        arrays["slots"][:size] = [
-            row.block_table[row.position // block] * block + row.position % block for row in running
+        arrays["slots"][:count] = [
+            row.block_table[row.position // block] * block + row.position % block for row in every
         ]
         arrays["seeds"][:count] = [row.seed for row in every]
         arrays["counts"][:count] = [row.num_output_tokens for row in every]
@@ -149,9 +150,8 @@ class DecodeMemory:
         arrays["alphas"][:count] = [row.alpha for row in every]
         arrays["min_candidates"][:count] = [row.min_candidates for row in every]
         arrays["logprobs"][:count] = [row.logprobs for row in every]
-        columns = zip(*(row.narrowing for row in every), strict=True)
-        for name, column in zip(NARROWING, columns, strict=True):
-            arrays[name][:count] = column
+        for number, name in enumerate(NARROWING):
+            arrays[name][:count] = [row.narrowing[number] for row in every]
         for place, members in enumerate(groups):
             own = arrays["groups"][place]
             own[: len(members)] = members

@@ -111,7 +111,7 @@ class DecodePieces:
 
     def put_states(self, layer: int, rows: Tensor, states: Tensor) -> None:
         """Take states [n, hidden] after a layer, which others computed, for rows [n] int64."""
-        self._states_after(layer, states).index_copy_(0, rows, states)
+        self.states_after(layer, states).index_copy_(0, rows, states)
 
     def run_layers(
         self, segments: Sequence[Segment], num_keys: int, batch: int, first: int = 0
@@ -175,18 +175,19 @@ class DecodePieces:
             block_tables=inputs["tables"][rows],
             has_bounds=True,
         )
-        tokens = inputs["tokens"][rows] if start else self._tokens(rows)
+        tokens = inputs["tokens"][rows] if start else self.tokens(rows)
         forward = ForwardBatch(tokens, positions, inputs["slots"][rows], layout)
         hidden = self._states[start][rows] if start else self._model.embed(tokens, positions)
         hidden = self._model.run_layers(hidden, start, stop, self._kv_cache, forward)
-        self._states_after(stop, hidden)[rows] = hidden
+        self.states_after(stop, hidden)[rows] = hidden
 
-    def _states_after(self, layer: int, like: Tensor) -> Tensor:
+    def states_after(self, layer: int, like: Tensor) -> Tensor:
+        """[rows of the memory, hidden]: where states after a layer lie, in the type of some."""
         if layer not in self._states:
             self._states[layer] = like.new_zeros(self._memory.spare_row + 1, like.shape[1])
         return self._states[layer]
 
-    def _tokens(self, rows: slice) -> Tensor:
+    def tokens(self, rows: slice) -> Tensor:
         """[rows] int64: from the host, or where only the device knows them from there."""
         known = self._memory.inputs["tokens"][rows]
         sources = self._memory.inputs["sources"][rows]

@@ -23,17 +23,17 @@ from multiexit_engine.decoding.plan import (
     plan_segments,
     target_mode,
 )
-from multiexit_engine.decoding.warpers import narrowing_row
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.ops.best_tokens import MOST_LISTED
 from multiexit_engine.params import Contrast, DecodingMode, EarlyExit, Exit, Original
-from multiexit_engine.request import sequence_seed
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choices
-from multiexit_engine.runtime.decode_memory import MAX_GROUPS, DecodeMemory, DecodeRow
+from multiexit_engine.runtime.decode_memory import MAX_GROUPS, DecodeMemory
 from multiexit_engine.runtime.decode_pieces import DecodePieces, HeadWishes
+from multiexit_engine.runtime.decode_rows import alphas_of, decode_rows
 from multiexit_engine.runtime.draft_rounds import Items, Rounds
 from multiexit_engine.runtime.edit_memory import EditMemory
+from multiexit_engine.runtime.exit_steps import ExitStep, ExitSteps
 from multiexit_engine.runtime.flight import Flight, Place
 from multiexit_engine.runtime.graphs import Pieces
 from multiexit_engine.runtime.launched_step import ComingStep, LaunchedStep
@@ -55,7 +55,7 @@ from multiexit_engine.transfer import to_device, wait_for
 PLAIN = (Original, Exit, Contrast)
 # Rows of the decode memory: so many for each sequence, and some for long drafts of few. The last
 # rows of chunks stand behind the others' padding.
-MOST_ROUNDS, SPARE_ROWS = 4, 16
+MOST_ROUNDS, SPARE_ROWS = 4, 64
 
 
 class DecodeSteps:
@@ -97,6 +97,8 @@ class DecodeSteps:
         self._edits = EditMemory(num_rows, model.config.vocab_size, config.device)
         self._pieces = DecodePieces(model, kv_cache, self._memory, self._edits, pieces)
         self._drafter = PieceDrafter(model.config, self._memory, self._pieces, chooser)
+        own = self._memory, self._pieces, pieces
+        self._exit_steps = ExitSteps.of(model, kv_cache, states, chooser, config, *own)
         self._turn = 0
 
     def fits(self, batch: ScheduledBatch, before: LaunchedStep | None) -> bool:
@@ -106,7 +108,7 @@ class DecodeSteps:
             batch: the step.
             before: the step that is choosing the tokens that are not known.
         """
-        if batch.unread or any(map(_chooses_its_exit, batch.scheduled)):
+        if batch.unread or not self._exit_steps.fits(batch, *self._rounds(batch)):
             return False
         if _has_drafts(batch) and not self._drafter.fits(batch):
             return False
@@ -125,36 +127,45 @@ class DecodeSteps:
         clock = StepClock(self._device)
         self._turn = turn = (self._turn + 1) % TURNS
         items = list(enumerate(batch.scheduled))
-        steady = [pair for pair in items if _is_one_token(pair[1])]
         chunks = [pair for pair in items if not _is_one_token(pair[1])]
         rows = choice_rows(items, {})
-        rounds = Rounds.of(steady, self._pieces.size)
-        places = rounds.places | _places_of_chunks(chunks, rounds.num_rows)
-        plain, looked_at = self._by_kind(rows)
+        rounds, num_ends = self._rounds(batch)
+        early = self._exit_steps.step(batch, rounds, num_ends)
+        num_running = rounds.num_rows if early is None else early.layout.num_rows
+        places = rounds.places | _places_of_chunks(chunks, num_running)
+        plain, looked_at = self._by_kind([r for r in rows if not isinstance(r.mode, EarlyExit)])
         plan = self._plan(plain)
         groups, are_listed = _groups_in_memory(plan, plain, places, rounds)
         slices = self._chooser.slices(looked_at)
         targets = self._chooser.scored_slices(target_rows(chunks))
         layers = {layer for p in (plan, *(s.plan for s in slices)) for layer in p.rows_at}
-        inputs = _decode_rows(batch, places, _alphas(plan, plain), before)
+        inputs = decode_rows(batch, places, alphas_of(plan, plain), before)
+        if early is not None:
+            places |= early.layout.places
+            inputs |= self._exit_steps.waiting_rows(early)
+            self._exit_steps.send(early, turn, places, num_ends)
         self._memory.send(
             turn,
             [inputs.get(row) for row in range(rounds.num_rows)],
-            [inputs[row] for row in sorted(inputs) if row >= rounds.num_rows],
+            [inputs.get(row) for row in range(rounds.num_rows, num_running + num_ends)],
             [group.rows for group in groups] if are_listed else [],
         )
         if len(rounds.sizes) > 1:
             self._drafter.run(rounds, layers, places, clock.mark)
         else:
             clock.mark()
-            self._run_rows(rounds, layers)
+            self._run_rows(rounds, layers, early)
         if chunks:
-            self._run_chunks(batch, chunks, layers, places, targets)
+            looked = layers if early is None else {*layers, *early.layers}
+            self._run_chunks(batch, chunks, looked, places, targets)
         if plain:
-            batch_size = rounds.sizes[0] if steady else self._pieces.size(len(plain))
+            batch_size = rounds.sizes[0] if rounds.items else self._pieces.size(len(plain))
             wishes = head_wishes(plain, self._edits.send(turn, edits_of(plain, places)))
             self._pieces.choose(groups, batch_size, are_listed, wishes)
         choices = [self._choose_looking(part, places) for part in slices]
+        if early is not None:
+            self._exit_steps.choose(early, turn, num_ends)
+            choices.append(self._exit_steps.coming(early, turn, places))
         self._memory.fetch(turn, are_told=any(map(lists_best, plain)))
         coming = ComingStep(
             [*([self._plain_choices(plain, places)] if plain else []), *choices],
@@ -164,7 +175,7 @@ class DecodeSteps:
                 for row in rows
                 if not row.sequence.request.continuation
             },
-            not _has_drafts(batch) and not any(map(_branches, rows)),
+            early is None and not _has_drafts(batch) and not any(map(_branches, rows)),
             lambda: self._drafter.drafts(rounds, places, turn),
         )
         clock.mark()
@@ -216,8 +227,19 @@ class DecodeSteps:
     def _plan(self, rows: Sequence[LogitRow]) -> ExitPlan:
         return self._planner.plan([row.mode for row in rows])
 
-    def _run_rows(self, rounds: Rounds, layers: Collection[int]) -> None:
+    def _rounds(self, batch: ScheduledBatch) -> tuple[Rounds, int]:
+        """The rows of a step that get one token each, and how many chunks come to their ends."""
+        items = list(enumerate(batch.scheduled))
+        rounds = Rounds.of([p for p in items if _is_one_token(p[1])], self._pieces.size)
+        return rounds, sum(i.reaches_end and not _is_one_token(i) for i in batch.scheduled)
+
+    def _run_rows(self, rounds: Rounds, layers: Collection[int], early: ExitStep | None) -> None:
         """Run the rows of the one round that there is, if there is one."""
+        if early is not None and early.has_stream:
+            self._exit_steps.run(early, layers)
+            return
+        if early is not None:
+            self._exit_steps.begin()
         if rounds.items:
             depths = [item.sequence.request.depth for _, item in rounds.items]
             segments = plan_segments(depths, {at for at in layers if at <= depths[0]})
@@ -284,10 +306,6 @@ class DecodeSteps:
         return Coming(plain, None, read)
 
 
-def _chooses_its_exit(item: ScheduledSequence) -> bool:
-    return isinstance(item.sequence.request.decoding, EarlyExit)
-
-
 def _has_drafts(batch: ScheduledBatch) -> bool:
     return any(item.num_drafts for item in batch.scheduled)
 
@@ -320,65 +338,3 @@ def _groups_in_memory(
         if are_all_that_run or sorted(own) == list(range(count)):
             return [replace(plan.groups[0], rows=tuple(range(count)))], False
     return [replace(g, rows=tuple(own[row] for row in g.rows)) for g in plan.groups], True
-
-
-def _alphas(plan: ExitPlan, plain: Sequence[LogitRow]) -> dict[int, float]:
-    """The alpha of each item with a contrast."""
-    return {
-        plain[row].item: alpha
-        for group in plan.groups
-        if group.alphas
-        for row, alpha in zip(group.rows, group.alphas, strict=True)
-    }
-
-
-def _decode_rows(
-    batch: ScheduledBatch,
-    places: Mapping[Place, int],
-    alphas: Mapping[int, float],
-    before: LaunchedStep | None,
-) -> dict[int, DecodeRow]:
-    """What the step has to know of each row of the memory that is no padding."""
-    found = {}
-    for (index, position), row in places.items():
-        item = batch.scheduled[index]
-        number = position - (item.stop - 1)
-        source = places[index, position - 1] if number else None
-        found[row] = _decode_row(item, number, source, alphas.get(index, 1.0), before)
-    return found
-
-
-def _decode_row(
-    item: ScheduledSequence,
-    number: int,
-    source: int | None,
-    alpha: float,
-    before: LaunchedStep | None,
-) -> DecodeRow:
-    """One row.
-
-    Args:
-        item: whose row.
-        number: of its round.
-        source: the row whose draft it is, if it is one.
-        alpha: of its contrast.
-        before: the step that is choosing the item's token, if it is not known.
-    """
-    sequence, request = item.sequence, item.sequence.request
-    is_known = source is None and item.stop <= len(sequence.token_ids)
-    if source is None and not is_known:
-        assert before is not None, "nobody chooses this token"
-        source = before.coming.token_rows[sequence]
-    return DecodeRow(
-        token=sequence.token_ids[item.stop - 1] if is_known else 0,
-        source=-1 if source is None else source,
-        position=item.stop - 1 + number,
-        block_table=sequence.block_table,
-        seed=sequence_seed(request.seed, sequence.index),
-        num_output_tokens=item.stop + number - len(request.prompt_token_ids),
-        temperature=request.sampling.temperature,
-        alpha=alpha,
-        narrowing=narrowing_row(request.sampling),
-        min_candidates=min_candidates(target_mode(request.decoding)),
-        logprobs=-1 if request.sampling.logprobs is None else request.sampling.logprobs,
-    )

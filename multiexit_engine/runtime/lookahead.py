@@ -44,10 +44,13 @@ class StepLoop:
             output = self._runner.run(step)
             self._scheduler.advance(step, output.waiting, output.held)
             return output
-        self._scheduler.advance(step.batch)
         if self._config.async_scheduling and step.coming.may_be_followed:
+            self._scheduler.advance(step.batch)
             self._look_ahead(step)
-        return self._runner.finish(step)
+            return self._runner.finish(step)
+        output = self._runner.finish(step)
+        self._scheduler.advance(step.batch, output.waiting, output.held)
+        return output
 
     def _take_next(self) -> ScheduledBatch | LaunchedStep | None:
         """What was planned, if it still makes sense, else a new plan; launched if it fits."""

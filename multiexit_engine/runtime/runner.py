@@ -60,7 +60,8 @@ class ModelRunner:
         self.config = config
         self.draft_lengths = draft_lengths
         self._states = ExitStates(
-            config.num_kv_blocks,
+            # and the block that nobody owns, where padding writes
+            config.num_kv_blocks + 1,
             config.block_size,
             model.config.hidden_size,
             config.device,

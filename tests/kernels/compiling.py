@@ -33,6 +33,7 @@ from multiexit_engine.kernels import (
     row_lists,
 )
 from multiexit_engine.kernels.launch import options
+from tests.kernels.shipped_exits import exits
 from tests.kernels.shipped_layers import POINTERS, layers
 
 PRODUCTS = re.compile(r"mma\.sync\.aligned\.\w+|wgmma\.mma_async|tcgen05\.mma")
@@ -68,6 +69,7 @@ TYPES = {
     **dict.fromkeys(("best_id_ptr", "rank_ptr"), "*i64"),
     "best_logprob_ptr": "*fp32",
     **dict.fromkeys(("scale", "eps"), "fp32"),
+    "table_row_ptr": "*i64",
 }
 
 
@@ -126,6 +128,7 @@ class Shipped(NamedTuple):
 def shipped(capability: int) -> Iterator[Shipped]:
     """Every configuration that a GPU of this capability may be asked to run."""
     overlap = capability >= 90
+    yield from (Shipped(*item) for item in exits())
     for dtype in DTYPES:
         yield from (Shipped(*item) for item in layers(dtype, overlap))
         for rows in (1, 16, 32, 64):
@@ -303,9 +306,12 @@ def _attention(
         "MAX_PARTS": attention.MAX_PARTS,
     }
     begins = {"OVERLAP": overlap, **({} if overlap else {"ahead_ptr": None})}
-    for alone in (True, False):
+    merged = {"PARTS": 64, "MOST_QUERIES": 16, "OVERLAP": overlap}
+    for alone, is_listed in product(BOTH, (False,) if reach else BOTH):
+        listed: dict[str, Any] = {"LISTED": is_listed}
+        listed |= {} if is_listed else {"row_ptr": None, "count_ptr": None}
         yield Shipped(
-            f"short {name} alone={alone}",
+            f"short {name} alone={alone} listed={is_listed}",
             attention_tiles.short_kernel,
             dtype,
             {
@@ -313,6 +319,9 @@ def _attention(
                 **cache,
                 **cut,
                 **begins,
+                **listed,
+                **({} if is_listed else {"table_row_ptr": None}),
+                **({"ahead_ptr": None} if is_listed else {}),
                 **({"weight_ptr": None} if alone else {}),
                 "BLOCK_M": short.block_m,
                 "STAGES": short.num_stages,
@@ -321,13 +330,14 @@ def _attention(
             options(short.num_warps, short.max_registers),
             {"partial_ptr": POINTERS[dtype]} if alone else {},
         )
-    yield Shipped(
-        f"merge {name}",
-        attention_tiles.merge_kernel,
-        dtype,
-        {**shape, **cut, "PARTS": 64, "MOST_QUERIES": 16, "OVERLAP": overlap},
-        attention.merge_options(head_dim),
-    )
+        if not alone:
+            yield Shipped(
+                f"merge {name} listed={is_listed}",
+                attention_tiles.merge_kernel,
+                dtype,
+                {**shape, **cut, **merged, **listed},
+                attention.merge_options(head_dim),
+            )
     long = attention.long_config(group, head_dim, dtype)
     long = attention.biased(long, dtype) if reach else long
     yield Shipped(

@@ -79,6 +79,8 @@ def layers(dtype: torch.dtype, overlap: bool) -> Iterator[_Item]:
                 head_dim,
                 {**has, **begins, "NORM": norm},
             )
+            listed = {**has, "NORM": "none", "SPLITS": 4, "LISTED": True}
+            yield _qkv(f"product rows={rows} qkv listed {name}", rows, dtype, head_dim, listed)
     for heads, kv_heads, head_dim in ((32, 8, 128), (32, 32, 96), (0, 8, 128)):
         constants = {
             "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim,
@@ -108,11 +110,12 @@ def _qkv(name: str, rows: int, dtype: torch.dtype, head_dim: int, has: dict[str,
         "shift_ptr": has["NORM"] == "layer", "position_ptr": has["ROTARY"],
         "cos_ptr": has["ROTARY"], "sin_ptr": has["ROTARY"],
         "partial_ptr": has["SPLITS"] > 1, "ticket_ptr": has["SPLITS"] > 1,
+        "row_ptr": has.get("LISTED", False), "count_ptr": has.get("LISTED", False),
     }  # fmt: skip
     types = {"weight_ptr": POINTERS[dtype]}
     if has["NORM"] != "none":
         types["x_ptr"] = "*fp32"
-    constants = {"HEAD_DIM": head_dim, **has, **tile, **_without(needed)}
+    constants = {"LISTED": False, "HEAD_DIM": head_dim, **has, **tile, **_without(needed)}
     return name, qkv_tiles.qkv_kernel, dtype, constants, launch, types
 
 

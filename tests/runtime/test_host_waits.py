@@ -85,7 +85,7 @@ def test_edits_of_scores_are_one_copy_more(folder, name):
     assert counts == {"pinned copies": 2, "copies to the host": 1, "synchronisations": 1}
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name != "early"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_a_step_waits_once_whatever_its_rows_want(folder, name):
     counts = counts_of_a_decode_step(folder, *OTHERS[name])
     assert counts.get("waits", 0) + counts["synchronisations"] == 1
@@ -96,3 +96,10 @@ def test_rows_that_want_different_things_share_the_wait(folder):
     sampling, modes = ([pair[i][0] for pair in kinds] for i in range(2))
     counts = counts_of_a_decode_step(folder, sampling, modes)
     assert counts.get("waits", 0) + counts["synchronisations"] == 1
+
+
+def test_a_step_of_a_prompt_alone_that_does_not_end_gives_the_ids_of_the_cpu(folder):
+    options = {"max_num_batched_tokens": 8}
+    wanted = token_ids(on_cpu(folder, **options).generate([[5] * 20], GREEDY, Original()))
+    with on_device(folder, **options) as (engine, _):
+        assert token_ids(engine.generate([[5] * 20], GREEDY, Original())) == wanted

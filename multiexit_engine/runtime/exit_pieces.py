@@ -1,0 +1,278 @@
+"""The pieces of steps whose rows choose their exit on the device: nobody is told before the end.
+
+All rows of a step lie in one stream of states. A span of layers lists those that go on, computes
+them and asks the exit at its end; the others keep the states in which they left. What a piece does
+depends on its key and on the memories' contents alone. Knows nothing of sequences or of queues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from multiexit_engine.batch import ForwardBatch, SequenceLayout
+from multiexit_engine.cache.exit_states import ExitStates
+from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.decoding.draws import Draws, pair_tokens
+from multiexit_engine.decoding.gates import similarity
+from multiexit_engine.layers.exit_heads import Head, HeadOperands
+from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.ops import (
+    ListedRows,
+    compact_rows,
+    decide_exits,
+    listed_head_statistics,
+    rows_asked,
+    rows_beyond,
+)
+from multiexit_engine.ops.exit_rows import MEASURES
+from multiexit_engine.ops.narrowing import Narrowing
+from multiexit_engine.runtime.decode_memory import NARROWING, DecodeMemory
+from multiexit_engine.runtime.decode_pieces import DecodePieces
+from multiexit_engine.runtime.exit_memory import CHOOSES, DRAWS, ExitMemory
+from multiexit_engine.runtime.graphs import Pieces
+
+_OF_HEADS = sum(1 << place for place, kind in enumerate(MEASURES[:4]))
+_SIMILARITY, _PROBE = (1 << MEASURES.index(kind) for kind in ("similarity", "probe"))
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What rows are asked at an exit: hashable, as a part of a piece's key.
+
+    Attributes:
+        kinds: bits of the measures.
+        shortlists: numbers of tokens that some look at first, ascending.
+    """
+
+    kinds: int
+    shortlists: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitWays:
+    """What a step's rows need beside their layers: hashable, as a part of pieces' keys.
+
+    Attributes:
+        questions: by layer, what is asked there; ascending.
+        keeps_heads: what the exits' heads would read is kept, for rows whose tokens no measure
+            tells.
+        has_waiting: some rows begin where they waited.
+        has_copied: some of them only give keys and values.
+        has_drawn: some tokens are drawn.
+        are_narrowed: some of these from a part of the vocabulary.
+    """
+
+    questions: tuple[tuple[int, Question], ...]
+    keeps_heads: bool
+    has_waiting: bool
+    has_copied: bool
+    has_drawn: bool
+    are_narrowed: bool
+
+
+class ExitPieces:
+    """Runs the pieces of such steps of one decoder-only model.
+
+    Args:
+        model: the decoder.
+        kv_cache: of the model.
+        states: where rows wait.
+        memory: the rows' inputs and results.
+        exits: what is to be known besides.
+        rows: the pieces of other steps, in whose memory states lie.
+        pieces: how pieces run.
+        spare_slot: of the cache, that nobody owns.
+    """
+
+    def __init__(
+        self,
+        model: MultiExitModel,
+        kv_cache: PagedKVCache,
+        states: ExitStates,
+        memory: DecodeMemory,
+        exits: ExitMemory,
+        rows: DecodePieces,
+        pieces: Pieces,
+        spare_slot: int,
+    ) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._exit_states = states
+        self._memory = memory
+        self._exits = exits
+        self._rows = rows
+        self._pieces = pieces
+        self._spare_slot = spare_slot
+        count = memory.spare_row + 1
+        self._starts = torch.arange(count + 1, dtype=torch.int32, device=kv_cache.device)
+        # what the head of the exit that a row left at reads of it
+        self._read: Tensor | None = None
+
+    def run_layers(
+        self, stops: Sequence[int], ways: ExitWays, size: int, num_own: int, num_keys: int
+    ) -> None:
+        """Run all layers, or those that anybody is left for.
+
+        Args:
+            stops: layers to stop after, ascending; the last one is the last.
+            ways: what the rows need.
+            size: rows, padding included.
+            num_own: the first of them, which may be asked.
+            num_keys: of the longest context.
+        """
+        bound, questions = self._pieces.bound(num_keys), dict(ways.questions)
+        for start, stop in zip([0, *stops], stops, strict=False):
+            what = start, stop, size, num_own, bound, ways, questions.get(stop)
+            self._pieces.run(("exit layers", *what), num_own, partial(self._span, *what))
+        self._pieces.run(("exit states", size), num_own, partial(self._keep, stops[-1], size))
+
+    def choose(self, num_own: int, ways: ExitWays) -> None:
+        """Choose the tokens of the first rows, which have gone as far as they go."""
+        key = "exit tokens", num_own, ways
+        self._pieces.run(key, num_own, partial(self._choose, slice(num_own), ways))
+
+    def choose_at_ends(self, rows: slice, ways: ExitWays) -> None:
+        """The same for rows whose layers ran elsewhere, which are asked at all exits now."""
+        for layer, question in ways.questions:
+            self._ask(rows, layer, question, ways.keeps_heads)
+        self._choose(rows, ways)
+
+    def _span(
+        self,
+        start: int,
+        stop: int,
+        size: int,
+        num_own: int,
+        bound: int,
+        ways: ExitWays,
+        question: Question | None,
+    ) -> None:
+        """Run a span of layers on those of the first rows that go on, and ask the exit behind."""
+        inputs, rows = self._memory.inputs, slice(size)
+        hidden = self._rows.states(start)[rows] if start else self._enter(rows, ways.has_waiting)
+        paths = self._exits.paths(rows)
+        running, copied = rows_beyond(self._exits.progress(rows).left, start, paths)
+        layout = SequenceLayout(
+            query_lens=(1,) * size,
+            context_lens=(bound,) * size,
+            cu_query_lens=self._starts[: size + 1],
+            context_lens_device=inputs["contexts"][rows],
+            block_tables=inputs["tables"],
+            has_bounds=True,
+        )
+        positions, slots = inputs["positions"][rows], inputs["slots"][rows]
+        forward = ForwardBatch(inputs["tokens"][rows], positions, slots, layout)
+        listed = ListedRows(
+            running, copied if ways.has_copied else None, paths.owners, self._spare_slot
+        )
+        hidden = self._model.run_listed(hidden, start, stop, self._kv_cache, forward, listed)
+        self._rows.states_after(stop, hidden)[rows] = hidden
+        if question is not None:
+            self._ask(slice(num_own), stop, question, ways.keeps_heads)
+
+    def _enter(self, rows: slice, has_waiting: bool) -> Tensor:
+        """[rows, hidden]: the embeddings of new rows, and the states of those that waited."""
+        self._exits.begin()
+        inputs = self._memory.inputs
+        hidden = self._model.embed(self._rows.tokens(rows), inputs["positions"][rows])
+        if not has_waiting:
+            return hidden
+        kept = self._exit_states.take(inputs["slots"][rows])
+        is_new = self._exits.inputs["joins"][rows] == 0
+        return torch.where(is_new[:, None], hidden.to(kept.dtype), kept)
+
+    def _keep(self, last: int, size: int) -> None:
+        """Keep the states of rows: those that left will go on from them."""
+        rows = slice(size)
+        self._exit_states.keep(self._memory.inputs["slots"][rows], self._rows.states(last)[rows])
+
+    def _ask(self, rows: slice, layer: int, question: Question, keeps_heads: bool) -> None:
+        rules, progress = self._exits.rules(rows), self._exits.progress(rows)
+        here, tap = self._exits.inputs["asks"][layer][rows], self._rows.states(layer)[rows]
+        kinds = question.kinds
+        operands = self._model.heads.operands(Head(layer), tap)
+        for shortlist in question.shortlists:
+            asked = rows_asked(here, layer, _OF_HEADS, shortlist, rules, progress)
+            found = listed_head_statistics(*operands.first(shortlist), asked)
+            decide_exits(asked.before, layer, found, rules, progress, is_bound=True)
+        if kinds & _OF_HEADS:
+            asked = rows_asked(here, layer, _OF_HEADS, 0, rules, progress)
+            found = listed_head_statistics(*operands, asked)
+            decide_exits(asked.before, layer, found, rules, progress)
+        if kinds & _SIMILARITY:
+            asked = rows_asked(here, layer, _SIMILARITY, 0, rules, progress)
+            values = similarity(self._rows.states(layer - 1)[rows], tap)
+            decide_exits(asked.before, layer, values, rules, progress)
+        if kinds & _PROBE:
+            asked = rows_asked(here, layer, _PROBE, 0, rules, progress)
+            heads = self._model.heads
+            values = heads.probes.chances(layer, heads.normed(tap))
+            decide_exits(asked.before, layer, values, rules, progress)
+        if keeps_heads:
+            self._note_read(rows, progress.left == layer, operands.hidden)
+
+    def _note_read(self, rows: slice, which: Tensor, hidden: Tensor) -> None:
+        if self._read is None:
+            self._read = hidden.new_zeros(self._memory.spare_row + 1, hidden.shape[1])
+        self._read[rows] = torch.where(which[:, None], hidden, self._read[rows])
+
+    def _choose(self, rows: slice, ways: ExitWays) -> None:
+        """Choose the tokens that no measure told, of all exits with one matrix together."""
+        heads, progress = self._model.heads, self._exits.progress(rows)
+        flags = self._exits.inputs["flags"][rows]
+        chooses, draws = flags & CHOOSES != 0, flags & DRAWS != 0
+        original = heads.original
+        operands = heads.operands(original, self._rows.states(original.layer)[rows])
+        by_matrix = {_matrix(operands): (operands, [0])}
+        if ways.keeps_heads:
+            self._note_read(rows, progress.left == 0, operands.hidden)
+            assert self._read is not None, "it was just noted"
+            for layer, _ in ways.questions:
+                own = heads.operands(Head(layer), self._rows.states(layer)[rows][:1])
+                by_matrix.setdefault(_matrix(own), (own, []))[1].append(layer)
+            by_matrix = {
+                key: (own._replace(hidden=self._read[rows]), layers)
+                for key, (own, layers) in by_matrix.items()
+            }
+        tokens, logprobs = progress.tokens, torch.zeros_like(progress.values)
+        for own, layers in by_matrix.values():
+            is_here = chooses
+            if len(by_matrix) > 1 or not ways.keeps_heads:
+                is_here = chooses & _is_among(progress.left, layers)
+            best = compact_rows(is_here & ~draws & (progress.is_read == 0))
+            found = listed_head_statistics(*own, best)
+            tokens = torch.where(best.marks(), found.tokens, tokens)
+            logprobs = torch.where(best.marks(), found.log_probs.float(), logprobs)
+            if ways.has_drawn:
+                drawn = self._drawn(rows, own, ways.are_narrowed)
+                tokens = torch.where(is_here & draws, drawn[0], tokens)
+                logprobs = torch.where(is_here & draws, drawn[1].float(), logprobs)
+        results = self._memory.results
+        for name, numbers in (("tokens", tokens), ("logprobs", logprobs)):
+            results[name][rows] = torch.where(chooses, numbers, results[name][rows])
+
+    def _drawn(
+        self, rows: slice, operands: HeadOperands, are_narrowed: bool
+    ) -> tuple[Tensor, Tensor]:
+        inputs = self._memory.inputs
+        narrowing = Narrowing(*(inputs[name][rows] for name in NARROWING)) if are_narrowed else None
+        seeds, counts = inputs["seeds"][rows], inputs["counts"][rows]
+        draws = Draws(inputs["temperatures"][rows], seeds, counts, narrowing)
+        return pair_tokens(operands, None, None, draws, None)
+
+
+def _matrix(operands: HeadOperands) -> tuple[int, int]:
+    """What is the same for heads with the same matrix and bias."""
+    return id(operands.weight), id(operands.bias)
+
+
+def _is_among(numbers: Tensor, values: Sequence[int]) -> Tensor:
+    marks = numbers == values[0]
+    for value in values[1:]:
+        marks = marks | (numbers == value)
+    return marks

@@ -1,0 +1,291 @@
+"""Launched steps in which rows choose their exit: which ones can be, and what they are given.
+
+Joins the rows of requests with the pieces that run them. Knows nothing of how a measure is computed
+or of how layers run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
+from multiexit_engine.cache.exit_states import ExitStates
+from multiexit_engine.cache.paged_kv_cache import PagedKVCache
+from multiexit_engine.config import EngineConfig, ModelConfig
+from multiexit_engine.decoding.plan import resolve_mode
+from multiexit_engine.decoding.warpers import NOT_NARROWED, narrowing_row
+from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.ops.exit_rows import IS_COPIED, MEASURES, RUNS_ANYHOW
+from multiexit_engine.params import DecodingMode, EarlyExit, Exit, Original
+from multiexit_engine.runtime.choosing import TokenChooser
+from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choices
+from multiexit_engine.runtime.decode_memory import DecodeMemory, DecodeRow
+from multiexit_engine.runtime.decode_pieces import DecodePieces
+from multiexit_engine.runtime.draft_rounds import Rounds
+from multiexit_engine.runtime.exit_layout import ExitLayout, exit_layout, waits_after
+from multiexit_engine.runtime.exit_memory import CHOOSES, DRAWS, ExitMemory, ExitRow
+from multiexit_engine.runtime.exit_pieces import ExitPieces, ExitWays, Question
+from multiexit_engine.runtime.flight import Place
+from multiexit_engine.runtime.graphs import Pieces
+from multiexit_engine.runtime.logit_rows import LogitRow, choice_rows, target_rows
+
+
+@dataclass(frozen=True)
+class ExitStep:
+    """A step in which rows choose their exit.
+
+    Attributes:
+        rows: that do.
+        layout: of the rows that run.
+        rounds: the rows that get a token each.
+        layers_of: of each mode the layers at which it asks.
+        num_layers: of the model.
+    """
+
+    rows: Sequence[LogitRow]
+    layout: ExitLayout
+    rounds: Rounds
+    layers_of: Mapping[EarlyExit, frozenset[int]]
+    num_layers: int
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether rows that choose run here, not only ends of prompts."""
+        return any(chooses_its_exit(item) for _, item in self.rounds.items)
+
+    @cached_property
+    def layers(self) -> set[int]:
+        """Layers whose outputs are looked at, or rows are joined after."""
+        found = {self.num_layers, *self.layout.joins.values()}
+        for mode in self.modes:
+            found |= self.layers_of[mode]
+            if mode.measure == "similarity":
+                found |= {layer - 1 for layer in self.layers_of[mode]}
+        return found
+
+    @cached_property
+    def modes(self) -> set[EarlyExit]:
+        return {row.mode for row in self.rows if isinstance(row.mode, EarlyExit)}
+
+    @cached_property
+    def ways(self) -> ExitWays:
+        """What the rows need beside their layers."""
+        params = [row.sequence.request.sampling for row in self.rows]
+        copied = {index for index, item in self.rounds.items if item.sequence.request.copies_kv}
+        has_drawn = not all(each.is_greedy for each in params)
+        return ExitWays(
+            tuple((layer, self._question(layer)) for layer in sorted(self._asked)),
+            has_drawn or any(mode.measure in ("similarity", "probe") for mode in self.modes),
+            bool(self.layout.joins),
+            any(index in copied for index, _ in self.layout.joins),
+            has_drawn,
+            any(narrowing_row(each) != NOT_NARROWED for each in params),
+        )
+
+    @property
+    def _asked(self) -> set[int]:
+        return set().union(*(self.layers_of[mode] for mode in self.modes))
+
+    def _question(self, layer: int) -> Question:
+        asking = [mode for mode in self.modes if layer in self.layers_of[mode]]
+        kinds = {MEASURES.index(mode.measure) for mode in asking}
+        shortlists = {mode.shortlist for mode in asking if mode.shortlist is not None}
+        return Question(sum(1 << kind for kind in kinds), tuple(sorted(shortlists)))
+
+
+class ExitSteps:
+    """Says which steps these are, and runs them.
+
+    Args:
+        model: whose exits are chosen.
+        memory: the rows of steps.
+        exits: what is to be known besides.
+        pieces: run the rows.
+        chooser: says which rows need no look at their scores.
+        max_batch_size: of sequences.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        memory: DecodeMemory,
+        exits: ExitMemory,
+        pieces: ExitPieces,
+        chooser: TokenChooser,
+        max_batch_size: int,
+    ) -> None:
+        self._config = config
+        self._memory = memory
+        self._exits = exits
+        self._pieces = pieces
+        self._chooser = chooser
+        # beside the rows that get a token and ends of prompts, with some padding
+        self._most_waiting = memory.spare_row - 2 * max_batch_size - 8
+        self._layers: dict[EarlyExit, frozenset[int]] = {}
+
+    @classmethod
+    def of(
+        cls,
+        model: MultiExitModel,
+        kv_cache: PagedKVCache,
+        states: ExitStates,
+        chooser: TokenChooser,
+        config: EngineConfig,
+        memory: DecodeMemory,
+        rows: DecodePieces,
+        pieces: Pieces,
+    ) -> ExitSteps:
+        """For the model of an engine, in the memory of its other steps; see ``DecodeSteps``."""
+        exits = ExitMemory(memory.spare_row + 1, model.config.num_layers, config.device)
+        spare_slot = config.num_kv_blocks * config.block_size
+        parts = memory, exits, rows, pieces, spare_slot
+        own = ExitPieces(model, kv_cache, states, *parts)
+        return cls(model.config, memory, exits, own, chooser, config.max_batch_size)
+
+    def fits(self, batch: ScheduledBatch, rounds: Rounds, num_ends: int) -> bool:
+        """Whether the device can decide about the rows of a step that choose their exit.
+
+        Rows that are computed again, or score, or want a look at their distributions, are the
+        host's; so are drafts beside them. Arguments as for ``step``.
+        """
+        step = self.step(batch, rounds, num_ends)
+        if step is None:
+            return True
+        choosing = [item for item in batch.scheduled if chooses_its_exit(item)]
+        return (
+            not any(item.num_drafts for item in batch.scheduled)
+            and not any(map(_returns, choosing))
+            and not target_rows(enumerate(choosing))
+            and all(map(self._chooser.wants_token_only, step.rows))
+            and step.layout.num_rows + num_ends <= self._memory.spare_row
+        )
+
+    def step(self, batch: ScheduledBatch, rounds: Rounds, num_ends: int) -> ExitStep | None:
+        """The rows of a step in which some choose their exit.
+
+        Args:
+            batch: the step.
+            rounds: its rows that get one token each.
+            num_ends: rows behind all others.
+        """
+        if not any(map(chooses_its_exit, batch.scheduled)):
+            return None
+        rows = [
+            row
+            for row in choice_rows(enumerate(batch.scheduled), {})
+            if isinstance(row.mode, EarlyExit)
+        ]
+        choosing = [pair for pair in rounds.items if chooses_its_exit(pair[1])]
+        room = self._memory.spare_row - num_ends
+        layout = exit_layout(choosing, rounds.num_rows, room, self._most_waiting)
+        modes = {row.mode for row in rows if isinstance(row.mode, EarlyExit)}
+        layers = {mode: self._layers_of(mode) for mode in modes}
+        return ExitStep(rows, layout, rounds, layers, self._config.num_layers)
+
+    def waiting_rows(self, step: ExitStep) -> dict[int, DecodeRow]:
+        """What the decode memory has to know of the rows that wait."""
+        tables = {index: item.sequence.block_table for index, item in step.rounds.items}
+        return {
+            row: DecodeRow(0, -1, position, tables[index], 0, 0, 0.0, 1.0, NOT_NARROWED)
+            for (index, position), row in step.layout.places.items()
+        }
+
+    def send(self, step: ExitStep, turn: int, places: Mapping[Place, int], num_ends: int) -> None:
+        """Copy what the device has to know of a step to it.
+
+        Args:
+            step: the step.
+            turn: which twin of the memory.
+            places: the rows of all positions.
+            num_ends: rows behind all others.
+        """
+        rows = [ExitRow(0)] * (step.layout.num_rows + num_ends)
+        items = dict(step.rounds.items)
+        owners = {index: places[index, item.stop - 1] for index, item in items.items()}
+        for index, own in owners.items():
+            rows[own] = ExitRow(own, depth=items[index].sequence.request.depth)
+        for (index, position), layer in step.layout.joins.items():
+            flags = IS_COPIED if items[index].sequence.request.copies_kv else 0
+            flags |= RUNS_ANYHOW if index in step.layout.completed else 0
+            place = places[index, position]
+            rows[place] = ExitRow(owners[index], layer, self._config.num_layers, flags)
+        for row in step.rows:
+            flags = CHOOSES if row.sequence.request.sampling.is_greedy else CHOOSES | DRAWS
+            flags |= 0 if _may_leave(row) else RUNS_ANYHOW
+            place = places[row.item, row.position]
+            assert isinstance(row.mode, EarlyExit), "only these choose"
+            layers = self._layers_of(row.mode)
+            rows[place] = rows[place]._replace(flags=flags, mode=row.mode, layers=layers)
+        self._exits.send(turn, rows)
+
+    def run(self, step: ExitStep, layers: Collection[int]) -> None:
+        """Run the layers of all rows that get one token each, and of what waits for them.
+
+        Args:
+            step: the step.
+            layers: whose outputs others look at.
+        """
+        depths = {item.sequence.request.depth for _, item in step.rounds.items}
+        stops = sorted({*layers, *step.layers, *depths} - {0})
+        size, num_own = step.layout.num_rows, step.rounds.num_rows
+        self._pieces.run_layers(stops, step.ways, size, num_own, step.rounds.num_keys)
+
+    def begin(self) -> None:
+        """Get ready for ends of prompts, where no rows are run here."""
+        self._exits.begin()
+
+    def choose(self, step: ExitStep, turn: int, num_ends: int) -> None:
+        """Choose the tokens of these rows, and fetch what became of them."""
+        own, first = step.rounds.num_rows, step.layout.num_rows
+        if step.has_stream:
+            self._pieces.choose(own, step.ways)
+        if any(row.item not in dict(step.rounds.items) for row in step.rows):
+            self._pieces.choose_at_ends(slice(first, first + num_ends), step.ways)
+        self._exits.fetch(turn)
+
+    def coming(self, step: ExitStep, turn: int, places: Mapping[Place, int]) -> Coming[Choice]:
+        """What the rows give, once they were waited for."""
+        own = [places[row.item, row.position] for row in step.rows]
+        running = dict(step.rounds.items)
+
+        def read(output: StepOutput) -> list[tuple[LogitRow, Choice]]:
+            tokens, logprobs, _ = self._memory.found(turn, own)
+            decided = []
+            for row, (left, value) in zip(step.rows, self._exits.found(turn, own), strict=True):
+                decided.append(row.decided(Exit(left) if left else Original(), value))
+                if left and row.item in running and _may_leave(row):
+                    is_completed = row.item in step.layout.completed
+                    entries = waits_after(row.sequence, row.position, left, is_completed)
+                    output.waiting[row.sequence] = entries
+            return direct_choices(decided, tokens, logprobs)
+
+        return Coming(step.rows, None, read)
+
+    def _layers_of(self, mode: DecodingMode) -> frozenset[int]:
+        assert isinstance(mode, EarlyExit), "only these choose"
+        if mode not in self._layers:
+            exits = resolve_mode(mode, self._config).exits
+            self._layers[mode] = frozenset(head.layer for head in exits)
+        return self._layers[mode]
+
+
+def chooses_its_exit(item: ScheduledSequence) -> bool:
+    """Whether rows of an item do."""
+    return isinstance(item.sequence.request.decoding, EarlyExit)
+
+
+def _may_leave(row: LogitRow) -> bool:
+    """Prompts run through all layers, as where the host decides."""
+    return row.position >= len(row.sequence.request.prompt_token_ids)
+
+
+def _returns(item: ScheduledSequence) -> bool:
+    """Whether its rows left before, with copied keys and values, and have to do so again."""
+    sequence = item.sequence
+    return (
+        sequence.request.copies_kv
+        and item.start >= sequence.num_exact_at_most
+        and sequence.layer_left_at(item.start) is not None
+    )
