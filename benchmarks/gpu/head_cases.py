@@ -10,6 +10,10 @@ from torch import Tensor
 
 from benchmarks.gpu.timing import DEVICE, copies_of, graph_us, sized
 from multiexit_engine.kernels import heads
+from multiexit_engine.ops.best_tokens import no_best_tokens
+from multiexit_engine.ops.edits import TokenEdits
+from multiexit_engine.ops.narrowing import Narrowing
+from multiexit_engine.ops.tokens import RowGroup
 
 MODELS = sized(
     {"gpt2-medium": (50257, 1024), "gpt-neo-125m": (50257, 768), "llama-8b": (128256, 4096)},
@@ -17,6 +21,8 @@ MODELS = sized(
 )
 ROWS = sized((1, 4, 16, 64), (1, 4))
 ALPHA = 0.1
+# tokens of a row with a penalty
+EDITS = sized(500, 20)
 # Standard deviation of logits: leaves about ten plausible tokens, as trained models do.
 SPREAD = 4.0
 
@@ -76,6 +82,57 @@ def fused_us(heads: Any, pairs: list[tuple[Tensor, Tensor]], states: tuple[Tenso
     )  # fmt: skip
 
 
+def changed_us(pairs: list[tuple[Tensor, Tensor]], states: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Microseconds of a sampled contrast whose rows want more than a temperature.
+
+    Draws narrowed by top_k and top_p; scores edited, of ``EDITS`` tokens in each row; five best
+    tokens listed; all of these.
+    """
+    upper, lower = states
+    rows, vocab = upper.shape[0], pairs[0][0].shape[0]
+    ids = torch.arange(rows, device=DEVICE)
+    heat, alpha = (torch.full((rows,), value, device=DEVICE) for value in (0.8, ALPHA))
+
+    def call(weight: tuple[Tensor, Tensor], changes: dict[str, Any]) -> Any:
+        groups = [RowGroup(rows, lower, weight[1])]
+        draws = alpha, None, heat, ids, ids
+        return heads.shared_head_tokens(upper, weight[0], None, groups, *draws, **changes)
+
+    every = {
+        "narrowing": Narrowing(
+            torch.full((rows,), 50, dtype=torch.int32, device=DEVICE),
+            torch.full((rows,), 0.1, device=DEVICE),
+            torch.zeros(rows, device=DEVICE),
+        ),
+        "edits": penalties(rows, vocab),
+        "best": no_best_tokens(torch.full((rows,), 5, dtype=torch.int32, device=DEVICE), 5),
+    }
+    kinds = {
+        "narrowed_us": {"narrowing": every["narrowing"]},
+        "edited_us": {"edits": every["edits"]},
+        "listed_us": {"best": every["best"]},
+        "all_us": every,
+    }
+    return {
+        name: graph_us([lambda w=w, own=own: call(w, own) for w in pairs])
+        for name, own in kinds.items()
+    }
+
+
+def penalties(rows: int, vocab: int) -> TokenEdits:
+    """Repetition penalties of ``EDITS`` tokens in each row."""
+    tokens = torch.randperm(vocab, device=DEVICE)[:EDITS].sort().values.repeat(rows)
+    places = torch.arange(rows, device=DEVICE).repeat_interleave(EDITS)
+    ones = torch.ones(rows * EDITS, device=DEVICE)
+    edited = torch.ones(rows, dtype=torch.int32, device=DEVICE)
+    return TokenEdits(places, tokens, 0 * ones, 1.2 * ones, 0 * ones, None, edited)
+
+
+def torch_listed(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Best tokens as plain PyTorch lists them: logits, log-softmax, top-k."""
+    return (hidden @ weight.T).float().log_softmax(-1).topk(5, -1)
+
+
 def _line(pairs: list[tuple[Tensor, Tensor]], rows: int, read_tb_s: float) -> dict[str, Any]:
     states = upper, lower = hidden_states(rows, pairs[0][0].shape[1])
     logits = upper.float() @ pairs[0][0].float().T
@@ -97,4 +154,6 @@ def _line(pairs: list[tuple[Tensor, Tensor]], rows: int, read_tb_s: float) -> di
         "head_us": head,
         "head_%": head_bytes / head / read_tb_s / 1e4,
         "torch_head_us": torch_head,
+        **changed_us(pairs, states),
+        "torch_listed_us": graph_us([lambda w=w: torch_listed(upper, w[0]) for w in pairs]),
     }
