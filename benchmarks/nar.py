@@ -38,11 +38,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    model = BartForConditionalGeneration(BartConfig(vocab_size=50265, encoder_layers=6,
-        decoder_layers=6, d_model=768, encoder_ffn_dim=3072, decoder_ffn_dim=3072,
-        encoder_attention_heads=12, decoder_attention_heads=12)).eval()  # fmt: skip
-    concat = torch.randn(768, 1536) * 0.02
+    model, concat = random_bart()
     with tempfile.TemporaryDirectory() as folder:
         save(model, concat, Path(folder))
         elmer = Engine.from_pretrained(folder, dtype=options.dtype)
@@ -64,6 +60,15 @@ def main() -> None:
          for r in results],
     )  # fmt: skip
     write_json(options.json, results)
+
+
+def random_bart() -> tuple[BartForConditionalGeneration, Tensor]:
+    """A BART of the base size, and the feedback that makes an ELMER of it; always the same."""
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig(vocab_size=50265, encoder_layers=6,
+        decoder_layers=6, d_model=768, encoder_ffn_dim=3072, decoder_ffn_dim=3072,
+        encoder_attention_heads=12, decoder_attention_heads=12)).eval()  # fmt: skip
+    return model, torch.randn(768, 1536) * 0.02
 
 
 def save(model: BartForConditionalGeneration, concat: Tensor, folder: Path) -> None:

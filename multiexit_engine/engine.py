@@ -287,11 +287,9 @@ class Engine:
         """
         return self._core.prompt_scores(self._alone(prompt, decoding))
 
-    def exit_readings(self, prompt: Prompt, decoding: EarlyExit) -> ExitReadings:
-        """What each exit of a mode measures at every position of a prompt. As ``logits``."""
-        request = self._alone(prompt, decoding)
-        assert isinstance(self._core, EngineCore), "another intake refuses the mode"
-        return self._core.exit_readings(request)
+    def exit_readings(self, prompt: Prompt, decoding: EarlyExit | Parallel) -> ExitReadings:
+        """What exits measure at every position of a prompt, or of an answer. As ``logits``."""
+        return self._core.exit_readings(self._alone(prompt, decoding))
 
     def follow(
         self, texts: Sequence[Sequence[int]], prompt_len: int, decoding: DecodingMode

@@ -170,6 +170,7 @@ class EngineStats:
         prefix_hit_tokens: those found there.
         rows_per_layer: under ``Parallel`` for each decoder layer the positions that ran it.
         keyed_rows_per_layer: those of which it made keys and values, exited ones included.
+        tested_rows_per_layer: those that its head was asked about, to see whether they leave.
         contrasts_by_candidates: distributions that were contrasted to choose a token, by how many
             tokens were plausible: up to each of CANDIDATE_BOUNDS and more than the one before it.
         num_candidates: plausible tokens of all of them together.
@@ -189,6 +190,7 @@ class EngineStats:
     prefix_hit_tokens: int
     rows_per_layer: tuple[int, ...] = ()
     keyed_rows_per_layer: tuple[int, ...] = ()
+    tested_rows_per_layer: tuple[int, ...] = ()
     contrasts_by_candidates: tuple[int, ...] = ()
     num_candidates: int = 0
 

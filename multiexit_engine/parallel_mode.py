@@ -44,6 +44,9 @@ class Parallel:
             stay frozen, and computes the others again; their share falls evenly to zero.
         gate_bias: whether what "confidence" tests includes the bias that the checkpoint may add to
             logits; tokens always do.
+        gate_chance: the least chance of being sure enough, as probes beside the model give it, at
+            which "confidence" tests a position at all; others stay. Above 0, below 1; None tests
+            all. ``multiexit train gates`` makes the probes.
 
     Source: Li et al. 2022, arXiv:2210.13304, and ELMER's code; ``refine`` follows the schedule of
         Mask-Predict, Ghazvininejad et al. 2019, arXiv:1904.09324, section 4.
@@ -57,6 +60,7 @@ class Parallel:
     collapse_repeats: bool = False
     refine: int = 0
     gate_bias: bool = True
+    gate_chance: float | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -73,6 +77,7 @@ class Parallel:
             raise reject("Parallel.gate_bias", self.gate_bias, "True or False")
         if not self.gate_bias and self.exit != "confidence":
             raise reject("Parallel.gate_bias", False, "True unless exit='confidence'")
+        self._check_chance()
         if not is_int(self.refine) or self.refine < 0:
             raise reject("Parallel.refine", self.refine, "a number of passes, 0 or more")
         if self.refine and self.exit == "soft":
@@ -118,6 +123,15 @@ class Parallel:
                 raise reject("Parallel.threshold", self.threshold, "None unless exit='confidence'")
         elif not is_finite(self.threshold):
             raise reject("Parallel.threshold", self.threshold, "a number for exit='confidence'")
+
+    def _check_chance(self) -> None:
+        chance = self.gate_chance
+        if chance is None:
+            return
+        if self.exit != "confidence":
+            raise reject("Parallel.gate_chance", chance, "None unless exit='confidence'")
+        if not is_finite(chance) or not 0 < chance < 1:
+            raise reject("Parallel.gate_chance", chance, "a number above 0 and below 1, or None")
 
     def _check_layers(self) -> None:
         layers = self.layers

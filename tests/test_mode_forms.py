@@ -131,6 +131,10 @@ def test_every_mode_survives_its_command_line_form(mode):
                 "confidence", threshold=1, layers=(2, 4), length=(8, 12), collapse_repeats=True
             ),
         ),
+        (
+            "parallel:confidence,threshold=1,gate_chance=0.25",
+            Parallel("confidence", threshold=1, gate_chance=0.25),
+        ),
         ("parallel:prescribed,layers=3", Parallel("prescribed", layers=(3,))),
         ("self_speculative:6", SelfSpeculative(6)),
         ("self_speculative:6,draft_vocab=4096", SelfSpeculative(6, draft_vocab=4096)),
@@ -198,6 +202,7 @@ def test_command_line_forms(text, mode):
         ("parallel:soft,refine=1", "Parallel.refine=1: must be 0 with 'soft'"),
         ("parallel:none,refine=-1", "Parallel.refine=-1"),
         ("parallel:none,gate_bias=false", "Parallel.gate_bias=False"),
+        ("parallel:none,gate_chance=0.5", "Parallel.gate_chance=0.5: must be None"),
         ("parallel:none,collapse_repeats=1", "Parallel.collapse_repeats=1"),
         ("self_speculative:6,draft_vocab=0", "SelfSpeculative.draft_vocab=0"),
         ("self_speculative:6,draft_vocab=all", "SelfSpeculative.draft_vocab='all'"),

@@ -1,6 +1,7 @@
-"""Exit probes of a model: a safetensors file beside its weights.
+"""Probes of a model: a safetensors file of each kind beside its weights.
 
-Knows the file and for which weights it was made; nothing of what a probe computes or how it learns.
+Knows the files and for which weights they were made; nothing of what a probe computes, or how it
+learns.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,17 +22,35 @@ from multiexit_engine.checkpoint.weights import Weights
 from multiexit_engine.errors import CheckpointError
 
 FILE_NAME = "exit_probes.safetensors"
-AGAIN = "run `multiexit train probes` again"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeKind:
+    """What probes tell.
+
+    Attributes:
+        file_name: in the model's folder.
+        num_outputs: numbers that each gives for a row.
+        command: makes them.
+    """
+
+    file_name: str
+    num_outputs: int
+    command: str
+
+
+EXIT_PROBES = ProbeKind(FILE_NAME, 1, "multiexit train probes")
+GATE_PROBES = ProbeKind("gate_probes.safetensors", 4, "multiexit train gates")
 
 
 class ProbeWeights(NamedTuple):
-    """A classifier of one hidden layer, for the states at one exit; all float32.
+    """A network of one hidden layer, for the states at one exit; all float32.
 
     Attributes:
         up: [units, hidden].
         up_bias: [units].
-        down: [1, units].
-        down_bias: [1].
+        down: [outputs, units].
+        down_bias: [outputs].
     """
 
     up: Tensor
@@ -39,18 +59,20 @@ class ProbeWeights(NamedTuple):
     down_bias: Tensor
 
 
-def probe_file(weights: Weights) -> Path:
+def probe_file(weights: Weights, kind: ProbeKind = EXIT_PROBES) -> Path:
     """Where the probes of a model belong."""
-    return weights.folder / FILE_NAME
+    return weights.folder / kind.file_name
 
 
-def read_probes(weights: Weights, hidden_size: int) -> dict[int, ProbeWeights]:
+def read_probes(
+    weights: Weights, hidden_size: int, kind: ProbeKind = EXIT_PROBES
+) -> dict[int, ProbeWeights]:
     """The probes beside a model by exit layer; none where there is no file.
 
     Raises:
         CheckpointError: the file is damaged, or was made for other weights.
     """
-    path = probe_file(weights)
+    path, again = probe_file(weights, kind), f"run `{kind.command}` again"
     if not path.exists():
         return {}
     try:
@@ -58,9 +80,9 @@ def read_probes(weights: Weights, hidden_size: int) -> dict[int, ProbeWeights]:
             made_for = (file.metadata() or {}).get("model")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or incomplete ({error}); {AGAIN}") from error
+        raise CheckpointError(f"{path} is damaged or incomplete ({error}); {again}") from error
     if made_for != fingerprint(weights):
-        raise CheckpointError(f"{path} was made for a model with other weights; {AGAIN}")
+        raise CheckpointError(f"{path} was made for a model with other weights; {again}")
     try:
         layers = sorted({int(name.split(".")[0]) for name in tensors})
         found = {
@@ -68,9 +90,9 @@ def read_probes(weights: Weights, hidden_size: int) -> dict[int, ProbeWeights]:
             for layer in layers
         }
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} does not hold whole probes ({error}); {AGAIN}") from error
-    if any(not _is_whole(probe, hidden_size) for probe in found.values()):
-        raise CheckpointError(f"{path} holds misshapen probes; {AGAIN}")
+        raise CheckpointError(f"{path} does not hold whole probes ({error}); {again}") from error
+    if any(not _is_whole(probe, hidden_size, kind) for probe in found.values()):
+        raise CheckpointError(f"{path} holds misshapen probes; {again}")
     return found
 
 
@@ -95,14 +117,14 @@ def fingerprint(weights: Weights) -> str:
     return digest.hexdigest()
 
 
-def probe_digest(weights: Weights) -> str:
+def probe_digest(weights: Weights, kind: ProbeKind = EXIT_PROBES) -> str:
     """Tells the probes beside a model, which must be there, from others."""
-    return hashlib.sha256(probe_file(weights).read_bytes()).hexdigest()
+    return hashlib.sha256(probe_file(weights, kind).read_bytes()).hexdigest()
 
 
-def _is_whole(probe: ProbeWeights, hidden_size: int) -> bool:
-    units = len(probe.up)
-    shapes = ((units, hidden_size), (units,), (1, units), (1,))
+def _is_whole(probe: ProbeWeights, hidden_size: int, kind: ProbeKind) -> bool:
+    units, outputs = len(probe.up), kind.num_outputs
+    shapes = ((units, hidden_size), (units,), (outputs, units), (outputs,))
     return all(
         part.shape == shape and part.dtype is torch.float32
         for part, shape in zip(probe, shapes, strict=True)

@@ -24,6 +24,7 @@ from multiexit_engine.train import (
     ElmerProgress,
     ElmerReport,
     ElmerTrainingConfig,
+    GateReport,
     HeadTrainingConfig,
     ProbeReport,
     TrainingProgress,
@@ -31,6 +32,7 @@ from multiexit_engine.train import (
     train_causal,
     train_elmer,
     train_exit_heads,
+    train_gates,
     train_probes,
 )
 
@@ -109,6 +111,28 @@ def probes(
     typer.echo(f"written to {output or loaded.checkpoint.folder}")
 
 
+@train.command()
+@with_options(training=options_of_function(train_gates), engine=ENGINE)
+def gates(
+    training: dict[str, Any],
+    engine: dict[str, Any],
+    model: Annotated[str, typer.Argument(help='A folder, a hub id, or "demo-elmer".')],
+    sources: Annotated[
+        list[Path],
+        typer.Option(help="Lines of a source each, as far as the first tab; several times."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the result; default: the model's own.")
+    ] = None,
+) -> None:
+    """Train what tells an ELMER, after every layer, which positions are worth a test."""
+    loaded = Engine.from_pretrained(model, **engine)
+    lines = [line for path in sources for line in path.read_text("utf-8").splitlines()]
+    texts = [text for line in lines if (text := line.split("\t")[0].strip())]
+    console.print(_gate_table(train_gates(loaded, texts, output, **training)))
+    typer.echo(f"written to {output or loaded.checkpoint.folder}")
+
+
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     return Progress(*columns, console=error_console)
@@ -132,6 +156,18 @@ def _probe_table(reports: list[ProbeReport]) -> Table:
         table.add_column(name, justify="right")
     for report in reports:
         table.add_row(str(report.layer), f"{report.agreement:.1%}", f"{report.ranking:.3f}")
+    return table
+
+
+def _gate_table(reports: list[GateReport]) -> Table:
+    table = Table(title=f"figures of held-out sources after {reports[0].num_rows} positions")
+    table.add_column("layer", justify="right")
+    for name in ("variance explained", "pass where one in ten should"):
+        for measure in ("max_prob", "entropy"):
+            table.add_column(f"{name}, {measure}", justify="right")
+    for report in reports:
+        figures = (*report.explained, *report.one_in_ten)
+        table.add_row(str(report.layer), *(f"{figure:.1%}" for figure in figures))
     return table
 
 

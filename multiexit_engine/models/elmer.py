@@ -21,6 +21,7 @@ from multiexit_engine.config import ModelConfig
 from multiexit_engine.errors import CheckpointError
 from multiexit_engine.layers.block import DecoderBlock
 from multiexit_engine.layers.exit_heads import HeadOperands
+from multiexit_engine.layers.gate_probes import GateProbes
 from multiexit_engine.models.bart import build_bart
 from multiexit_engine.models.encoder_decoder import EncoderDecoderModel
 from multiexit_engine.ops import (
@@ -61,14 +62,20 @@ class ElmerModel(EncoderDecoderModel):
         mask_token_id: stands in the decoder's input wherever a token is to be found.
         concat: [hidden, 2 * hidden] of the feedback, of state and embedding; None where the
             checkpoint has none.
+        gates: the model's gate probes, if there are any.
     """
 
     def __init__(
-        self, bart: EncoderDecoderModel, mask_token_id: int, concat: Tensor | None
+        self,
+        bart: EncoderDecoderModel,
+        mask_token_id: int,
+        concat: Tensor | None,
+        gates: GateProbes,
     ) -> None:
         blocks = [cast(DecoderBlock, block) for block in bart.blocks]
         super().__init__(bart.config, bart.encoder, bart.embedding, blocks, bart.heads, bart.cross)
         self.mask_token_id = mask_token_id
+        self.gates = gates
         self._layers = blocks
         self._concat = concat
         self._starts: OrderedDict[int, Start] = OrderedDict()
@@ -190,7 +197,8 @@ def build_elmer(config: ModelConfig, loader: TensorLoader) -> ElmerModel:
     concat = None
     if ELMER_MARK in loader.weights:
         concat = loader.load(ELMER_MARK, config.hidden_size, 2 * config.hidden_size)
-    return ElmerModel(build_bart(config, loader), _mask_token_id(config), concat)
+    gates = GateProbes(config, loader)
+    return ElmerModel(build_bart(config, loader), _mask_token_id(config), concat, gates)
 
 
 def _mask_token_id(config: ModelConfig) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from multiexit_engine.outputs import EngineStats
 from multiexit_engine.request import Request, Sequence
 from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
+from multiexit_engine.runtime.exit_readings import ExitReadings
 
 
 class Core(Protocol):
@@ -43,6 +44,9 @@ class Core(Protocol):
 
     def prompt_scores(self, request: Request) -> Tensor:
         """[positions, vocab] float32 raw scores of a request that is run alone."""
+
+    def exit_readings(self, request: Request) -> ExitReadings:
+        """What exits measure at every position of a request that is run alone."""
 
     def stats(self) -> EngineStats:
         """How full the engine is, and what it has done."""

@@ -195,7 +195,8 @@ class Intake:
         for head in resolved.heads:
             self._heads.require(head)
         if isinstance(mode, EarlyExit) and mode.measure == "probe":
-            self._heads.probes.require(head.layer for head in resolved.exits)
+            exits = (head.layer for head in resolved.exits)
+            self._heads.probes.require(exits, "EarlyExit.measure='probe'")
         return resolved.depth
 
     def mode_and_depth(self, decoding: DecodingMode | None) -> tuple[DecodingMode, int]:

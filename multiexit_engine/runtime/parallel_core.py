@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.config import EngineConfig
-from multiexit_engine.decoding.parallel import collapse_words, num_kept
+from multiexit_engine.decoding.parallel import collapse_words, num_kept, tested_layers
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.ops import use_backend
 from multiexit_engine.outputs import EngineStats, FinishReason
 from multiexit_engine.params import Parallel
 from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
+from multiexit_engine.runtime.answers import Answer, LayerRows
 from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
-from multiexit_engine.runtime.parallel_pass import Answer, LayerRows, ParallelBatch
+from multiexit_engine.runtime.exit_readings import ExitReadings
+from multiexit_engine.runtime.parallel_pass import ParallelBatch
+from multiexit_engine.runtime.parallel_readings import read_parallel_exits
 from multiexit_engine.runtime.ragged_pass import new_batch
 
 
@@ -104,6 +107,15 @@ class ParallelCore:
         with torch.inference_mode(), self._backend():
             return batch.logits()[first : first + best.length]
 
+    def exit_readings(self, request: Request) -> ExitReadings:
+        """What tested layers measure in the shortest answer to a request, run alone."""
+        mode = _mode(request)
+        if not tested_layers(mode, self.model.config.num_layers):
+            raise ValueError(f"decoding={mode!r}: there is no tested layer to read")
+        length, *_ = _target_lens(request)
+        with torch.inference_mode(), self._backend():
+            return read_parallel_exits(self.model, request.prompt_token_ids, mode, length)
+
     def stats(self) -> EngineStats:
         """What the engine has done; it holds no blocks and no prefixes."""
         return EngineStats(
@@ -121,6 +133,7 @@ class ParallelCore:
             num_tokens_by_layer=dict(sorted(self.num_tokens_by_layer.items())),
             rows_per_layer=tuple(self.rows.computed),
             keyed_rows_per_layer=tuple(self.rows.keyed),
+            tested_rows_per_layer=tuple(self.rows.tested),
         )
 
     def text(self, sequence: Sequence) -> Detokenizer | None:

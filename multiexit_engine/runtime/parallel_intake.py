@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from multiexit_engine.config import EngineConfig
+from multiexit_engine.decoding.parallel import tested_layers
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.params import DecodingMode, Parallel, SamplingParams
 from multiexit_engine.request import Request
@@ -91,6 +92,8 @@ class ParallelIntake(Intake):
             raise ValueError(
                 f"Parallel.layers={mode.layers!r}: this model's decoder has the layers 1..{last}"
             )
+        if mode.gate_chance is not None:
+            self._elmer.gates.require(tested_layers(mode, last), "Parallel.gate_chance")
         if mode.collapse_repeats and self._tokenizer is None:
             raise ValueError(
                 "Parallel.collapse_repeats=True needs words, but the checkpoint has no tokenizer"

@@ -7,15 +7,16 @@ exits; knows nothing of requests or queues.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.certainty import certain_rows, lone_best_tokens
+from multiexit_engine.decoding.forecasts import GateRules, are_promising
 from multiexit_engine.decoding.parallel import (
     rows_to_refine,
     sure_rows,
@@ -34,54 +35,8 @@ from multiexit_engine.ops import (
     take_rows,
 )
 from multiexit_engine.parallel_mode import Parallel
+from multiexit_engine.runtime.answers import Answer, LayerRows
 from multiexit_engine.transfer import to_device, to_host
-
-
-@dataclass(eq=False)
-class Answer:
-    """One answer of a given length to one source of the batch.
-
-    Attributes:
-        source: which source of the batch; answers stand in the order of their sources.
-        mode: where its positions leave.
-        length: its positions.
-        has_log_probs: whether somebody asks for those of its tokens.
-        token_ids: found so far, one for each position.
-        log_probs: of the tokens, natural, in the prediction that gave them; where nobody asks NaN
-            for those of what is no number, else anything.
-        exit_layers: 1-based, where each position left.
-    """
-
-    source: int
-    mode: Parallel
-    length: int
-    has_log_probs: bool
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    exit_layers: list[int] = field(default_factory=list)
-
-    def score(self, num_tokens: int) -> float:
-        """Mean log-probability of its first tokens; -inf where one is not a number."""
-        mean = math.fsum(self.log_probs[:num_tokens]) / max(1, num_tokens)
-        return -math.inf if math.isnan(mean) else mean
-
-
-@dataclass
-class LayerRows:
-    """Work that was done, in rows, one number for each decoder layer.
-
-    Attributes:
-        computed: rows that ran the layer.
-        keyed: rows of which it made keys and values for its self-attention.
-    """
-
-    computed: list[int]
-    keyed: list[int]
-
-    @classmethod
-    def none(cls, num_layers: int) -> LayerRows:
-        """Of a model that has done nothing yet."""
-        return cls([0] * num_layers, [0] * num_layers)
 
 
 class ParallelBatch:
@@ -118,6 +73,7 @@ class ParallelBatch:
         self._token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._log_probs = torch.zeros(num_rows, device=device)
         self._exit_layers = [0] * num_rows
+        self._tested = [tested_layers(answer.mode, self._num_layers) for answer in answers]
         self._untested: list[int] = []
         self._cross: _Cross | None = None
 
@@ -230,10 +186,10 @@ class ParallelBatch:
             left = {row for row in rows if self._prescribed(row) == layer}
         self._untested += sorted(left)
         tested = [
-            row
-            for row in rows
-            if row not in left and layer in tested_layers(self._mode(row), self._num_layers)
+            row for row in rows if row not in left and layer in self._tested[self._owner[row]]
         ]
+        tested = self._promising(layer, tested)
+        self._rows.tested[layer - 1] += len(tested)
         for has_bias in (True, False):
             asked = [row for row in tested if self._mode(row).gate_bias == has_bias]
             certain, open_rows = self._certain(asked, has_bias=has_bias)
@@ -242,6 +198,17 @@ class ParallelBatch:
         for row in left:
             self._exit_layers[row] = layer
         return [row for row in rows if row not in left]
+
+    def _promising(self, layer: int, rows: list[int]) -> list[int]:
+        """Those of the rows that probes do not hold back."""
+        probed = [row for row in rows if self._mode(row).gate_chance is not None]
+        if not probed:
+            return rows
+        normed = self._model.predict(self._states(probed)).hidden
+        rules = self._gate_rules.some(self._index(probed))
+        promising = are_promising(self._model.gates.forecast(layer, normed), rules)
+        held = {row for row, kept in zip(probed, promising.tolist(), strict=True) if not kept}
+        return [row for row in rows if row not in held]
 
     def _certain(self, rows: list[int], *, has_bias: bool) -> tuple[list[int], list[int]]:
         """Rows that leave whatever rough logits lack, and those that need exact ones to tell.
@@ -339,6 +306,12 @@ class ParallelBatch:
                 places = rows_to_refine(answer.log_probs, turn, answer.mode.refine)
                 rows += [self._first[i] + place for place in places]
         return rows
+
+    @cached_property
+    def _gate_rules(self) -> GateRules:
+        """Of all rows."""
+        modes = [self._mode(row) for row in range(len(self._owner))]
+        return GateRules.of(modes, self._hidden.device)
 
     def _prescribed(self, row: int) -> int | None:
         mode = self._mode(row)

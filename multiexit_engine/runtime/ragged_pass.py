@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from multiexit_engine.decoding.forecasts import are_promising
 from multiexit_engine.decoding.parallel import is_sure, tested_layers
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.ops import (
@@ -24,7 +25,8 @@ from multiexit_engine.ops import (
     compact_rows,
     listed_head_statistics,
 )
-from multiexit_engine.runtime.parallel_pass import Answer, LayerRows, ParallelBatch
+from multiexit_engine.runtime.answers import Answer, LayerRows
+from multiexit_engine.runtime.parallel_pass import ParallelBatch
 from multiexit_engine.transfer import to_device, to_host
 
 
@@ -64,6 +66,12 @@ class RaggedBatch(ParallelBatch):
             [mode.threshold or 0.0 for mode in modes], device, torch.float32
         )
         self._by_entropy = to_device([mode.measure == "entropy" for mode in modes], device)
+        self._probed_layers = {
+            layer
+            for answer in answers
+            if answer.mode.gate_chance is not None
+            for layer in tested_layers(answer.mode, self._num_layers)
+        }
 
     def _pass(self, rows: list[int], *, is_first: bool) -> None:
         self._cross = None
@@ -73,8 +81,9 @@ class RaggedBatch(ParallelBatch):
         plan = _Plan.of(rules, rows, len(self._owner), self._num_layers, self._hidden.device)
         found = _Found.new(plan.computed, self._exit_layers)
         counts: list[tuple[range, RaggedTexts]] = []
+        tests: list[tuple[int, RowList]] = []
         while True:
-            found = self._leave_ragged(layer, plan, found)
+            found = self._leave_ragged(layer, plan, found, tests)
             rows = [row for row in rows if (self._prescribed(row) or self._num_layers) > layer]
             if layer == self._num_layers or not rows:
                 break
@@ -83,7 +92,7 @@ class RaggedBatch(ParallelBatch):
             counts.append((range(layer, stop), self._run_ragged(range(layer, stop), found.goes_on)))
             layer = stop
         self._read_unread(found.is_unread)
-        self._end(found.exit_layers, counts)
+        self._end(found.exit_layers, counts, tests)
 
     def _rules(self, row: int) -> _Rules:
         mode = self._mode(row)
@@ -102,18 +111,21 @@ class RaggedBatch(ParallelBatch):
         self._hidden = self._model.run_ragged(self._hidden, span, texts, sources)
         return texts
 
-    def _leave_ragged(self, layer: int, plan: _Plan, found: _Found) -> _Found:
-        """Let rows leave after a 1-based layer."""
+    def _leave_ragged(
+        self, layer: int, plan: _Plan, found: _Found, tests: list[tuple[int, RowList]]
+    ) -> _Found:
+        """Let rows leave after a 1-based layer; adds to ``tests`` which were tested there."""
         by_plan = found.goes_on & plan.leaves[layer]
         is_unread, left = found.is_unread | by_plan, by_plan
         operands = self._model.predict(self._hidden)
+        is_open = self._promising_marks(layer, found.goes_on, operands.hidden)
         for marks, bias in ((plan.tested, operands.bias), (plan.tested_without_bias, None)):
             if layer not in marks:
                 continue
-            asked = found.goes_on & marks[layer]
-            numbers = listed_head_statistics(
-                operands.hidden, operands.weight, bias, compact_rows(asked)
-            )
+            asked = is_open & marks[layer]
+            listed = compact_rows(asked)
+            tests.append((layer, listed))
+            numbers = listed_head_statistics(operands.hidden, operands.weight, bias, listed)
             sure = asked & is_sure(numbers, self._thresholds, self._by_entropy)
             left = left | sure
             if marks is plan.tested:
@@ -122,6 +134,12 @@ class RaggedBatch(ParallelBatch):
                 is_unread = is_unread | sure
         exit_layers = found.exit_layers.masked_fill(left, layer)
         return _Found(found.goes_on & ~left, is_unread, exit_layers)
+
+    def _promising_marks(self, layer: int, goes_on: Tensor, normed: Tensor) -> Tensor:
+        """[rows] bool: those that go on and that probes do not hold back from a test."""
+        if layer not in self._probed_layers:
+            return goes_on
+        return goes_on & are_promising(self._model.gates.forecast(layer, normed), self._gate_rules)
 
     def _read_unread(self, is_unread: Tensor) -> None:
         """The tokens of all rows that left without a test of the logits that give them."""
@@ -133,13 +151,22 @@ class RaggedBatch(ParallelBatch):
         self._token_ids = torch.where(which, tokens, self._token_ids)
         self._log_probs = torch.where(which, log_probs.to(self._log_probs.dtype), self._log_probs)
 
-    def _end(self, exit_layers: Tensor, counts: list[tuple[range, RaggedTexts]]) -> None:
+    def _end(
+        self,
+        exit_layers: Tensor,
+        counts: list[tuple[range, RaggedTexts]],
+        tests: list[tuple[int, RowList]],
+    ) -> None:
         """Wait for the device, once, and tell what it found and did."""
         lists: list[RowList] = [each for _, texts in counts for each in (texts.rows, texts.keyed)]
+        lists += [listed for _, listed in tests]
         numbers = torch.cat([exit_layers[:0], *(each.count for each in lists)])
         results = to_host([self._token_ids, self._log_probs, exit_layers, numbers])
         token_ids, log_probs, self._exit_layers, amounts = results
-        for (span, _), computed, keyed in zip(counts, amounts[::2], amounts[1::2], strict=True):
+        pairs = amounts[: 2 * len(counts)]
+        for (layer, _), tested in zip(tests, amounts[len(pairs) :], strict=True):
+            self._rows.tested[layer - 1] += tested
+        for (span, _), computed, keyed in zip(counts, pairs[::2], pairs[1::2], strict=True):
             for layer in span:
                 self._rows.computed[layer] += computed
                 self._rows.keyed[layer] += keyed

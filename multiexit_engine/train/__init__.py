@@ -8,6 +8,7 @@ from multiexit_engine.train.causal import TrainingReport, train_causal
 from multiexit_engine.train.causal_config import CausalTrainingConfig, TrainingProgress
 from multiexit_engine.train.elmer import ElmerReport, train_elmer
 from multiexit_engine.train.elmer_config import ElmerProgress, ElmerTrainingConfig
+from multiexit_engine.train.gates import GateReport, train_gates
 from multiexit_engine.train.heads import HeadTrainingConfig, train_exit_heads
 from multiexit_engine.train.probes import ProbeReport, train_probes
 
@@ -16,6 +17,7 @@ __all__ = [
     "ElmerProgress",
     "ElmerReport",
     "ElmerTrainingConfig",
+    "GateReport",
     "HeadTrainingConfig",
     "ProbeReport",
     "TrainingProgress",
@@ -23,5 +25,6 @@ __all__ = [
     "train_causal",
     "train_elmer",
     "train_exit_heads",
+    "train_gates",
     "train_probes",
 ]

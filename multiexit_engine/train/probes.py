@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from multiexit_engine.checkpoint.probes import ProbeWeights, probe_file, write_probes
 from multiexit_engine.engine import Engine
 from multiexit_engine.layers.exit_probes import probe_chances
 from multiexit_engine.modes import EarlyExit
+from multiexit_engine.train.probe_network import fit_network
 
 WINDOW = 128
-BATCH_SIZE = 1024
-WEIGHT_DECAY = 0.01
 # one window of so many is kept from training and tells how good the probes are
 WINDOWS_PER_HELD_OUT = 10
 
@@ -111,26 +110,12 @@ def fit_probe(
 
     Source: Schuster et al. 2022, arXiv:2207.07061, section 3.5: every exit's classifier on its own.
     """
-    mean, scale = states.mean(0), states.std(0).clamp_min(1e-6)
-    network = nn.Sequential(nn.Linear(states.shape[1], units), nn.ReLU(), nn.Linear(units, 1))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
-    num_batches = -(-len(states) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=epochs * num_batches
-    )
     wanted = agrees.float()
-    for _ in range(epochs):
-        for rows in torch.split(torch.randperm(len(states)), BATCH_SIZE):
-            logits = network((states[rows] - mean) / scale)[:, 0]
-            loss = functional.binary_cross_entropy_with_logits(logits, wanted[rows])
-            torch.autograd.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-    up, up_bias, down, down_bias = (part.detach() for part in network.parameters())
-    # a probe reads states as they are
-    up = up / scale
-    return ProbeWeights(up, up_bias - up @ mean, down, down_bias)
+
+    def loss(outputs: Tensor, rows: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(outputs[:, 0], wanted[rows])
+
+    return fit_network(states, loss, units, 1, epochs, learning_rate)
 
 
 def _ranking(chances: Tensor, agrees: Tensor) -> float:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from multiexit_engine import Engine, Parallel, SamplingParams
 from multiexit_engine.ops import compact_rows, linear
 from multiexit_engine.runtime import ragged_pass
+from tests.gate_probes import save_probed_elmer
 from tests.golden.test_elmer_golden import FOLDER
 from tests.kernels.test_elmer import rehearsal
 
@@ -60,6 +61,25 @@ def test_mixed_modes_give_the_answers_and_the_work_of_the_host(device, waits):
     assert engine.stats().keyed_rows_per_layer == reference.stats().keyed_rows_per_layer
     # the pass and its refinement
     assert len(waits) == 2
+
+
+def test_probes_hold_back_the_same_rows_as_on_the_host(device, waits, tmp_path):
+    folder = save_probed_elmer(tmp_path / "model")
+    options = {"dtype": "float32", "max_batch_size": 8}
+    engine = Engine.from_pretrained(folder, device=device, **options)
+    reference = Engine.from_pretrained(folder, backend="reference", **options)
+    modes = [
+        Parallel("confidence", "max_prob", 0.3, length=6, gate_chance=0.25),
+        Parallel("confidence", "entropy", 2.5, length=7, gate_bias=False, gate_chance=0.5),
+        Parallel("confidence", "max_prob", 0.3, layers=(1, 2), length=5),
+    ]
+    with rehearsal(device):
+        found = answers(engine, modes)
+    assert found == answers(reference, modes)
+    tested = engine.stats().tested_rows_per_layer
+    assert tested == reference.stats().tested_rows_per_layer
+    assert 0 < sum(tested) < sum(engine.stats().rows_per_layer[:-1])
+    assert len(waits) == 1
 
 
 class NoQuestions(TorchDispatchMode):
