@@ -101,8 +101,7 @@ class _Span(ListedStream):
     def _slots(self, attention: Any, listed: RowList) -> Slots:
         """Where the listed rows write, and the others where nobody reads."""
         if id(listed) not in self._masked:
-            marks = listed.before[1:] > listed.before[:-1]
-            mapping = torch.where(marks, self._batch.slot_mapping, self._spare_slot)
+            mapping = torch.where(listed.marks(), self._batch.slot_mapping, self._spare_slot)
             self._masked[id(listed)] = mapping
         caches = self._kv_cache.key(attention.layer), self._kv_cache.value(attention.layer)
         return Slots(*caches, self._masked[id(listed)])

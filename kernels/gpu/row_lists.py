@@ -36,6 +36,10 @@ class RowList:
         """[1] int32."""
         return self.before[-1:]
 
+    def marks(self) -> Tensor:
+        """[all rows] bool, whether each is listed."""
+        return self.before[1:] > self.before[:-1]
+
 
 def compact_rows(is_listed: Tensor) -> RowList:
     """See ``multiexit_engine.ops.row_lists``. One launch of one program."""

@@ -79,7 +79,7 @@ def layers(dtype: torch.dtype, overlap: bool) -> Iterator[_Item]:
                 head_dim,
                 {**has, **begins, "NORM": norm},
             )
-            listed = {**has, "NORM": "none", "SPLITS": 4, "LISTED": True}
+            listed = {**has, **begins, "ahead_ptr": None, "NORM": "none", "LISTED": True}
             yield _qkv(f"product rows={rows} qkv listed {name}", rows, dtype, head_dim, listed)
     for heads, kv_heads, head_dim in ((32, 8, 128), (32, 32, 96), (0, 8, 128)):
         constants = {

@@ -1,0 +1,78 @@
+"""Exits decided on the device by the GPU's kernels: the reference's choices, no weight in vain."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from multiexit_engine import EarlyExit, Engine, Original, SamplingParams
+from multiexit_engine.ops import assume_device
+from multiexit_engine.runtime.decode_steps import DecodeSteps
+from multiexit_engine.runtime.graphs import Graphs
+from tests.tiny import save_gpt2
+
+pytest.importorskip("multiexit_engine.kernels.exit_rows")
+
+PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12], [77]]
+MODES = [EarlyExit(0.3), EarlyExit(0.85, "similarity", kv="copy"), Original()]
+GREEDY = SamplingParams(max_new_tokens=5, ignore_eos=True)
+DRAWN = SamplingParams(max_new_tokens=5, ignore_eos=True, temperature=1.0, top_k=0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"), num_layers=4, num_heads=2, exits=(1, 2, 4))
+
+
+def opened(folder, device, backend):
+    options = {"dtype": "float32", "max_model_len": 64, "max_batch_size": 4}
+    return Engine.from_pretrained(folder, device=device, backend=backend, **options)
+
+
+def launching(folder, device):
+    """An engine whose steps are launched as on a GPU; pieces are called again, not captured."""
+    engine = opened(folder, device, "native")
+    runner = engine._core.runner
+    kept = runner.kv_cache, runner._states, runner._chooser
+    pieces = Graphs((2, 4), 64, capture=lambda call: call)
+    runner._decode = DecodeSteps(engine._model, *kept, engine.config, pieces)
+    return engine
+
+
+def rehearsal(device):
+    return nullcontext() if device == "cuda" else assume_device("cuda")
+
+
+def told(engine, sampling, modes=MODES, prompts=PROMPTS):
+    outputs = engine.generate(prompts, sampling, modes)
+    return [(o.outputs[0].token_ids, o.outputs[0].exit_layers) for o in outputs]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_launched_steps_give_the_choices_of_the_reference(folder, sampling, device):
+    engine = launching(folder, device)
+    with rehearsal(device):
+        found = told(engine, sampling)
+    wanted = told(opened(folder, device, "reference"), sampling)
+    assert found == wanted
+    assert {layer for _, layers in wanted for layer in layers} >= {1, 2, 4}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
+def test_layers_above_the_exit_of_all_rows_read_no_weight(folder, bytes_read):
+    """The prompts run through all layers; then every row leaves at the first exit."""
+    engine = launching(folder, "cpu")
+    names = ["attention.qkv", "attention.output", "mlp.up", "mlp.down"]
+    blocks = [
+        [block.get_submodule(name).weight for name in names] for block in engine._model.blocks
+    ]
+    with rehearsal("cpu"):
+        for prompt in PROMPTS[:2]:
+            engine.add_request(prompt, GREEDY, EarlyExit(0.0))
+        engine.step()
+        before = [[bytes_read(weight) for weight in each] for each in blocks]
+        engine.step()
+    after = [[bytes_read(weight) for weight in each] for each in blocks]
+    read = [[b - a for a, b in zip(*each, strict=True)] for each in zip(before, after, strict=True)]
+    assert read[0] == [weight.nbytes for weight in blocks[0]]
+    assert read[1:] == [[0] * 4] * 3
