@@ -92,7 +92,7 @@ class Acceptance:
     """
 
     half_life: float = 24.0
-    prior_weight: float = 4.0
+    prior_weight: float = 8.0
     num_drafted: int = 0
     num_accepted: int = 0
     _tried: float = 0.0
@@ -112,6 +112,11 @@ class Acceptance:
     def rate(self) -> float:
         """Estimated chance that a draft is accepted when all before it were."""
         return self.rate_after(PRIOR_ACCEPTANCE)
+
+    @property
+    def weight(self) -> float:
+        """Checked drafts that the estimate rests on, what was expected before any included."""
+        return self._tried + self.prior_weight
 
     def rate_after(self, prior: float) -> float:
         """The same, if ``prior`` was what to expect before any draft was checked."""

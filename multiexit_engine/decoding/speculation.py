@@ -8,9 +8,10 @@ speed alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 from typing import Literal, NamedTuple
 
-from multiexit_engine.decoding.step_times import StepTimes
+from multiexit_engine.decoding.step_times import KNOWN_TIMES, StepTimes
 from multiexit_engine.modes import MAX_DRAFT_LEN
 from multiexit_engine.request import Acceptance
 
@@ -18,12 +19,19 @@ from multiexit_engine.request import Acceptance
 LEAST_GAIN = 1.03
 # plain steps that are measured before anything is drafted
 FIRST_STEPS = 3
-# Where drafts do not pay, all sequences draft one token in the same step after so many plain steps,
-# to see whether they do now: together, since one draft costs about as much as many. Where they pay,
-# one plain step after so many with drafts tells what there is to beat. Both intervals double while
-# the answer stays the same.
+# Where drafts do not pay, all sequences draft in the same step after so many plain steps, to see
+# whether they do now: together, since one draft costs about as much as many. Where they pay, one
+# plain step after so many with drafts tells what there is to beat. Both intervals double while the
+# answer stays the same.
 ASK_INTERVALS = (16, 1024)
 COMPARE_INTERVALS = (16, 256)
+# Where so many standard errors more of acceptance would make drafts pay, bad luck may have decided:
+# the interval between questions does not grow then.
+HOPE, HOPE_INTERVAL = 1.0, 12
+# of the time, what questions may cost at most
+ASK_SHARE = 0.01
+# drafts of a step before their times are known, and of a question
+FIRST_DRAFTS = 2
 # of what all sequences together learn about acceptance, see ``Acceptance``
 OVERALL_HALF_LIFE, OVERALL_PRIOR_WEIGHT = 512.0, 12.0
 
@@ -47,7 +55,7 @@ class _Turns:
 
     Attributes:
         is_drafting: whether drafts paid when that was last weighed.
-        has_asked: whether the last step drafted one token each, to see whether drafts pay now.
+        has_asked: whether the last step drafted to see whether drafts pay now.
     """
 
     def __init__(self) -> None:
@@ -69,16 +77,28 @@ class _Turns:
         longest = COMPARE_INTERVALS[1] if self.is_drafting else ASK_INTERVALS[1]
         self._interval = min(2 * self._interval, longest)
 
-    def turn(self, is_drafting: bool) -> None:
-        """What pays was weighed."""
+    def draft(self) -> None:
+        """Drafts pay."""
         self.has_asked = False
-        if is_drafting == self.is_drafting:
-            if not is_drafting:
-                self.wait()
-            return
-        self.is_drafting = is_drafting
-        self._interval = COMPARE_INTERVALS[0] if is_drafting else ASK_INTERVALS[0]
-        self.wait()
+        if not self.is_drafting:
+            self.is_drafting, self._interval = True, COMPARE_INTERVALS[0]
+            self.wait()
+
+    def rest(self, price: float, *, is_hopeful: bool) -> None:
+        """Drafts do not pay.
+
+        Args:
+            price: of a question, in plain steps; less than 0 where it gains something.
+            is_hopeful: whether drafts would pay with a little luck.
+        """
+        self.has_asked = False
+        if self.is_drafting or is_hopeful:
+            self.is_drafting, self._interval = False, ASK_INTERVALS[0]
+        if is_hopeful:
+            self._steps_left = HOPE_INTERVAL
+        else:
+            self.wait()
+        self._steps_left = max(self._steps_left, int(price / ASK_SHARE))
 
 
 class DraftPolicy:
@@ -126,18 +146,61 @@ class DraftPolicy:
                 return fixed
         elif not turns.has_asked:
             turns.has_asked = True
-            return [own or 1 for own in fixed]
-        best = self._best(wishes, fixed, num_sequences)
-        turns.turn(best != fixed)
-        return best
+            hoped = self._hoped(wishes, fixed, num_sequences)
+            return hoped if hoped != fixed else [own or 1 for own in fixed]
+        rates = self._rates(wishes)
+        best = self._best(wishes, fixed, rates, num_sequences)
+        if best != fixed:
+            turns.draft()
+            return best
+        hoped = self._hoped(wishes, fixed, num_sequences)
+        question = hoped if hoped != fixed else [own or 1 for own in fixed]
+        price = self._price(question, fixed, rates, num_sequences)
+        turns.rest(price, is_hopeful=hoped != fixed)
+        return fixed
 
-    def _best(self, wishes: Sequence[Wish], fixed: list[int], num_sequences: int) -> list[int]:
+    def _rates(self, wishes: Sequence[Wish], luck: float = 0.0) -> list[float]:
+        """Estimated acceptances, and so many standard errors of what is known of all more."""
         prior = self.acceptance.rate
         rates = [wish.acceptance.rate_after(prior) for wish in wishes]
+        own = sum(wish.acceptance.weight for wish in wishes)
+        mean = sum(rates) / len(rates)
+        error = sqrt(mean * (1 - mean) / min(own, self.acceptance.weight))
+        return [min(1.0, rate + luck * error) for rate in rates]
+
+    def _hoped(self, wishes: Sequence[Wish], fixed: list[int], num_sequences: int) -> list[int]:
+        """What would be best with a little luck."""
+        rates = self._rates(wishes, HOPE)
+        return self._best(wishes, fixed, rates, num_sequences, FIRST_DRAFTS)
+
+    def _price(
+        self,
+        question: Sequence[int],
+        fixed: Sequence[int],
+        rates: Sequence[float],
+        num_sequences: int,
+    ) -> float:
+        """What a step with a question loses, in steps without one."""
+        both = question, fixed
+        asked, plain = (self._tokens(lengths, rates, num_sequences) for lengths in both)
+        slower, faster = (self._speed(lengths, rates, num_sequences) for lengths in both)
+        return asked / plain * (faster / slower - 1)
+
+    def _best(
+        self,
+        wishes: Sequence[Wish],
+        fixed: list[int],
+        rates: Sequence[float],
+        num_sequences: int,
+        longest: int = MAX_DRAFT_LEN,
+    ) -> list[int]:
+        """The lengths with the most tokens per second; ``fixed`` where drafts do not pay."""
         caps = self._caps(rates, num_sequences)
+        if self.times.drafts.num_measured_near(num_sequences) < KNOWN_TIMES:
+            longest = min(longest, FIRST_DRAFTS)
         best, least = fixed, LEAST_GAIN * self._speed(fixed, rates, num_sequences)
         last = 0.0
-        for rounds in range(1, MAX_DRAFT_LEN + 1):
+        for rounds in range(1, longest + 1):
             lengths = [
                 min(rounds, cap) if wish.draft_len == "auto" else own
                 for wish, cap, own in zip(wishes, caps, fixed, strict=True)
@@ -163,7 +226,14 @@ class DraftPolicy:
         return caps
 
     def _speed(self, lengths: Sequence[int], rates: Sequence[float], num_sequences: int) -> float:
-        """Expected tokens per second of a step.
+        """Expected tokens per second of a step."""
+        tokens = self._tokens(lengths, rates, num_sequences)
+        num_drafting = sum(length > 0 for length in lengths)
+        rounds = max(lengths, default=0)
+        return tokens / self.times.seconds(num_sequences, rounds, num_drafting, sum(lengths))
+
+    def _tokens(self, lengths: Sequence[int], rates: Sequence[float], num_sequences: int) -> float:
+        """Expected tokens of a step.
 
         Source: Leviathan et al. 2022, arXiv:2211.17192, eq. 1, summed over sequences.
         """
@@ -173,6 +243,4 @@ class DraftPolicy:
             for _ in range(length):
                 chance *= rate
                 tokens += chance
-        num_drafting = sum(length > 0 for length in lengths)
-        rounds = max(lengths, default=0)
-        return tokens / self.times.seconds(num_sequences, rounds, num_drafting, sum(lengths))
+        return tokens

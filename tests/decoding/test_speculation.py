@@ -1,11 +1,15 @@
 import random
+from statistics import mean
 
 import pytest
 
 from multiexit_engine.decoding.speculation import (
     ASK_INTERVALS,
+    ASK_SHARE,
     COMPARE_INTERVALS,
+    FIRST_DRAFTS,
     FIRST_STEPS,
+    HOPE_INTERVAL,
     DraftPolicy,
     Wish,
 )
@@ -76,7 +80,7 @@ def test_the_best_sequences_alone_do_not_make_a_long_round_pay():
 
 
 def test_a_sequence_whose_drafts_fail_adds_no_rows_where_rows_cost():
-    found = lengths(policy(row=0.05), *[0.95] * 7, 0.02)
+    found = lengths(policy(row=0.04), *[0.95] * 7, 0.02)
     assert found[0] > 0
     assert found[-1] == 0
 
@@ -98,12 +102,34 @@ def test_where_drafts_do_not_pay_all_sequences_ask_again_together():
 
 def test_the_intervals_between_questions_double_up_to_the_longest():
     shortest, longest = ASK_INTERVALS
-    found = list(steps_with_drafts(policy(draft=0.9), [0.0], 9000))
+    found = list(steps_with_drafts(policy(draft=0.2), [0.0], 9000))
     gaps = [later - earlier for earlier, later in zip(found, found[1:], strict=False)]
     assert found[0] == shortest + 1
     # the answer takes one step, the next question another
     assert gaps == [min(shortest * 2 ** (i + 1), longest) + 2 for i in range(len(gaps))]
     assert gaps[-1] == longest + 2
+
+
+def test_a_question_that_costs_more_is_asked_later():
+    def first_question(draft):
+        return next(iter(steps_with_drafts(policy(draft=draft), [0.0], 2000)))
+
+    cheap, dear = first_question(0.5), first_question(2.0)
+    assert cheap == pytest.approx(0.4 / ASK_SHARE, abs=3)
+    assert dear - cheap == pytest.approx(1.5 / ASK_SHARE, abs=3)
+
+
+def test_where_bad_luck_may_have_decided_questions_come_at_one_interval():
+    found = list(steps_with_drafts(policy(draft=0.35), [0.3], 400))
+    gaps = {later - earlier for earlier, later in zip(found, found[1:], strict=False)}
+    assert gaps == {HOPE_INTERVAL + 2}
+
+
+def test_few_tokens_are_drafted_until_it_is_known_what_they_take():
+    made = DraftPolicy()
+    for _ in range(FIRST_STEPS):
+        made.times.plain.add(1, 1.0)
+    assert lengths(made, 0.99) == [FIRST_DRAFTS]
 
 
 def test_where_drafts_pay_plain_steps_are_compared_at_growing_intervals():
@@ -141,10 +167,10 @@ def test_a_new_sequence_is_taken_for_what_the_others_were():
     assert good.lengths(new, 1)[0] > 2
 
 
-def simulated_speed(rate, size, draft, row, num_steps, seed=0, spread=0.05):
+def simulated_speed(rate, size, draft, row, num_steps, seed=0, spread=0.05, made=None):
     """Tokens per second of "auto" over those of plain decoding, on an imagined machine."""
     draw = random.Random(seed)
-    made = DraftPolicy()
+    made = DraftPolicy() if made is None else made
     sequences = [Acceptance() for _ in range(size)]
     seconds, tokens = 0.0, 0
 
@@ -191,9 +217,34 @@ def test_auto_comes_near_the_best_fixed_length(size, rate):
     assert simulated_speed(rate, size, draft, row, 1500) > 0.96 * best
 
 
+def simulated_requests(rate, size, draft, row):
+    """Speeds while batches of short requests come one after the other, in several engines."""
+    for engine in range(12):
+        made = DraftPolicy()
+        for batch in range(6):
+            seed = 10 * engine + batch
+            yield batch, simulated_speed(rate, size, draft, row, 50, seed, made=made)
+
+
+def test_bad_luck_in_the_first_drafts_hides_no_gain():
+    # of one request at acceptance 0.6, where each length from 1 to 3 gives 1.19 or more
+    found = [speed for batch, speed in simulated_requests(0.6, 1, 0.28, 0.025) if batch > 0]
+    assert mean(found) > 1.18
+
+
+@pytest.mark.parametrize(
+    ("size", "rate", "draft", "row"),
+    [(64, 0.8, 0.3, 0.012), (64, 0.67, 0.35, 0.01), (16, 0.6, 0.28, 0.03), (16, 0.7, 0.4, 0.033)],
+)
+def test_questions_are_rare_where_a_check_is_bound_by_arithmetic(size, rate, draft, row):
+    found = list(simulated_requests(rate, size, draft, row))
+    assert mean(speed for _, speed in found) > 0.99
+    assert min(speed for batch, speed in found if batch > 0) > 0.97
+
+
 def test_the_rate_follows_the_latest_checks():
     changed = acceptance(1.0)
-    assert changed.rate > 0.95
+    assert changed.rate > 0.92
     for _ in range(60):
         changed.record(2, 0)
     assert changed.rate < 0.3
@@ -204,4 +255,4 @@ def test_drafts_after_the_first_wrong_one_do_not_count_as_tried():
     made = Acceptance()
     for _ in range(100):
         made.record(16, 1)
-    assert made.rate == pytest.approx(0.5, abs=0.03)
+    assert made.rate == pytest.approx(0.5, abs=0.04)
