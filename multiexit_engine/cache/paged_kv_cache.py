@@ -64,7 +64,7 @@ class PagedKVCache:
         if not pairs:
             return
         source, target = to_device(pairs, self._blocks.device).unbind(1)
-        self._blocks[:, :, target] = self._blocks[:, :, source]
+        self._blocks.index_copy_(2, target, self._blocks.index_select(2, source))
 
     @staticmethod
     def bytes_per_block(
