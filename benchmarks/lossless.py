@@ -15,7 +15,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +43,7 @@ from multiexit_engine import (
     SamplingParams,
     SelfSpeculative,
 )
+from multiexit_engine.params import parse_decoding
 
 LAYERS, HIDDEN, HEADS, SPREAD = 6, 64, 4, 0.1
 DRAFT_EXIT = 2
@@ -198,8 +199,8 @@ def compare(
             for length in ("plain", *draft_lens):
                 mode: DecodingMode = target
                 if length != "plain":
-                    own_len = int(length) if length.isdigit() else "auto"
-                    mode = SelfSpeculative(DRAFT_EXIT, own_len, target)  # type: ignore[arg-type]
+                    drafting = parse_decoding(f"self_speculative:{DRAFT_EXIT},{length}")
+                    mode = replace(drafting, target=target)  # type: ignore[type-var]
                 before = engine.stats()
                 found = continuations(engine, prompts, new_tokens, mode, batch)
                 after = engine.stats()
@@ -282,7 +283,9 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="demo, gpt2, gpt_neo, llama")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="native, reference")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="requests at once")] = None,
-    draft_len: Annotated[list[str] | None, typer.Option(help="numbers or auto")] = None,
+    draft_len: Annotated[
+        list[str] | None, typer.Option(help="numbers or auto, with a tree: 3,tree=2;2")
+    ] = None,
     prompts: int = 200,
     new_tokens: int = 32,
     samples: Annotated[
@@ -307,7 +310,7 @@ def main(
                     prompts,
                     new_tokens,
                     batch or [1, 4, 16],
-                    draft_len or ["3", "auto"],
+                    draft_len or ["3", "auto", "3,tree=2;2"],
                 )
                 rows += [asdict(row) for row in found]
             if own != "demo" and samples:
