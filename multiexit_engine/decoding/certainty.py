@@ -82,27 +82,32 @@ def _range_of(kind: Quantity, found: HeadStatistics, errors: Tensor) -> tuple[Te
     if kind == "max_prob":
         return lowest, highest
     if kind == "surprise":
-        return -highest.log(), -lowest.log()
+        return -_log(highest), -_log(lowest)
     if kind == "margin":
         second_lowest, second_highest = _probability(found.second_log_probs, wide)
         return lowest - second_highest, highest - second_lowest
     entropy = found.entropy.double()
     drop = (entropy + found.log_probs.double()).clamp_min(0.0)
-    change = drop * wide.expm1() + (wide - 1) * wide.exp() + 1
+    change = drop * wide.expm1() + (wide - 1) * _exp(wide) + 1
     # log-probabilities are rounded, by far less than logits may be off
     change = change + wide / 16
     # no entropy is below that of a row whose tokens all have its greatest probability
-    return torch.maximum(entropy - change, -highest.log()), entropy + change
+    return torch.maximum(entropy - change, -_log(highest)), entropy + change
 
 
 def _probability(log_probs: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the greatest that a probability can be whose logit moves by so much."""
-    log_probs = log_probs.double()
-    lowest = torch.sigmoid(_log_odds(log_probs - _ROUNDING) - wide) * (1 - _ROUNDING)
-    return lowest, torch.sigmoid(_log_odds(log_probs + _ROUNDING) + wide) * (1 + _ROUNDING)
+    surprise, factor = -log_probs.double(), _exp(wide)
+    lowest = 1 / (1 + (surprise + _ROUNDING).clamp_min(0.0).expm1() * factor)
+    highest = 1 / (1 + (surprise - _ROUNDING).clamp_min(0.0).expm1() / factor)
+    return lowest * (1 - _ROUNDING), highest * (1 + _ROUNDING)
 
 
-def _log_odds(log_probs: Tensor) -> Tensor:
-    """log(p / (1 - p)) of log p; infinite from log 1 on."""
-    below = log_probs.clamp_max(0.0)
-    return below - (-below.expm1()).log()
+# PyTorch's `exp` and `log` of some hundred numbers wake its threads, which then spin beside the
+# kernels; these do not.
+def _exp(x: Tensor) -> Tensor:
+    return x.expm1() + 1
+
+
+def _log(x: Tensor) -> Tensor:
+    return (x - 1).log1p()

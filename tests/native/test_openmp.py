@@ -15,7 +15,8 @@ from multiexit_engine import (
     SamplingParams,
     SelfSpeculative,
 )
-from multiexit_engine.ops import code_head, code_states, logit_bounds
+from multiexit_engine.decoding.certainty import certain_rows
+from multiexit_engine.ops import code_head, code_states, head_statistics, logit_bounds
 from tests.tiny import save_gpt2
 
 ELMER = Path(__file__).parents[1] / "golden" / "elmer" / "t1"
@@ -47,6 +48,18 @@ class Touched(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if args and args[0] is self.tensor:
             self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Called(TorchDispatchMode):
+    """Notes all ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.add(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -98,3 +111,11 @@ def test_bounds_of_codes_read_a_bias_once():
     with Touched(bias) as seen:
         again = logit_bounds(states, head, bias)
     assert not seen.found and torch.equal(first.slacks, again.slacks)
+
+
+def test_verdicts_on_rough_logits_call_no_op_that_wakes_threads():
+    found = head_statistics(torch.randn(300, 8), torch.randn(40, 8))
+    kinds = ["max_prob", "margin", "entropy", "surprise"] * 75
+    with Called() as seen:
+        certain_rows(found, torch.full((300,), 0.1).double(), kinds, [0.5] * 300)
+    assert not seen.found & {torch.ops.aten.exp.default, torch.ops.aten.log.default}
