@@ -189,9 +189,13 @@ class DecodeSteps:
             depth: layers that it runs.
         """
         mode = target_mode(mode)
+        if isinstance(mode, EarlyExit):
+            self._exit_steps.warm_up(mode, self._pieces.sizes, self._send_padding)
+            wait_for(self._device)
+            return
         plan = self._planner.plan([mode])
         for size in self._pieces.sizes:
-            self._memory.send(self._turn, [None] * size, [], [[]])
+            self._send_padding(size, size)
             segments = plan_segments([depth] * size, plan.rows_at)
             for bound in self._pieces.bounds:
                 self._pieces.run_layers(segments, bound, size)
@@ -201,6 +205,10 @@ class DecodeSteps:
                     wishes = HeadWishes(are_narrowed, min_candidates(mode) != 1)
                     self._pieces.choose([group], size, are_listed, wishes)
         wait_for(self._device)
+
+    def _send_padding(self, num_own: int, size: int) -> None:
+        wait_for(self._device)
+        self._memory.send(self._turn, [None] * num_own, [None] * (size - num_own), [[]])
 
     def _by_kind(self, rows: Sequence[LogitRow]) -> tuple[list[LogitRow], list[LogitRow]]:
         """The rows whose tokens are chosen in pieces, and the others."""

@@ -8,8 +8,9 @@ depends on its key and on the memories' contents alone. Knows nothing of sequenc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,32 @@ class ExitWays:
     are_narrowed: bool
 
 
+class _Span(NamedTuple):
+    """What a piece of layers does: its key.
+
+    Attributes:
+        start: layers before it.
+        stop: layers up to its end.
+        size: rows, padding included.
+        num_own: the first of them, which may be asked.
+        bound: of keys.
+        question: what is asked behind it, if anything.
+        keeps_heads: see ``ExitWays``.
+        takes_waiting: some rows begin where they waited; of the first span.
+        has_copied: see ``ExitWays``.
+    """
+
+    start: int
+    stop: int
+    size: int
+    num_own: int
+    bound: int
+    question: Question | None
+    keeps_heads: bool
+    takes_waiting: bool
+    has_copied: bool
+
+
 class ExitPieces:
     """Runs the pieces of such steps of one decoder-only model.
 
@@ -113,6 +140,11 @@ class ExitPieces:
         # what the head of the exit that a row left at reads of it
         self._read: Tensor | None = None
 
+    @property
+    def bounds(self) -> Sequence[int]:
+        """Numbers of keys that pieces may be captured for."""
+        return self._pieces.bounds
+
     def run_layers(
         self, stops: Sequence[int], ways: ExitWays, size: int, num_own: int, num_keys: int
     ) -> None:
@@ -127,12 +159,16 @@ class ExitPieces:
         """
         bound, questions = self._pieces.bound(num_keys), dict(ways.questions)
         for start, stop in zip([0, *stops], stops, strict=False):
-            what = start, stop, size, num_own, bound, ways, questions.get(stop)
-            self._pieces.run(("exit layers", *what), num_own, partial(self._span, *what))
+            span = _Span(
+                start, stop, size, num_own, bound, questions.get(stop), ways.keeps_heads,
+                ways.has_waiting and not start, ways.has_copied,
+            )  # fmt: skip
+            self._pieces.run(("exit layers", span), num_own, partial(self._run, span))
         self._pieces.run(("exit states", size), num_own, partial(self._keep, stops[-1], size))
 
     def choose(self, num_own: int, ways: ExitWays) -> None:
         """Choose the tokens of the first rows, which have gone as far as they go."""
+        ways = replace(ways, has_waiting=False, has_copied=False)
         key = "exit tokens", num_own, ways
         self._pieces.run(key, num_own, partial(self._choose, slice(num_own), ways))
 
@@ -142,24 +178,16 @@ class ExitPieces:
             self._ask(rows, layer, question, ways.keeps_heads)
         self._choose(rows, ways)
 
-    def _span(
-        self,
-        start: int,
-        stop: int,
-        size: int,
-        num_own: int,
-        bound: int,
-        ways: ExitWays,
-        question: Question | None,
-    ) -> None:
+    def _run(self, span: _Span) -> None:
         """Run a span of layers on those of the first rows that go on, and ask the exit behind."""
+        start, stop, size = span.start, span.stop, span.size
         inputs, rows = self._memory.inputs, slice(size)
-        hidden = self._rows.states(start)[rows] if start else self._enter(rows, ways.has_waiting)
+        hidden = self._rows.states(start)[rows] if start else self._enter(rows, span.takes_waiting)
         paths = self._exits.paths(rows)
         running, copied = rows_beyond(self._exits.progress(rows).left, start, paths)
         layout = SequenceLayout(
             query_lens=(1,) * size,
-            context_lens=(bound,) * size,
+            context_lens=(span.bound,) * size,
             cu_query_lens=self._starts[: size + 1],
             context_lens_device=inputs["contexts"][rows],
             block_tables=inputs["tables"],
@@ -168,12 +196,12 @@ class ExitPieces:
         positions, slots = inputs["positions"][rows], inputs["slots"][rows]
         forward = ForwardBatch(inputs["tokens"][rows], positions, slots, layout)
         listed = ListedRows(
-            running, copied if ways.has_copied else None, paths.owners, self._spare_slot
+            running, copied if span.has_copied else None, paths.owners, self._spare_slot
         )
         hidden = self._model.run_listed(hidden, start, stop, self._kv_cache, forward, listed)
         self._rows.states_after(stop, hidden)[rows] = hidden
-        if question is not None:
-            self._ask(slice(num_own), stop, question, ways.keeps_heads)
+        if span.question is not None:
+            self._ask(slice(span.num_own), stop, span.question, span.keeps_heads)
 
     def _enter(self, rows: slice, has_waiting: bool) -> Tensor:
         """[rows, hidden]: the embeddings of new rows, and the states of those that waited."""

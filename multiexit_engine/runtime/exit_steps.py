@@ -6,9 +6,10 @@ or of how layers run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
 from multiexit_engine.cache.exit_states import ExitStates
@@ -24,12 +25,20 @@ from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choices
 from multiexit_engine.runtime.decode_memory import DecodeMemory, DecodeRow
 from multiexit_engine.runtime.decode_pieces import DecodePieces
 from multiexit_engine.runtime.draft_rounds import Rounds
-from multiexit_engine.runtime.exit_layout import ExitLayout, exit_layout, waits_after
+from multiexit_engine.runtime.exit_layout import (
+    WAITING_ROWS,
+    ExitLayout,
+    exit_layout,
+    waits_after,
+)
 from multiexit_engine.runtime.exit_memory import CHOOSES, DRAWS, ExitMemory, ExitRow
 from multiexit_engine.runtime.exit_pieces import ExitPieces, ExitWays, Question
 from multiexit_engine.runtime.flight import Place
 from multiexit_engine.runtime.graphs import Pieces
 from multiexit_engine.runtime.logit_rows import LogitRow, choice_rows, target_rows
+
+# fills the first rows of the decode memory with padding: those that get a token, and all
+SendPadding: TypeAlias = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class ExitStep:
         rows: that do.
         layout: of the rows that run.
         rounds: the rows that get a token each.
-        layers_of: of each mode the layers at which it asks.
+        layers_of: of each of their modes the layers at which it asks.
         num_layers: of the model.
     """
 
@@ -58,41 +67,20 @@ class ExitStep:
     @cached_property
     def layers(self) -> set[int]:
         """Layers whose outputs are looked at, or rows are joined after."""
-        found = {self.num_layers, *self.layout.joins.values()}
-        for mode in self.modes:
-            found |= self.layers_of[mode]
-            if mode.measure == "similarity":
-                found |= {layer - 1 for layer in self.layers_of[mode]}
-        return found
-
-    @cached_property
-    def modes(self) -> set[EarlyExit]:
-        return {row.mode for row in self.rows if isinstance(row.mode, EarlyExit)}
+        return _looked_at(self.layers_of) | {self.num_layers, *self.layout.joins.values()}
 
     @cached_property
     def ways(self) -> ExitWays:
         """What the rows need beside their layers."""
         params = [row.sequence.request.sampling for row in self.rows]
         copied = {index for index, item in self.rounds.items if item.sequence.request.copies_kv}
-        has_drawn = not all(each.is_greedy for each in params)
-        return ExitWays(
-            tuple((layer, self._question(layer)) for layer in sorted(self._asked)),
-            has_drawn or any(mode.measure in ("similarity", "probe") for mode in self.modes),
-            bool(self.layout.joins),
-            any(index in copied for index, _ in self.layout.joins),
-            has_drawn,
-            any(narrowing_row(each) != NOT_NARROWED for each in params),
+        return _ways(
+            self.layers_of,
+            has_waiting=bool(self.layout.joins),
+            has_copied=any(index in copied for index, _ in self.layout.joins),
+            has_drawn=not all(each.is_greedy for each in params),
+            are_narrowed=any(narrowing_row(each) != NOT_NARROWED for each in params),
         )
-
-    @property
-    def _asked(self) -> set[int]:
-        return set().union(*(self.layers_of[mode] for mode in self.modes))
-
-    def _question(self, layer: int) -> Question:
-        asking = [mode for mode in self.modes if layer in self.layers_of[mode]]
-        kinds = {MEASURES.index(mode.measure) for mode in asking}
-        shortlists = {mode.shortlist for mode in asking if mode.shortlist is not None}
-        return Question(sum(1 << kind for kind in kinds), tuple(sorted(shortlists)))
 
 
 class ExitSteps:
@@ -232,6 +220,23 @@ class ExitSteps:
         size, num_own = step.layout.num_rows, step.rounds.num_rows
         self._pieces.run_layers(stops, step.ways, size, num_own, step.rounds.num_keys)
 
+    def warm_up(self, mode: EarlyExit, sizes: Sequence[int], send: SendPadding) -> None:
+        """Run every piece of steps in one mode once, on padding.
+
+        Args:
+            mode: the mode.
+            sizes: numbers of rows that get a token.
+            send: fills so many rows of the decode memory with padding.
+        """
+        layers = {mode: self._layers_of(mode)}
+        stops = sorted(_looked_at(layers) | {self._config.num_layers})
+        most = self._memory.spare_row
+        for num_own in sizes:
+            for size in sorted({min(num_own + waiting, most) for waiting in WAITING_ROWS}):
+                send(num_own, size)
+                self._exits.send(0, [ExitRow(0)] * size)
+                self._run_once(mode, stops, size, num_own)
+
     def begin(self) -> None:
         """Get ready for ends of prompts, where no rows are run here."""
         self._exits.begin()
@@ -263,12 +268,53 @@ class ExitSteps:
 
         return Coming(step.rows, None, read)
 
+    def _run_once(self, mode: EarlyExit, stops: Sequence[int], size: int, num_own: int) -> None:
+        layers, has_waiting = {mode: self._layers_of(mode)}, size > num_own
+        for has_drawn, are_narrowed in ((False, False), (True, False), (True, True)):
+            has_copied = has_waiting and mode.kv == "copy"
+            ways = _ways(layers, has_waiting, has_copied, has_drawn, are_narrowed)
+            for bound in self._pieces.bounds:
+                self._pieces.run_layers(stops, ways, size, num_own, bound)
+            self._pieces.choose(num_own, ways)
+
     def _layers_of(self, mode: DecodingMode) -> frozenset[int]:
         assert isinstance(mode, EarlyExit), "only these choose"
         if mode not in self._layers:
             exits = resolve_mode(mode, self._config).exits
             self._layers[mode] = frozenset(head.layer for head in exits)
         return self._layers[mode]
+
+
+def _looked_at(layers_of: Mapping[EarlyExit, frozenset[int]]) -> set[int]:
+    """Layers whose outputs some modes look at."""
+    found = {layer for layers in layers_of.values() for layer in layers}
+    for mode, layers in layers_of.items():
+        if mode.measure == "similarity":
+            found |= {layer - 1 for layer in layers}
+    return found - {0}
+
+
+def _ways(
+    layers_of: Mapping[EarlyExit, frozenset[int]],
+    has_waiting: bool,
+    has_copied: bool,
+    has_drawn: bool,
+    are_narrowed: bool,
+) -> ExitWays:
+    """What rows of some modes need beside their layers."""
+    asked = sorted({layer for layers in layers_of.values() for layer in layers})
+    questions = tuple(
+        (layer, _question([mode for mode, layers in layers_of.items() if layer in layers]))
+        for layer in asked
+    )
+    keeps_heads = has_drawn or any(m.measure in ("similarity", "probe") for m in layers_of)
+    return ExitWays(questions, keeps_heads, has_waiting, has_copied, has_drawn, are_narrowed)
+
+
+def _question(asking: Sequence[EarlyExit]) -> Question:
+    kinds = {MEASURES.index(mode.measure) for mode in asking}
+    shortlists = {mode.shortlist for mode in asking if mode.shortlist is not None}
+    return Question(sum(1 << kind for kind in kinds), tuple(sorted(shortlists)))
 
 
 def chooses_its_exit(item: ScheduledSequence) -> bool:

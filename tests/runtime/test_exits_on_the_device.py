@@ -173,3 +173,16 @@ def test_a_step_launches_graphs_and_waits_once(folder):
     assert device.counts.pop("replays") == 8
     # the rows, and what is to be known of their exits
     assert device.counts == {"pinned copies": 2, "copies to the host": 2, "synchronisations": 1}
+
+
+def test_a_warm_engine_captures_nothing_more(folder, monkeypatch):
+    monkeypatch.setattr("multiexit_engine.runtime.decode_steps.SPARE_ROWS", 20)
+    mode, sampling = EarlyExit(0.85, "similarity", kv="copy"), SAMPLING[:2]
+    options = {"cuda_graphs": (2,), "max_model_len": 64, "max_batch_size": 2}
+    wanted = on_cpu(folder).generate(PROMPTS[:2], sampling, mode)
+    with on_device(folder, **options) as (engine, device):
+        engine.warm_up(mode)
+        captures = device.counts["captures"]
+        assert_same(engine.generate(PROMPTS[:2], sampling, mode), wanted)
+        assert device.counts["captures"] == captures > 0
+        assert device.counts["replays"]
