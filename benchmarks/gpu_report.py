@@ -41,6 +41,7 @@ from benchmarks.gpu import (  # noqa: E402
     ceilings,
     code_cases,
     engine_check,
+    exit_cases,
     head_cases,
     model_cases,
     product_cases,
@@ -125,6 +126,7 @@ def sections(ceilings: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         "attention": lambda: attention_cases.measure(read),
         "engine": engine_check.measure,
         "steps": step_cases.measure,
+        "exits": exit_cases.measure,
         "answers": answer_cases.measure,
         "models": lambda: model_cases.measure(read, ceilings["gemm_TFLOP_s"]),
     }
@@ -138,6 +140,7 @@ TITLES = {
     "attention": "paged attention: decode, bf16, block 16",
     "engine": f"engine on {timing.DEVICE}, greedy float32 ids against the CPU's",
     "steps": "decode steps: GPT-2-medium's shape, bf16, wall time of a step",
+    "exits": "decode steps with early exits at forced rates: who decides, wall time of a step",
     "answers": "answers of 32 tokens, BART-base's size, bf16: wall time",
     "models": "whole models: bf16, wall time of a token, or of a step of many",
 }

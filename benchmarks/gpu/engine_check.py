@@ -13,17 +13,23 @@ PROMPTS = [[5, 9, 300, 7, 77], [1, 2, 3], list(range(40, 90)), [511]]
 
 
 def measure() -> dict[str, Any]:
-    """Whether greedy ids of three modes agree in float32."""
+    """Whether greedy ids of some modes agree in float32."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from multiexit_engine import Contrast, Engine, Exit, Original, SamplingParams
+    from multiexit_engine import Contrast, EarlyExit, Engine, Exit, Original, SamplingParams
 
     torch.manual_seed(0)
     config = GPT2Config(
         n_layer=4, n_head=4, n_embd=128, vocab_size=512, n_positions=256, initializer_range=0.3
     )
     sampling = SamplingParams(max_new_tokens=24, ignore_eos=True)
-    modes = {"original": Original(), "exit": Exit(2), "contrast": Contrast(4, 2, alpha=0.1)}
+    modes = {
+        "original": Original(),
+        "exit": Exit(2),
+        "contrast": Contrast(4, 2, alpha=0.1),
+        "early exit": EarlyExit(0.5),
+        "early exit, copied": EarlyExit(0.9, "similarity", kv="copy"),
+    }
     with tempfile.TemporaryDirectory() as folder:
         GPT2LMHeadModel(config).save_pretrained(folder)
         engines = {

@@ -37,7 +37,7 @@ APART = "graphs, launches one after the other"
 def measure() -> list[dict[str, Any]]:
     """Microseconds of a decode step of GPT-2-medium's shape with random weights, in bfloat16."""
     rows = []
-    with _checkpoint() as folder:
+    with checkpoint() as folder:
         for way, options in WAYS.items():
             rows += _steps(folder, way, options, _cases())
         with one_after_the_other():
@@ -50,7 +50,7 @@ def _steps(
     folder: Path, way: str, options: dict[str, Any], cases: dict[str, _Case]
 ) -> list[dict[str, Any]]:
     """One line for each case and batch, of one engine."""
-    engine = _engine(folder, options)
+    engine = new_engine(folder, options)
     rows = [
         {"way": way, "mode": name, "rows": size} | _step(engine, case, size)
         for name, case in cases.items()
@@ -94,7 +94,8 @@ def _cases() -> dict[str, _Case]:
 
 
 @contextmanager
-def _checkpoint() -> Iterator[Path]:
+def checkpoint() -> Iterator[Path]:
+    """A GPT-2 with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -104,7 +105,10 @@ def _checkpoint() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _engine(folder: Path, options: dict[str, Any]) -> Any:
+def new_engine(
+    folder: Path, options: dict[str, Any], exits: tuple[int, ...] = (EXIT, LAYERS)
+) -> Any:
+    """An engine on the device, with the model's own head at some layers."""
     from multiexit_engine import Engine
 
     return Engine.from_pretrained(
@@ -113,7 +117,7 @@ def _engine(folder: Path, options: dict[str, Any]) -> Any:
         dtype=sized("bfloat16", "float32"),
         backend=sized("native", "reference"),
         vocab_projection_mode="shared_projection_direct",
-        lm_head_layer_indices=(EXIT, LAYERS),
+        lm_head_layer_indices=exits,
         max_batch_size=max(BATCHES),
         prefix_caching=False,
         **options,

@@ -24,7 +24,7 @@ def test_the_report_is_rehearsed_and_invents_no_times(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads(output.read_text())
-    parts = ("heads", "products", "codes", "attention", "steps", "answers")
+    parts = ("heads", "products", "codes", "attention", "steps", "exits", "answers")
     lines = [line for part in parts for line in result[part]] + result["models"]["rows"]
     times = [v for line in lines for k, v in line.items() if k.endswith("us")]
     assert times
