@@ -5,12 +5,15 @@ python benchmarks/early_exits.py --batch 1 --json results/early-exits-gpt2-mediu
 Weights are random, so whether a row leaves is simulated: probes are computed as always, then each
 row's chance is replaced by a number in [0, 1) made of its own state, the same in any company. With
 a threshold of 1 - rate that share of the rows leaves at every exit it comes to. What it prints is a
-speed at these rates, not a property of the model.
+speed at these rates, not a property of the model. Heads are asked for a probability that random
+weights never give, so their codes decide wherever nobody wants to see the confidences; the nearer a
+model's probabilities are to the threshold, the more rows read the heads themselves.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +29,7 @@ from multiexit_engine.checkpoint.probes import ProbeWeights, probe_file, write_p
 from multiexit_engine.params import DecodingMode
 
 UNITS = 64
+SEEN = "the same, confidences reported"
 
 
 def simulate(engine: Engine, layers: tuple[int, ...]) -> None:
@@ -56,7 +60,8 @@ def ways(layers: tuple[int, ...], rates: list[float]) -> dict[str, DecodingMode]
     """Plain decoding, gates that nothing passes, and rates with either way to fill the cache."""
     found: dict[str, DecodingMode] = {
         "plain": Original(),
-        "heads asked in vain": EarlyExit(2.0, "max_prob", layers),
+        "heads asked in vain": EarlyExit(0.9, "max_prob", layers),
+        SEEN: EarlyExit(0.9, "max_prob", layers),
         "probes asked in vain": EarlyExit(2.0, "probe", layers),
     }
     for rate in rates:
@@ -95,13 +100,14 @@ def main(
         vocab_size = engine.model_config.vocab_size
         prompts = [[draw.randrange(vocab_size) for _ in range(16)] for _ in range(size)]
         modes = ways(exits, rate or [0.3, 0.6, 0.9])
+        params = {name: replace(sampling, confidences=name == SEEN) for name in modes}
         depths = {}
         for name, mode in modes.items():
-            outputs = engine.generate(prompts, sampling, mode)
+            outputs = engine.generate(prompts, params[name], mode)
             left = [layer for output in outputs for layer in output.outputs[0].exit_layers]
             depths[name] = sum(left) / len(left)
         turns = {
-            name: timed(partial(engine.generate, prompts, sampling, mode))
+            name: timed(partial(engine.generate, prompts, params[name], mode))
             for name, mode in modes.items()
         }
         seconds = alternate(turns, rounds)

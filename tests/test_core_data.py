@@ -41,6 +41,7 @@ REJECTED = {
     "early_stopping": (None, "always", 1, 0, 2),
     "logprobs": ("x", -2, 1.0, True),
     "prompt_logprobs": ("x", -2, 1.0, True),
+    "confidences": (1, None, "yes"),
     "skip_special_tokens": (1, None, "yes"),
     "structured_outputs": (5, "x", {}, {"choice": [""]}, {"regex": 1}, {"regex": "a", "json": {}}),
 }
@@ -70,6 +71,7 @@ ACCEPTED = {
     "early_stopping": (True, False, "never"),
     "logprobs": (None, -1, 0, 5),
     "prompt_logprobs": (None, -1, 0, 5),
+    "confidences": (True, False),
     "skip_special_tokens": (True, False),
     "structured_outputs": (None, StructuredOutputs(regex="a")),
 }

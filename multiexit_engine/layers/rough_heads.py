@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ from multiexit_engine.ops import (
     are_codes_fast,
     code_head,
     code_states,
+    coded_head_statistics,
     coded_head_tokens,
     head_tokens,
     logit_bounds,
+    logit_errors,
     shared_head_tokens,
 )
+from multiexit_engine.ops.heads import HeadStatistics
 from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.quantization import Weight
 from multiexit_engine.transfer import to_host
@@ -29,6 +33,9 @@ from multiexit_engine.transfer import to_host
 LEAST_NUMBERS = 1 << 21
 # calls in a row that codes may leave open before they are given up
 PATIENCE = 8
+# Codes of a head cost a quarter of what the head does, so less often they need not spare it.
+LEAST_SPARED = 0.3
+CALLS_BETWEEN_TRIALS = 16
 # Of so many rows both terms are multiplied while the head's codes come from memory; of more the
 # second one doubles the time.
 FEW_ROWS = 6
@@ -81,6 +88,36 @@ class HeadRows:
         return replace(found, num_candidates=counts)
 
 
+class RoughReading(NamedTuple):
+    """What codes say of rows.
+
+    Attributes:
+        found: of the rough logits.
+        errors: [rows] float64, how far a row's exact logits may be from them.
+    """
+
+    found: HeadStatistics
+    errors: Tensor
+
+
+class _Trial:
+    """Whether codes keep sparing tests the head; asked again now and then where they do not."""
+
+    def __init__(self) -> None:
+        self._share = 1.0
+        self._num_refused = 0
+
+    @property
+    def pays(self) -> bool:
+        if self._share >= LEAST_SPARED:
+            return True
+        self._num_refused += 1
+        return self._num_refused % CALLS_BETWEEN_TRIALS == 0
+
+    def note(self, is_spared: bool) -> None:
+        self._share += (is_spared - self._share) / CALLS_BETWEEN_TRIALS
+
+
 @dataclass(eq=False)
 class _Rough:
     """A weight, which keeps its id, with its codes and the latest calls that they left open.
@@ -90,6 +127,10 @@ class _Rough:
 
     weight: Weight
     head: CodedHead | None
+    # the first tokens of the head and of its bias, by their number
+    shortlists: dict[int, tuple[CodedHead, Tensor | None]] = field(default_factory=dict)
+    # by the number of tokens, None for all
+    trials: dict[int | None, _Trial] = field(default_factory=dict)
     num_open: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
 
 
@@ -126,6 +167,56 @@ class RoughHeads:
         rows = HeadRows(hidden, [RowGroup(len(hidden))], number, number, nothing, nothing)
         found = self.tokens(rows, weight, bias)
         return exact_best_tokens(hidden, weight, bias) if found is None else found
+
+    def statistics(
+        self,
+        hidden: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        shortlist: int | None = None,
+        *,
+        num_terms: int | None = None,
+    ) -> RoughReading | None:
+        """About what ``head_statistics`` gives; None where that is the faster way.
+
+        Args:
+            hidden: [rows, hidden_size].
+            weight: as in ``best_tokens``.
+            bias: as in ``best_tokens``.
+            shortlist: only the first so many tokens count; None: all.
+            num_terms: of the states; None for two, the finer ones, where they cost no more.
+        """
+        head = self.codes(weight)
+        if head is None or not self._trial(weight, shortlist).pays:
+            return None
+        if shortlist is not None:
+            if shortlist * hidden.shape[1] < LEAST_NUMBERS:
+                return None
+            head, bias = self._shortlisted(weight, bias, head, shortlist)
+        if num_terms is None:
+            num_terms = 2 if len(hidden) <= FEW_ROWS else 1
+        states = code_states(hidden, head, num_terms)
+        found = coded_head_statistics(
+            states.codes, states.scales, head.codes, head.starts, head.scales, head.vocab, bias
+        )
+        return RoughReading(found, logit_errors(states, head, bias))
+
+    def note_test(self, weight: Weight, shortlist: int | None, *, is_spared: bool) -> None:
+        """Tell whether ``statistics`` spared a test the reading of the head."""
+        self._trial(weight, shortlist).note(is_spared)
+
+    def _trial(self, weight: Weight, shortlist: int | None) -> _Trial:
+        return self._rough(weight).trials.setdefault(shortlist, _Trial())
+
+    def _shortlisted(
+        self, weight: Weight, bias: Tensor | None, head: CodedHead, num_tokens: int
+    ) -> tuple[CodedHead, Tensor | None]:
+        # kept, since the greatest numbers of both are found once
+        kept = self._rough(weight).shortlists
+        if num_tokens not in kept:
+            first = replace(head, vocab=num_tokens, errors=head.errors[:num_tokens])
+            kept[num_tokens] = first, None if bias is None else bias[:num_tokens]
+        return kept[num_tokens]
 
     def tokens(
         self,

@@ -234,7 +234,7 @@ class EngineCore:
         sequence.cumulative_logprob += token.logprob or 0.0
         sequence.exit_layers.append(token.exit_layer or self._exit_layer(request))
         sequence.drafted.append(is_draft)
-        if token.confidence is not None:
+        if request.sampling.confidences and token.confidence is not None:
             sequence.confidences.append(token.confidence)
         self.num_generated_tokens += 1
         self.num_tokens_by_layer[sequence.exit_layers[-1]] += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isnan, nan
 
+from multiexit_engine.decoding.gates import passes
 from multiexit_engine.modes import EarlyExit
 from multiexit_engine.request import Held
 from multiexit_engine.runtime.logit_rows import LogitRow
@@ -22,8 +23,9 @@ class DecidingRow:
         mode: how it decides.
         layers: where it is measured.
         value: of the last measurement.
-        token: the best token of the last exit whose whole head was read.
+        token: the best token of the last exit that was asked for it; None where that did not tell.
         streak: exits in a row with this token.
+        is_sure: whether the last exit's measure lets it leave.
     """
 
     row: LogitRow
@@ -32,6 +34,7 @@ class DecidingRow:
     value: float = nan
     token: int | None = None
     streak: int = 0
+    is_sure: bool = False
 
     @classmethod
     def of(cls, row: LogitRow, layers: frozenset[int]) -> DecidingRow:
@@ -53,12 +56,21 @@ class DecidingRow:
         """Whether its next measurement compares the next layer's output with this layer's."""
         return self.mode.measure == "similarity" and layer + 1 in self.layers
 
-    def note(self, value: float, token: int) -> None:
-        """Record what a whole head said."""
+    @property
+    def is_reported(self) -> bool:
+        """Whether what is measured of it is told."""
+        return self.row.target is None and self.row.sequence.request.sampling.confidences
+
+    def note(self, value: float, token: int | None = None) -> None:
+        """Record what was measured."""
         if self.mode.measure == "patience":
             self.streak = self.streak + 1 if token == self.token and not isnan(value) else 1
             value = float(self.streak)
-        self.value, self.token = value, token
+        self.value, self.token, self.is_sure = value, token, passes(self.mode, value)
+
+    def rule(self, *, is_sure: bool, token: int | None) -> None:
+        """Record what was decided without the value."""
+        self.value, self.token, self.is_sure = nan, token, is_sure
 
     def held_at(self, layer: int) -> Held:
         """What it takes to go on later."""

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from multiexit_engine.batch import ScheduledBatch
 from multiexit_engine.decoding.depth_policy import MOST_STEPS, Crossroads, DepthPolicy
-from multiexit_engine.decoding.gates import bounds, passes, read_head, similarity
+from multiexit_engine.decoding.gates import similarity
 from multiexit_engine.decoding.plan import resolve_mode
-from multiexit_engine.layers.exit_heads import Head
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.modes import EarlyExit, Exit, Original
 from multiexit_engine.request import ChosenToken, Held, Joining
@@ -24,6 +23,7 @@ from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.chosen_rows import Choice
 from multiexit_engine.runtime.deciding_rows import DecidingRow
+from multiexit_engine.runtime.exit_gates import HeadGate
 from multiexit_engine.runtime.flight import Flight
 from multiexit_engine.runtime.logit_rows import LogitRow
 from multiexit_engine.runtime.logit_slices import LogitSlice
@@ -160,7 +160,7 @@ class EarlyRows:
         self._leave_waiting(again, layer, flight)
         if here := [row for row in self._undecided if layer in row.layers]:
             self._measure(here, layer, flight)
-            leaving = [row for row in here if passes(row.mode, row.value)]
+            leaving = [row for row in here if row.is_sure]
             if self._exits.policy is not None:
                 self._exits.policy.note_exit(layer, len(here), len(here) - len(leaving))
             self._decide(leaving, layer, flight)
@@ -216,21 +216,9 @@ class EarlyRows:
     def _measure(self, rows: Sequence[DecidingRow], layer: int, flight: Flight) -> None:
         self._compare([row for row in rows if row.mode.measure == "similarity"], flight)
         self._ask_probes([row for row in rows if row.mode.measure == "probe"], layer, flight)
-        readers = [row for row in rows if row.mode.measure not in ("similarity", "probe")]
-        whole = [row for row in readers if row.mode.shortlist is None]
-        for shortlist in sorted({row.mode.shortlist or 0 for row in readers} - {0}):
-            listed = [row for row in readers if row.mode.shortlist == shortlist]
-            operands = self._exits.heads.operands(Head(layer), _states(listed, flight))
-            measures = [row.mode.measure for row in listed]
-            values = bounds(measures, operands, shortlist).tolist()
-            for row, value in zip(listed, values, strict=True):
-                row.value = value
-            whole += [row for row in listed if passes(row.mode, row.value)]
-        if whole:
-            operands = self._exits.heads.operands(Head(layer), _states(whole, flight))
-            reading = read_head([row.mode.measure for row in whole], operands)
-            for row, *found in zip(whole, *(part.tolist() for part in reading), strict=True):
-                row.note(*found)
+        if readers := [row for row in rows if row.mode.measure not in ("similarity", "probe")]:
+            states = lambda some: _states(some, flight)  # noqa: E731
+            HeadGate(self._exits.heads, layer, states).ask(readers)
 
     def _compare(self, rows: Sequence[DecidingRow], flight: Flight) -> None:
         if not rows:
@@ -239,7 +227,7 @@ class EarlyRows:
         places = [self._compared.index(row) for row in rows]
         values = similarity(self._states[places], _states(rows, flight)).tolist()
         for row, value in zip(rows, values, strict=True):
-            row.value = value
+            row.note(value)
 
     def _ask_probes(self, rows: Sequence[DecidingRow], layer: int, flight: Flight) -> None:
         if not rows:
@@ -247,7 +235,7 @@ class EarlyRows:
         heads = self._exits.heads
         values = heads.probes.chances(layer, heads.normed(_states(rows, flight))).tolist()
         for row, value in zip(rows, values, strict=True):
-            row.value = value
+            row.note(value)
 
     def _decide(self, rows: Sequence[DecidingRow], layer: int, flight: Flight) -> None:
         """Let rows take the head of a layer."""

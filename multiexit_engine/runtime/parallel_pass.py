@@ -27,11 +27,8 @@ from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.ops import (
     PackedSources,
     PackedTexts,
-    code_states,
-    coded_head_statistics,
     head_logits,
     head_statistics,
-    logit_errors,
     take_rows,
 )
 from multiexit_engine.parallel_mode import Parallel
@@ -222,15 +219,13 @@ class ParallelBatch:
         if not rows:
             return [], []
         operands = self._model.predict(self._states(rows))
-        head = self._model.heads.rough.codes(operands.weight)
-        if head is None:
-            return [], rows
-        hidden = code_states(operands.hidden, head, num_terms)
         bias = operands.bias if has_bias else None
-        found = coded_head_statistics(
-            hidden.codes, hidden.scales, head.codes, head.starts, head.scales, head.vocab, bias
+        reading = self._model.heads.rough.statistics(
+            operands.hidden, operands.weight, bias, num_terms=num_terms
         )
-        errors = logit_errors(hidden, head, bias)
+        if reading is None:
+            return [], rows
+        found, errors = reading
         modes = [self._mode(row) for row in rows]
         thresholds = [mode.threshold for mode in modes if mode.threshold is not None]
         is_sure, is_unsure = certain_rows(

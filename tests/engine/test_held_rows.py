@@ -43,7 +43,8 @@ def engines(tmp_path_factory):
 @pytest.mark.parametrize("name", ["greedy", "several"])
 def test_rows_that_waited_choose_what_they_would_have_chosen(engines, holding, name, mode, kv):
     engine = engines[mode in PATIENT]
-    mode, sampling = replace(mode, kv=kv), replace(SAMPLINGS[name], max_new_tokens=20)
+    mode = replace(mode, kv=kv)
+    sampling = replace(SAMPLINGS[name], max_new_tokens=20, confidences=name == "several")
     alone = [pair for prompt in prompts(6) for pair in results(engine, [prompt], sampling, mode)]
     holding.clear()
     assert results(engine, prompts(6), sampling, mode) == alone

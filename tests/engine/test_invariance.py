@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from multiexit_engine.decoding.depth_policy import DepthPolicy
+from multiexit_engine.layers import rough_heads
 from tests.engine.company import run_in_random_company
 from tests.engine.families import FAMILIES, SOURCED, little_memory, requests_of
 
@@ -90,6 +91,13 @@ def held_at_random(monkeypatch):
     monkeypatch.setattr(DepthPolicy, "holds", holds)
 
 
+@pytest.fixture
+def coded(monkeypatch):
+    """Heads of any size have codes, on any CPU."""
+    monkeypatch.setattr(rough_heads, "are_codes_fast", lambda: True)
+    monkeypatch.setattr(rough_heads, "LEAST_NUMBERS", 0)
+
+
 WAYS = [
     {},
     {"max_num_batched_tokens": 37},
@@ -113,6 +121,15 @@ def test_the_number_of_threads_changes_nothing(alone, two_threads):
 def test_plain_pytorch_chooses_the_same(alone):
     engine = alone.open(backend="reference", block_size=5, max_num_batched_tokens=64)
     assert_same(together(engine, alone.requests), alone.outputs, to_the_bit=False)
+
+
+def test_codes_of_heads_change_nothing(alone, coded):
+    engine = alone.open()
+    # ELMER takes log-probabilities from the exact test that lets a row go, or reads them later
+    to_the_bit = HAS_KERNELS and alone.family is not FAMILIES["elmer"]
+    assert_same(together(engine, alone.requests), alone.outputs, to_the_bit=to_the_bit)
+    some = one_by_one(engine, alone.requests[::12])
+    assert_same(some, alone.outputs[::12], to_the_bit=to_the_bit)
 
 
 def test_rows_that_wait_for_others_change_nothing(alone, held_at_random):

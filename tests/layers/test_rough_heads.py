@@ -144,3 +144,14 @@ def test_the_first_tokens_alone_may_be_looked_at(heads):
     tokens, _ = heads.tokens(rows, weight, None, num_tokens=100)
     assert tokens.tolist() == exact(rows, weight[:100])[0]
     assert heads.tokens(rows, weight, None, num_tokens=50) is None
+
+
+def test_codes_that_seldom_spare_a_test_the_head_are_asked_now_and_then(heads):
+    hidden, weight = operands()
+    answers = []
+    for _ in range(200):
+        answers.append(heads.statistics(hidden, weight, None) is not None)
+        if answers[-1]:
+            heads.note_test(weight, None, is_spared=False)
+    assert all(answers[:19]) and 8 <= sum(answers[50:]) <= 12
+    assert heads.statistics(hidden, weight, None, shortlist=80) is not None

@@ -14,10 +14,14 @@ from multiexit_engine.checkpoint.probes import FILE_NAME, ProbeWeights, write_pr
 from tests.runtime.on_simulated_device import on_cpu, on_device
 from tests.tiny import save_gpt2
 
-GREEDY = SamplingParams(max_new_tokens=7, ignore_eos=True)
-DRAWN = SamplingParams(max_new_tokens=7, ignore_eos=True, temperature=0.9, top_k=0, seed=1)
-NARROWED = SamplingParams(max_new_tokens=7, ignore_eos=True, temperature=0.9, top_k=20, seed=2)
-LONG = SamplingParams(max_new_tokens=12, ignore_eos=True)
+GREEDY = SamplingParams(max_new_tokens=7, ignore_eos=True, confidences=True)
+DRAWN = SamplingParams(
+    max_new_tokens=7, ignore_eos=True, confidences=True, temperature=0.9, top_k=0, seed=1
+)
+NARROWED = SamplingParams(
+    max_new_tokens=7, ignore_eos=True, confidences=True, temperature=0.9, top_k=20, seed=2
+)
+LONG = SamplingParams(max_new_tokens=12, ignore_eos=True, confidences=True)
 SAMPLING = [GREEDY, DRAWN, NARROWED]
 PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12], [9] * 20, [77], [5, 6]]
 # thresholds that about half of the rows pass
