@@ -208,6 +208,8 @@ class ExitPieces:
         self._exits.begin()
         inputs = self._memory.inputs
         hidden = self._model.embed(self._rows.tokens(rows), inputs["positions"][rows])
+        # what the first layer's output may be compared with
+        self._rows.states_after(0, hidden)[rows] = hidden
         if not has_waiting:
             return hidden
         kept = self._exit_states.take(inputs["slots"][rows])

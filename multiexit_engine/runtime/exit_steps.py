@@ -229,7 +229,7 @@ class ExitSteps:
             send: fills so many rows of the decode memory with padding.
         """
         layers = {mode: self._layers_of(mode)}
-        stops = sorted(_looked_at(layers) | {self._config.num_layers})
+        stops = sorted((_looked_at(layers) | {self._config.num_layers}) - {0})
         most = self._memory.spare_row
         for num_own in sizes:
             for size in sorted({min(num_own + waiting, most) for waiting in WAITING_ROWS}):
@@ -286,12 +286,12 @@ class ExitSteps:
 
 
 def _looked_at(layers_of: Mapping[EarlyExit, frozenset[int]]) -> set[int]:
-    """Layers whose outputs some modes look at."""
+    """Layers whose outputs some modes look at; 0 for the embeddings."""
     found = {layer for layers in layers_of.values() for layer in layers}
     for mode, layers in layers_of.items():
         if mode.measure == "similarity":
             found |= {layer - 1 for layer in layers}
-    return found - {0}
+    return found
 
 
 def _ways(

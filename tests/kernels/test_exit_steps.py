@@ -44,8 +44,8 @@ def rehearsal(device):
 
 
 def told(engine, sampling, modes=MODES, prompts=PROMPTS):
-    outputs = engine.generate(prompts, sampling, modes)
-    return [(o.outputs[0].token_ids, o.outputs[0].exit_layers) for o in outputs]
+    found = [output.outputs[0] for output in engine.generate(prompts, sampling, modes)]
+    return [(one.token_ids, one.exit_layers) for one in found], [one.confidences for one in found]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
@@ -54,8 +54,10 @@ def test_launched_steps_give_the_choices_of_the_reference(folder, sampling, devi
     with rehearsal(device):
         found = told(engine, sampling)
     wanted = told(opened(folder, device, "reference"), sampling)
-    assert found == wanted
-    assert {layer for _, layers in wanted for layer in layers} >= {1, 2, 4}
+    assert found[0] == wanted[0]
+    for one, other in zip(found[1], wanted[1], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    assert {layer for _, layers in wanted[0] for layer in layers} >= {1, 2, 4}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
