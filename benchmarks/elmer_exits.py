@@ -1,6 +1,7 @@
 """What early exits cost and save ELMER: BLEU against the mean exit layer, over thresholds.
 
 python benchmarks/elmer_exits.py FOLDER/kjv-bbe.test.tsv --picture docs/elmer-exits.png
+python benchmarks/elmer_exits.py FOLDER/kjv-bbe.test.tsv --chance 0.25
 
 The package's demo-elmer on verses that it was not trained on, through the engine. Its figures are
 the same on any machine but for rounding; no times are taken.
@@ -34,6 +35,8 @@ class Point:
     Attributes:
         mean_exit: layer, over all tokens up to the end.
         rows: that ran a decoder layer, for each position of the answers.
+        tests: of the whole head, for each position of the answers.
+        gate_chance: the least chance at which probes let a position be tested; None: all are.
     """
 
     exit: str
@@ -42,6 +45,8 @@ class Point:
     bleu: float
     mean_exit: float
     rows: float
+    tests: float
+    gate_chance: float | None
 
 
 def main() -> None:
@@ -50,16 +55,17 @@ def main() -> None:
     parser.add_argument("pairs", type=Path, help="lines of source, tab, target")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--chance", type=float, help="ask probes which tests are worth making")
     options = parser.parse_args()
     engine = Engine.from_pretrained("demo-elmer", dtype="float32")
     pairs = [pair for pair in read_pairs([options.pairs]) if is_short(engine, pair)]
-    points = [measured(engine, pairs, mode) for mode in modes()]
+    points = [measured(engine, pairs, mode) for mode in modes(options.chance)]
     show(
         f"{len(pairs)} texts",
-        ["exit", "threshold", "BLEU", "mean exit layer", "layers run"],
+        ["exit", "threshold", "BLEU", "mean exit layer", "layers run", "tests"],
         [
             [p.measure or p.exit, "" if p.threshold is None else f"{p.threshold:g}",
-             f"{p.bleu:.1f}", f"{p.mean_exit:.2f}", f"{p.rows:.2f}"]
+             f"{p.bleu:.1f}", f"{p.mean_exit:.2f}", f"{p.rows:.2f}", f"{p.tests:.2f}"]
             for p in points
         ],
     )  # fmt: skip
@@ -73,11 +79,11 @@ def is_short(engine: Engine, pair: Pair) -> bool:
     return all(len(engine.tokenizer.encode(text)) <= MOST_TOKENS for text in pair)
 
 
-def modes() -> list[Parallel]:
+def modes(chance: float | None) -> list[Parallel]:
     """All layers, with and without feedback, and the sweeps of both measures."""
     plain = [Parallel("none", length=LENGTH_RATIO), Parallel("soft", length=LENGTH_RATIO)]
     return plain + [
-        Parallel("confidence", measure, threshold, length=LENGTH_RATIO, collapse_repeats=True)
+        Parallel("confidence", measure, threshold, length=LENGTH_RATIO, gate_chance=chance)
         for measure, thresholds in SWEEPS.items()
         for threshold in thresholds
     ]
@@ -99,6 +105,8 @@ def measured(engine: Engine, pairs: list[Pair], mode: Parallel) -> Point:
         bleu=corpus_bleu([answer.text for answer in answers], [target for _, target in pairs]),
         mean_exit=sum(layers) / len(layers),
         rows=sum(computed) / computed[0],
+        tests=(sum(after.tested_rows_per_layer) - sum(before.tested_rows_per_layer)) / computed[0],
+        gate_chance=mode.gate_chance,
     )
 
 

@@ -14,7 +14,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from nar import MASK, SOURCE_LEN, TARGET_LEN, random_bart, save
+from nar import ALWAYS, MASK, SOURCE_LEN, TARGET_LEN, random_bart, save
 from report import alternate, median, show, timed, write_json
 
 from multiexit_engine import Engine, Parallel, SamplingParams
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--measure", default="max_prob")
     parser.add_argument("--chance", type=float, default=0.25)
     parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=[0.5, 0.3, 0.25, 0.2, 0.17, 0.15, 0.12, 0.1]
+        "--thresholds", type=float, nargs="+", default=[0.5, 0.3, 0.2, 0.15, 0.12, 0.1]
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -82,7 +82,12 @@ def prepare(folder: Path) -> None:
 
 def ways(measure: str, thresholds: list[float], chance: float) -> dict[str, Parallel]:
     """No tests, and for each threshold all tests and those that probes find worth making."""
-    found = {"none": Parallel(length=TARGET_LEN)}
+    forced = Parallel("confidence", "max_prob", ALWAYS, layers=(2,), length=TARGET_LEN)
+    found = {
+        "none": Parallel(length=TARGET_LEN),
+        "all leave at 2, all tests": forced,
+        "all leave at 2, by probes": dataclasses.replace(forced, gate_chance=chance),
+    }
     for threshold in thresholds:
         exact = Parallel("confidence", measure, threshold, length=TARGET_LEN)
         found[f"{threshold:g}, all tests"] = exact

@@ -147,7 +147,11 @@ class ParallelBatch:
         cross = self._cross
         if cross is None or layer >= cross.stop:
             sources = sorted({a.source for a, n in zip(self._answers, counts, strict=True) if n})
-            stop = min(self._sure_depth(layer, mode) for mode in self._modes(rows))
+            modes = self._modes(rows)
+            stop = min(self._sure_depth(layer, mode) for mode in modes)
+            if all(mode.gate_chance is not None for mode in modes):
+                # most likely they go on: as many again as have run, in one product
+                stop = max(stop, min(2 * layer, self._num_layers))
             encoded = self._encoded
             if len(sources) < len(self._source_lens):
                 starts = list(accumulate(self._source_lens, initial=0))
@@ -187,7 +191,7 @@ class ParallelBatch:
         ]
         tested = self._promising(layer, tested)
         self._rows.tested[layer - 1] += len(tested)
-        for has_bias in (True, False):
+        for has_bias in (True, False) if tested else ():
             asked = [row for row in tested if self._mode(row).gate_bias == has_bias]
             # few rows need the second term, which doubles the time of many
             for num_terms in (1, 2):
@@ -204,7 +208,9 @@ class ParallelBatch:
         if not probed:
             return rows
         normed = self._model.predict(self._states(probed)).hidden
-        rules = self._gate_rules.some(self._index(probed))
+        rules = self._gate_rules
+        if len(probed) < len(self._owner):
+            rules = rules.some(self._index(probed))
         promising = are_promising(self._model.gates.forecast(layer, normed), rules)
         held = {row for row, kept in zip(probed, promising.tolist(), strict=True) if not kept}
         return [row for row in rows if row not in held]
