@@ -189,19 +189,24 @@ def head_kernel(
     row_mask = rows < num_rows
     temperature = tl.load(temperature_ptr + rows, mask=row_mask, other=0.0)  # [BLOCK_R]
     if CONTRAST:
-        alpha = tl.load(alpha_ptr + rows, mask=row_mask, other=1.0)  # [BLOCK_R]
-        log_alpha = tl.log(tl.minimum(tl.maximum(alpha, 0.0), 1.0))
-        is_contrasted = row_mask
         if MIXED:
             group = tl.load(group_ptr + rows, mask=row_mask, other=-1)  # [BLOCK_R]
-            is_contrasted = group >= 0
-        # Read before the product hides its latency; an old value is a lower bound all the same.
-        seen = tl.load(running_ptr + rows, mask=row_mask, other=0.0, volatile=True)  # [BLOCK_R]
+        # Read before the product, which hides the latency, and looked at behind it: a number that
+        # is waited for here would hold up the weights. An old one is a lower bound all the same.
+        # A number for each thread: of a smaller load the compiler makes several, in other layouts,
+        # and each sees another moment.
+        copies = rows[None, :] + 0 * tl.arange(0, 8)[:, None]
+        seen = tl.load(  # [8, BLOCK_R]
+            running_ptr + copies, mask=row_mask[None, :], other=0.0, volatile=True
+        )
 
     logits = head_logits_tile(
         upper_ptr, upper_weight_ptr, bias_ptr, rows, row_mask, entries, entry_mask,
         width, EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
     )  # fmt: skip
+    if CONTRAST:
+        # not before the product: its clamp would be computed there, waiting ahead of the weights
+        alpha = tl.load(alpha_ptr + rows, mask=row_mask, other=1.0)  # [BLOCK_R]
     top = tl.max(logits, 0)  # [BLOCK_R]
     total = tl.sum(tl.exp(logits - top[None, :]), 0)
     place = rows.to(tl.int64) * num_tiles + tile
@@ -234,8 +239,11 @@ def head_kernel(
         slots = place[None, :] * BLOCK_V + tl.arange(0, BLOCK_V)[:, None]
         tl.store(candidate_logit_ptr + slots, logits, mask=is_whole[None, :])
     if CONTRAST:
+        log_alpha = tl.log(tl.minimum(tl.maximum(alpha, 0.0), 1.0))
         limit = tl.full((BLOCK_R,), float("inf"), tl.float32)
-        hot = is_contrasted & (top >= seen + log_alpha)
+        hot = row_mask & (top >= tl.max(seen, 0) + log_alpha)
+        if MIXED:
+            hot = hot & (group >= 0)
         if tl.max(hot.to(tl.int32), 0) > 0:
             before = tl.atomic_max(running_ptr + rows, top, mask=hot, sem="relaxed")
             limit = tl.where(hot, tl.maximum(before, top) + log_alpha, limit)

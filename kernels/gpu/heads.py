@@ -70,7 +70,7 @@ def head_config(rows: int, dtype: torch.dtype) -> HeadConfig:
     if rows <= 16:
         return HeadConfig(32, 16, 128, 4, 4, 128)
     if rows <= 32:
-        return HeadConfig(32, 32, 128, 4, 8)
+        return HeadConfig(32, 32, 128, 6, 8, 128)
     return HeadConfig(32, 64, 64, 6, 8, 128)
 
 

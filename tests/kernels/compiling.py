@@ -385,6 +385,7 @@ def compiled(item: Shipped, capability: int) -> dict[str, Any]:
         "stack": int(numbers[2]),
         "shared": kernel.metadata.shared,
         "products": sorted(set(PRODUCTS.findall(kernel.asm["ptx"]))),
+        "moments": kernel.asm["ttgir"].count("isVolatile = true"),
         "overlap": [name for name in OVERLAPS if name in kernel.asm["ptx"]],
     }
 

@@ -33,6 +33,8 @@ def test_every_configuration_compiles_without_spills(capability):
     is_early = {tuple(r["overlap"]) for r in step if not r["name"].startswith(("merge", "norm"))}
     assert is_early == {(*OVERLAPS,) if capability >= 90 else ()}
     assert {bool(r["overlap"]) for r in step} == {capability >= 90}
+    # what other programs change meanwhile is read once: copies in other layouts would not be equal
+    assert {r["moments"] for r in reports if r["name"].startswith("head rows")} == {0, 1}
     # one instruction for any number of rows, so that a row's bits do not depend on the others
     rows = ("product", "head rows")
     skinny = [r for r in reports if r["name"].startswith(rows) and "float32" not in r["name"]]
