@@ -257,8 +257,22 @@ void coded_heads(int64_t vocab, int64_t rows, int64_t columns) {
   std::vector<uint8_t> coded(rows * 2 * columns);
   std::vector<float> coded_scales(rows * 2), heats(rows, 0.0f), log_probs(rows);
   std::vector<double> norms(rows), slacks(rows);
-  code_rows(2, states.data(), nullptr, rows, columns,
+  const std::vector<float> factors(columns, 1.0f);
+  code_rows(2, states.data(), factors.data(), rows, columns,
             {2, coded.data(), coded_scales.data(), norms.data(), slacks.data()});
+  coded_head_statistics(2, {coded.data(), coded_scales.data()}, 2, rows,
+                        {codes.data(), starts.data(), scales.data(), vocab, columns}, bias.data(),
+                        {likely.data(), first.data(), second.data(), log_sum.data(),
+                         entropy.data()});
+  for (int64_t row = 0; row < rows; ++row) {
+    double best = -INFINITY;
+    for (int64_t v = 0; v < vocab; ++v) {
+      double logit = bias[v];
+      for (int64_t i = 0; i < columns; ++i) logit += states[row * columns + i] * code_at(v, i) / 1024.0;
+      best = std::max(best, logit);
+    }
+    expect_near(first[row] + log_sum[row], best, "greatest logit of two terms");
+  }
   const std::vector<float> reaches(rows, 1.0f), alphas(rows, 0.1f);
   const std::vector<int64_t> seeds(rows, 5);
   std::vector<int32_t> counts(rows);
