@@ -32,7 +32,7 @@ def rows_asked(
     asked_kernel[(1,)](
         here, rules.measures, rules.shortlists, progress.left, progress.passed,
         listed.rows, listed.before, layer, kinds, shortlist, len(here),
-        BLOCK=_BLOCK, **options(4),
+        BLOCK=_BLOCK, **options(4, 64),
     )  # fmt: skip
     return listed
 
@@ -49,7 +49,7 @@ def decide_exits(
         before, *columns, found if is_told else None, rules.measures, rules.thresholds,
         progress.left, progress.values, progress.tokens, progress.streaks, progress.is_read,
         progress.passed, layer, len(before) - 1,
-        TOLD=is_told, BOUND=is_bound, BLOCK=_BLOCK, **options(4),
+        TOLD=is_told, BOUND=is_bound, BLOCK=_BLOCK, **options(4, 64),
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def rows_beyond(left: Tensor, layer: int, paths: Any) -> tuple[RowList, RowList]
     running, copied = _empty_list(left), _empty_list(left)
     beyond_kernel[(1,)](
         left, paths.owners, paths.joins, paths.depths, paths.flags, running.rows, running.before,
-        copied.rows, copied.before, layer, len(left), BLOCK=_BLOCK, **options(4),
+        copied.rows, copied.before, layer, len(left), BLOCK=_BLOCK, **options(4, 64),
     )  # fmt: skip
     return running, copied
 

@@ -25,9 +25,9 @@ def exits() -> Iterator[_Item]:
     """Name, kernel, dtype, constants, options, types of arguments."""
     block = {"BLOCK": exit_rows._BLOCK}
     for name, kernel in (("asked", exit_rows.asked_kernel), ("beyond", exit_rows.beyond_kernel)):
-        yield f"exit rows {name}", kernel, torch.float32, block, options(4), TYPES
+        yield f"exit rows {name}", kernel, torch.float32, block, options(4, 64), TYPES
     for is_told, is_bound in ((False, False), (False, True), (True, False)):
         unused = _OF_HEADS if is_told else ("told_ptr",)
         constants = {**block, "TOLD": is_told, "BOUND": is_bound, **dict.fromkeys(unused)}
         name = f"exit rows decide told={is_told} bound={is_bound}"
-        yield name, exit_rows.decide_kernel, torch.float32, constants, options(4), TYPES
+        yield name, exit_rows.decide_kernel, torch.float32, constants, options(4, 64), TYPES
