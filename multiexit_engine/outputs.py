@@ -48,8 +48,8 @@ class CompletionOutput:
         drafted: for each token whether an exit had drafted it (``SelfSpeculative``); tokens are
             the target's own either way.
         confidences: under ``EarlyExit`` for each token what was measured where it left; of one
-            that left at no exit what the last exit measured. Empty otherwise, and where
-            ``SamplingParams.confidences`` does not ask for them.
+            that left at no exit what the last exit measured. Empty otherwise, and with
+            ``SamplingParams(confidences=False)``.
         premature_layers: under ``DoLa`` for each token the layer that it was contrasted with, 0
             for the embeddings. Empty otherwise, and under beam search.
     """

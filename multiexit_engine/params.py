@@ -87,8 +87,8 @@ class SamplingParams:
         early_stopping: when beam search ends: True, False or "never" as in transformers.
         logprobs: report this many best alternatives for each token; -1 for the whole vocabulary.
         prompt_logprobs: the same for the tokens of the prompt.
-        confidences: report for each token of ``EarlyExit`` what its exit measured. Costs the whole
-            head at each exit where 8-bit codes of it would decide who leaves.
+        confidences: report for each token of ``EarlyExit`` what its exit measured. False spares
+            the whole head at each exit where 8-bit codes of it can decide who leaves.
         skip_special_tokens: leave special tokens out of the text.
         structured_outputs: the form of the text, such as {"regex": "[ab]+"} or
             {"json": {...a schema...}}: tokens that would break it are never chosen, and the text
@@ -120,7 +120,7 @@ class SamplingParams:
     early_stopping: bool | Literal["never"] = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    confidences: bool = False
+    confidences: bool = True
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputs | None = None
 

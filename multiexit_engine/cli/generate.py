@@ -71,8 +71,8 @@ def generate(
     prompts = read_prompts(prompt, input)
     loaded = Engine.from_pretrained(model, **engine)
     coloured = show_exits or exits_html is not None
-    if coloured:
-        params = dataclasses.replace(params, confidences=True)
+    if not json:
+        params = dataclasses.replace(params, confidences=coloured)
     if not json and not coloured and len(prompts) == 1 and params.n == params.num_beams == 1:
         _stream(loaded, prompts[0], params, mode)
         return

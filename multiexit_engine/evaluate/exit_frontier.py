@@ -104,7 +104,7 @@ def measure_frontier(
     readings = [
         engine.exit_readings(window, modes[0])._replace(states=torch.empty(0)) for window in windows
     ]
-    params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, confidences=False)
     speeds, tokens_by_layer = _speeds(
         engine, [Original(), *modes], prompts, params, batch_size, num_runs
     )

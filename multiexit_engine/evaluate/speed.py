@@ -68,7 +68,7 @@ def measure_latency(
         seed: of the random prompts.
     """
     prompts = _prompts(engine, prompt_len, seed)
-    params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, confidences=False)
     runs = [_token_times(engine, next(prompts), params, decoding) for _ in range(num_runs + 1)][1:]
     if len(runs[0]) < 2:
         raise ValueError(f"max_new_tokens={max_new_tokens}: a latency needs at least two tokens")
@@ -100,7 +100,7 @@ def measure_throughput(
         seed: of the random prompts.
     """
     prompts = _prompts(engine, prompt_len, seed)
-    params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, confidences=False)
     seconds, num_tokens = [], 0
     for _ in range(num_runs + 1):
         batch = [next(prompts) for _ in range(batch_size)]

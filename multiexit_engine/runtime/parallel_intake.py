@@ -22,6 +22,8 @@ _MEANINGFUL = {
     "max_new_tokens", "stop_token_ids", "ignore_eos", "seed", "skip_special_tokens", "logprobs",
     # these only shape a draw, and nothing is drawn at temperature 0
     "top_k", "top_p", "min_p", "typical_p", "length_penalty", "early_stopping",
+    # of EarlyExit alone, whose confidences no other mode has
+    "confidences",
 }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from multiexit_engine.serve.protocol import JsonObject, JsonSchema, SamplingBody
 from multiexit_engine.structured import StructuredOutputs
 
 # OpenAI's defaults where they differ from those of SamplingParams.
-DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_k": 0}
+# answers carry no confidences
+DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "confidences": False}
 SAME_NAME = (
     "temperature",
     "top_p",

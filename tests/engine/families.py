@@ -135,14 +135,13 @@ def samplings(mode: Any, draw: random.Random) -> list[SamplingParams]:
         return [SamplingParams(ignore_eos=True), SamplingParams(logprobs=1)]
     length = draw.randint(1, 24)
     found = [
-        SamplingParams(max_new_tokens=length),
+        SamplingParams(max_new_tokens=length, confidences=False),
         SamplingParams(max_new_tokens=length, temperature=1.5, top_p=0.9, n=2, seed=length),
         SamplingParams(
             max_new_tokens=length,
             repetition_penalty=1.3,
             no_repeat_ngram_size=2,
             logprobs=2,
-            confidences=True,
         ),
     ]
     return [*found, SamplingParams(max_new_tokens=length, num_beams=3)][: 3 + takes_beams(mode)]

@@ -85,7 +85,7 @@ def test_a_threshold_that_all_pass_gives_the_tokens_of_the_first_exit(
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m.shortlist is None][:3], ids=str)
 def test_each_token_is_that_of_the_first_exit_that_passes(engine, mode):
-    sampling = SamplingParams(max_new_tokens=30, ignore_eos=True, confidences=True)
+    sampling = SamplingParams(max_new_tokens=30, ignore_eos=True)
     outputs = engine.generate(prompts(5), sampling, mode)
     seen = set()
     for prompt, output in zip(prompts(5), outputs, strict=True):
@@ -133,7 +133,7 @@ def test_a_shortlist_with_every_best_token_changes_nothing(engine, measure):
 def test_a_row_that_a_shortlist_lets_pass_is_checked_on_all_tokens(engine):
     """Two tokens alone are always sure of themselves; the whole vocabulary is not."""
     mode = EarlyExit(0.3)
-    sampling = SamplingParams(max_new_tokens=30, ignore_eos=True, confidences=True)
+    sampling = SamplingParams(max_new_tokens=30, ignore_eos=True)
     outputs = engine.generate(prompts(6), sampling, replace(mode, shortlist=2))
     for output in outputs:
         for layer, value in zip(
@@ -292,14 +292,15 @@ def test_rows_that_went_on_leave_when_nobody_else_is_left(engine, monkeypatch):
 
 
 def test_streamed_pieces_add_up(engine):
-    sampling, mode = SamplingParams(max_new_tokens=40, confidences=True), EarlyExit(0.3)
+    sampling, mode = SamplingParams(max_new_tokens=40), EarlyExit(0.3)
     pieces = list(engine.stream("ab", sampling, mode))
     whole = engine.generate("ab", sampling, mode)[0].outputs[0]
     assert [t for piece in pieces for t in piece.token_ids] == whole.token_ids
     assert [k for piece in pieces for k in piece.exit_layers] == whole.exit_layers
     assert [c for piece in pieces for c in piece.confidences] == whole.confidences
     assert len(whole.confidences) == 40
-    (unasked,) = engine.generate("ab", SamplingParams(max_new_tokens=40), mode)[0].outputs
+    unwanted = SamplingParams(max_new_tokens=40, confidences=False)
+    (unasked,) = engine.generate("ab", unwanted, mode)[0].outputs
     assert (unasked.token_ids, unasked.confidences) == (whole.token_ids, [])
 
 

@@ -37,7 +37,7 @@ def chance(folder, layer, state):
 
 
 def test_confidences_are_the_probes_chances(probed, engine):
-    sampling = SamplingParams(max_new_tokens=40, ignore_eos=True, confidences=True)
+    sampling = SamplingParams(max_new_tokens=40, ignore_eos=True)
     (output,) = engine.generate([3, 1, 4], sampling, MODE)
     (completion,) = output.outputs
     text = [3, 1, 4, *completion.token_ids]

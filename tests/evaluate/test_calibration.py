@@ -53,7 +53,7 @@ def test_readings_are_what_requests_measure(engine, measure):
     start = {"entropy": 0.0, "patience": 4.0}.get(measure, 1.1)
     mode = EarlyExit(start, measure)
     prompt = texts(1)[0][:20]
-    sampling = SamplingParams(max_new_tokens=30, ignore_eos=True, confidences=True)
+    sampling = SamplingParams(max_new_tokens=30, ignore_eos=True)
     (output,) = engine.generate(prompt, sampling, mode)
     text = prompt + output.outputs[0].token_ids
     readings = engine.exit_readings(text, mode)

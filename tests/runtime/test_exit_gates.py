@@ -15,7 +15,7 @@ from tests.engine.families import EARLY_EXITS, with_copies
 from tests.tiny import save_gpt2, save_probes
 
 PROMPTS = [[3, 1, 4], list(range(40)), [200, 7], [9] * 12]
-GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
+GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True, confidences=False)
 SAMPLED = replace(GREEDY, temperature=1.0, top_k=0, seed=3)
 
 

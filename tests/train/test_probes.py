@@ -54,9 +54,7 @@ def test_a_trained_probe_is_read_calibrated_and_followed(folder, tmp_path):
     found = calibrate(engine, texts(40, seed=2), measure="probe", agreement=0.3)
     assert found.probes is not None and found.mean_layer < 6
     mode = EarlyExit(found.threshold, "probe")
-    (output,) = engine.generate(
-        [1, 2, 3], SamplingParams(max_new_tokens=20, confidences=True), mode
-    )
+    (output,) = engine.generate([1, 2, 3], SamplingParams(max_new_tokens=20), mode)
     assert len(output.outputs[0].confidences) == len(output.outputs[0].token_ids)
 
 
