@@ -13,8 +13,8 @@ COMPILER = shutil.which("g++")
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no g++")
 def test_no_kernel_reads_or_writes_where_it_may_not(tmp_path):
-    program = tmp_path / "test_kernels"
-    sources = [CSRC / "tests" / "test_kernels.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    program = tmp_path / "kernels"
+    sources = [*(CSRC / "tests" / "kernels").glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]
     flags = "-std=c++17 -O1 -g -ffp-contract=off -w -pthread -fno-sanitize-recover=all"
     checks = "-fsanitize=address,undefined"
     command = [COMPILER, *flags.split(), checks, f"-I{CSRC}", *map(str, sources)]
