@@ -102,8 +102,8 @@ def joined(
     if is_last:
         tl.store(ticket_ptr + turn, 0)
         total = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
-        # unrolled, so that many parts are on their way at once
-        for other in tl.static_range(SPLITS):
+        # unrolled, so that as many parts are on their way at once as registers hold
+        for other in tl.range(0, SPLITS, loop_unroll_factor=16 if BLOCK_R <= 32 else 4):
             place = first + other * BLOCK_V * BLOCK_R + cells
             total += tl.load(place, cache_modifier=".cg")  # [BLOCK_V, BLOCK_R]
     return total, is_last

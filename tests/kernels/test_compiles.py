@@ -28,13 +28,15 @@ def test_every_configuration_compiles_without_spills(capability):
     assert not [report for report in reports if report["stack"]]
     limit = SHARED_MEMORY[capability] * 1024
     assert not [report for report in reports if report["shared"] > limit]
-    # from sm_90 on the kernels of a decode step begin early, and ask for what is read later
+    # from sm_90 on the kernels of a decode step begin early; but for lists of rows, and where there
+    # is nothing to read, they ask for what is read later
     step = [r for r in reports if r["name"].startswith(("product", "short", "merge", "norm"))]
-    is_early = {tuple(r["overlap"]) for r in step if not r["name"].startswith(("merge", "norm"))}
-    assert is_early == {(*OVERLAPS,) if capability >= 90 else ()}
-    assert {bool(r["overlap"]) for r in step} == {capability >= 90}
-    # what other programs change meanwhile is read once: copies in other layouts would not be equal
-    assert {r["moments"] for r in reports if r["name"].startswith("head rows")} == {0, 1}
+    begins = tuple(name for name in OVERLAPS if "prefetch" not in name)
+    allowed = {begins, OVERLAPS} if capability >= 90 else {()}
+    assert {tuple(r["overlap"]) for r in step} == allowed
+    reading = [r for r in step if r["name"].startswith(("product", "short"))]
+    whole = {tuple(r["overlap"]) for r in reading if "listed" not in r["name"]}
+    assert whole == ({OVERLAPS} if capability >= 90 else {()})
     # one instruction for any number of rows, so that a row's bits do not depend on the others
     rows = ("product", "head rows")
     skinny = [r for r in reports if r["name"].startswith(rows) and "float32" not in r["name"]]
