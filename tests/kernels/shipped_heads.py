@@ -1,0 +1,161 @@
+"""The kernels of heads as the engine launches them, for the compile test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+
+from multiexit_engine.kernels import head_finish, head_statistics, head_tiles
+from multiexit_engine.kernels import heads as configs
+from multiexit_engine.kernels.launch import options
+from tests.kernels.shipped import DTYPES, Shipped
+
+# What a head whose rows have no lower heads of their own does without.
+MIXED = ("lower_table_ptr", "group_ptr")
+# What the last kernel does without where no score is edited.
+EDITS = (
+    "edited_ptr", "entry_ptr", "allowed_ptr", "is_edited_ptr", "add_ptr", "penalty_ptr", "loss_ptr",
+)  # fmt: skip
+# What a row's draw is narrowed by.
+NARROWING = ("top_k_ptr", "unlikely_ptr", "min_p_ptr")
+# Where it tells its best tokens.
+BEST = ("asked_ptr", "best_id_ptr", "best_logprob_ptr", "rank_ptr")
+
+
+class HeadKind(NamedTuple):
+    """Lower heads of rows; whether scores are edited, draws narrowed, best tokens told."""
+
+    lowers: str
+    edited: bool = False
+    narrowed: bool = False
+    told: bool = False
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {"EDITED": self.edited, "NARROWED": self.narrowed, "TOLD": self.told}
+
+    @property
+    def has_all(self) -> bool:
+        return self.lowers == "own" and self.edited and (self.narrowed or self.told)
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self._asdict().items())
+
+
+BOTH = (False, True)
+HEADS = (
+    HeadKind("no"),
+    HeadKind("one"),
+    *(HeadKind(*kind) for kind in product(("no", "own"), BOTH, BOTH, BOTH) if any(kind[1:])),
+    HeadKind("own"),
+)
+
+
+def heads(overlap: bool) -> Iterator[Shipped]:
+    """Tiles of heads and of their statistics, and the kernels that finish both."""
+    for dtype in DTYPES:
+        for rows in (1, 16, 32, 64):
+            for kind in HEADS:
+                yield _head(rows, dtype, kind, overlap)
+            yield from (_statistics(rows, dtype, is_listed) for is_listed in (True, False))
+    yield from _finishes(overlap)
+
+
+def _head(rows: int, dtype: torch.dtype, kind: HeadKind, overlap: bool) -> Shipped:
+    """The tiles of a head, its rows contrasted with no lower head, with one, or each with its own.
+
+    Where each row has its own the heads have a bias, which takes more registers than none.
+    """
+    lowers, edited, narrowed, told = kind
+    config = configs.head_config(rows, dtype)
+    if lowers == "own" or any(kind.flags.values()):
+        config = configs.mixed_config(rows, dtype, kind.has_all)
+    unused: dict[str, Any] = {
+        "no": dict.fromkeys(("bias_ptr", "lower_ptr", "lower_weight_ptr", *MIXED)),
+        "one": dict.fromkeys(("bias_ptr", *MIXED)),
+        "own": {},
+    }[lowers]
+    return Shipped(
+        f"head rows={rows} {kind}",
+        head_tiles.head_kernel,
+        dtype,
+        {
+            **unused,
+            **({} if edited else {"edited_ptr": None, "allowed_ptr": None}),
+            **({} if narrowed else dict.fromkeys(NARROWING)),
+            **({} if told else {"asked_ptr": None}),
+            "EVEN": 1024 % config.block_k == 0,
+            "HAS_BIAS": lowers == "own",
+            "CONTRAST": lowers != "no",
+            "MIXED": lowers == "own",
+            **kind.flags,
+            "BLOCK_V": config.block_v,
+            "BLOCK_R": config.block_r,
+            "BLOCK_K": config.block_k,
+            "STAGES": config.num_stages,
+            "OVERLAP": overlap,
+        },
+        options(config.num_warps, config.max_registers),
+    )
+
+
+def _statistics(rows: int, dtype: torch.dtype, is_listed: bool) -> Shipped:
+    config = configs.head_config(rows, dtype)
+    return Shipped(
+        f"statistics rows={rows} listed={is_listed}",
+        head_statistics.statistics_kernel,
+        dtype,
+        {
+            "bias_ptr": None,
+            **({} if is_listed else {"row_ptr": None, "count_ptr": None}),
+            "LISTED": is_listed,
+            "EVEN": 1024 % config.block_k == 0,
+            "HAS_BIAS": False,
+            "BLOCK_V": config.block_v,
+            "BLOCK_R": config.block_r,
+            "BLOCK_K": config.block_k,
+            "STAGES": config.num_stages,
+        },
+        options(config.num_warps, config.max_registers),
+    )
+
+
+def _finishes(overlap: bool) -> Iterator[Shipped]:
+    tail = {"TILES": 4096, "OVERLAP": overlap}
+    yield Shipped("head finish", head_finish.head_finish_kernel, DTYPES[0], tail, options(4))
+    for is_listed in (True, False):
+        unlisted: dict[str, Any] = {} if is_listed else {"row_ptr": None, "count_ptr": None}
+        yield Shipped(
+            f"statistics finish listed={is_listed}",
+            head_statistics.statistics_finish_kernel,
+            DTYPES[0],
+            {"TILES": 4096, "LISTED": is_listed, **unlisted},
+            options(4),
+        )
+    for kind in HEADS[1:]:
+        lowers, edited, narrowed, told = kind
+        unused = () if edited else EDITS
+        unused += () if narrowed else NARROWING
+        unused += () if told else BEST
+        last_options = configs.finish_config(*kind.flags.values())
+        listed = last_options.pop("LISTED")
+        unused += () if lowers == "own" else ("group_ptr", "least_ptr")
+        yield Shipped(
+            f"contrast finish {kind}",
+            head_finish.contrast_finish_kernel,
+            DTYPES[0],
+            {
+                **tail,
+                **dict.fromkeys(unused),
+                "BLOCK_V": 32,
+                "LISTED": listed,
+                "CONTRAST": lowers != "no",
+                "MIXED": lowers == "own",
+                "LEAST": lowers == "own",
+                **kind.flags,
+            },
+            last_options,
+        )
