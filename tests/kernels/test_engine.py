@@ -127,6 +127,19 @@ class Watched:
         return self.kernel[grid]
 
 
+def beside_reference(folder, device, sampling):
+    """Outputs of rows that share a head in modes of all kinds, of the kernels and of PyTorch."""
+    modes = [Contrast(4, 2), Contrast(4, 1), Exit(4), Contrast(4, 2, alpha=0.5), Contrast(4, 2)]
+    with rehearsal(device):
+        outputs = on_kernels(folder, device).generate(PROMPTS, sampling, modes)
+    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
+    return outputs, engine.generate(PROMPTS, sampling, modes)
+
+
+def token_ids(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
 EDITING = [
     SamplingParams(max_new_tokens=3, ignore_eos=True, repetition_penalty=1.7),
     SamplingParams(max_new_tokens=3, ignore_eos=True, presence_penalty=3.0, frequency_penalty=1.0),
@@ -140,14 +153,9 @@ EDITING = [
 
 def test_penalties_biases_and_bans_are_taken_by_the_kernels(folder, device, launched):
     """As are rows without any beside them: two launches for each matrix in each step."""
-    modes = [Contrast(4, 2), Contrast(4, 1), Exit(4), Contrast(4, 2, alpha=0.5), Contrast(4, 2)]
-    with rehearsal(device):
-        outputs = on_kernels(folder, device).generate(PROMPTS, EDITING, modes)
+    outputs, expected = beside_reference(folder, device, EDITING)
     assert launched == ["head_kernel", "contrast_finish_kernel"] * 3
-    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
-    expected = engine.generate(PROMPTS, EDITING, modes)
-    found = [output.outputs[0].token_ids for output in outputs]
-    assert found == [output.outputs[0].token_ids for output in expected]
+    assert token_ids(outputs) == token_ids(expected)
 
 
 NARROWING = [
@@ -163,14 +171,9 @@ NARROWING = [
 
 def test_what_sampling_is_by_default_is_done_by_the_kernels(folder, device, launched):
     """top_k=50, and top_p and min_p, beside rows with penalties and greedy ones."""
-    modes = [Contrast(4, 2), Contrast(4, 1), Exit(4), Contrast(4, 2, alpha=0.5), Contrast(4, 2)]
-    with rehearsal(device):
-        outputs = on_kernels(folder, device).generate(PROMPTS, NARROWING, modes)
+    outputs, expected = beside_reference(folder, device, NARROWING)
     assert launched == ["head_kernel", "contrast_finish_kernel"] * 3
-    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
-    expected = engine.generate(PROMPTS, NARROWING, modes)
-    found = [output.outputs[0].token_ids for output in outputs]
-    assert found == [output.outputs[0].token_ids for output in expected]
+    assert token_ids(outputs) == token_ids(expected)
 
 
 LISTING = [
@@ -184,14 +187,10 @@ LISTING = [
 
 def test_logprobs_are_told_by_the_kernels(folder, device, launched):
     """Beside rows with edits, narrowed ones and such as want a token alone."""
-    modes = [Contrast(4, 2), Contrast(4, 1), Exit(4), Contrast(4, 2, alpha=0.5), Contrast(4, 2)]
-    with rehearsal(device):
-        outputs = on_kernels(folder, device).generate(PROMPTS, LISTING, modes)
+    outputs, expected = beside_reference(folder, device, LISTING)
     assert launched == ["head_kernel", "contrast_finish_kernel"] * 2
-    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
-    expected = engine.generate(PROMPTS, LISTING, modes)
+    assert token_ids(outputs) == token_ids(expected)
     for found, wanted in zip(outputs, expected, strict=True):
-        assert found.outputs[0].token_ids == wanted.outputs[0].token_ids
         assert_same_logprobs(found.outputs[0].logprobs, wanted.outputs[0].logprobs)
 
 
