@@ -16,17 +16,14 @@ from torch import Tensor
 
 from multiexit_engine.batch import ForwardBatch, SequenceLayout
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
-from multiexit_engine.decoding.draws import Draws, group_tokens
 from multiexit_engine.decoding.plan import HeadGroup, Segment
 from multiexit_engine.layers.exit_heads import Head, HeadOperands
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.ops import head_tokens
-from multiexit_engine.ops.best_tokens import BestTokens, no_best_tokens
-from multiexit_engine.ops.narrowing import Narrowing
 from multiexit_engine.ops.tokens import RowGroup
-from multiexit_engine.runtime.decode_memory import BEST, NARROWING, DecodeMemory
-from multiexit_engine.runtime.edit_memory import NO_EDITS, EditMemory, EditRoom
+from multiexit_engine.runtime.decode_memory import DecodeMemory
 from multiexit_engine.runtime.graphs import Pieces
+from multiexit_engine.runtime.wished_tokens import HeadWishes, WishedTokens
 
 
 class _Part(NamedTuple):
@@ -45,22 +42,6 @@ class _Part(NamedTuple):
     size: int
 
 
-class HeadWishes(NamedTuple):
-    """What rows of a step want of their heads besides a token: hashable, as a part of pieces' keys.
-
-    Attributes:
-        are_narrowed: some draw from a part of their tokens.
-        have_least: some contrasts keep more than one plausible token at least.
-        are_told: some list best tokens.
-        edits: what is done to scores before.
-    """
-
-    are_narrowed: bool = False
-    have_least: bool = False
-    are_told: bool = False
-    edits: EditRoom = NO_EDITS
-
-
 class DecodePieces:
     """Runs the pieces of steps of one decoder-only model.
 
@@ -68,7 +49,7 @@ class DecodePieces:
         model: the decoder.
         kv_cache: of the model.
         memory: the rows' inputs and results.
-        edits: what is done to the scores of these rows.
+        tokens: chooses tokens of these rows.
         pieces: how pieces run.
     """
 
@@ -77,13 +58,13 @@ class DecodePieces:
         model: MultiExitModel,
         kv_cache: PagedKVCache,
         memory: DecodeMemory,
-        edits: EditMemory,
+        tokens: WishedTokens,
         pieces: Pieces,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._memory = memory
-        self._edits = edits
+        self._wished = tokens
         self._pieces = pieces
         num_rows = memory.spare_row + 1
         self._starts = torch.arange(num_rows + 1, dtype=torch.int32, device=kv_cache.device)
@@ -144,6 +125,14 @@ class DecodePieces:
         what = head, num_tokens, first, size
         self._pieces.run(("draft", *what), batch, partial(self._draft, *what))
 
+    def note_latest(self, batch: int) -> None:
+        """Let edits count the tokens that only the device knows, before others take their places.
+
+        Args:
+            batch: sequences of the step, padding included.
+        """
+        self._pieces.run(("latest",), batch, self._wished.note_latest)
+
     def choose(
         self, groups: Sequence[HeadGroup], batch: int, are_listed: bool, wishes: HeadWishes
     ) -> None:
@@ -156,30 +145,41 @@ class DecodePieces:
                 the first rows.
             wishes: of these rows.
         """
-        if wishes.edits.num_edits:
-            tokens, sources = self._memory.results["tokens"], self._memory.inputs["sources"]
-            call = partial(self._edits.note_latest, tokens, sources)
-            self._pieces.run(("latest",), batch, call)
         for parts in self._by_matrix(groups, are_listed):
             self._pieces.run(("heads", parts, wishes), batch, partial(self._choose, parts, wishes))
 
     def _span(self, start: int, stop: int, first: int, size: int, bound: int) -> None:
         """Run a span of layers on ``size`` rows, from the memory of states to it."""
         inputs, rows = self._memory.inputs, slice(first, first + size)
-        positions = inputs["positions"][rows]
+        tokens = inputs["tokens"][rows] if start else self.tokens(rows)
+        forward = self.forward(rows, size, tokens, inputs["tables"][rows], bound)
+        embed = self._model.embed
+        hidden = self._states[start][rows] if start else embed(tokens, forward.positions)
+        hidden = self._model.run_layers(hidden, start, stop, self._kv_cache, forward)
+        self.states_after(stop, hidden)[rows] = hidden
+
+    def forward(
+        self, rows: slice, size: int, tokens: Tensor, tables: Tensor, bound: int
+    ) -> ForwardBatch:
+        """What layers are told of rows of the memory, each a sequence of its own.
+
+        Args:
+            rows: of the memory.
+            size: how many.
+            tokens: [rows] int64.
+            tables: their block tables.
+            bound: of keys.
+        """
+        inputs = self._memory.inputs
         layout = SequenceLayout(
             query_lens=(1,) * size,
             context_lens=(bound,) * size,
             cu_query_lens=self._starts[: size + 1],
             context_lens_device=inputs["contexts"][rows],
-            block_tables=inputs["tables"][rows],
+            block_tables=tables,
             has_bounds=True,
         )
-        tokens = inputs["tokens"][rows] if start else self.tokens(rows)
-        forward = ForwardBatch(tokens, positions, inputs["slots"][rows], layout)
-        hidden = self._states[start][rows] if start else self._model.embed(tokens, positions)
-        hidden = self._model.run_layers(hidden, start, stop, self._kv_cache, forward)
-        self.states_after(stop, hidden)[rows] = hidden
+        return ForwardBatch(tokens, inputs["positions"][rows], inputs["slots"][rows], layout)
 
     def states_after(self, layer: int, like: Tensor) -> Tensor:
         """[rows of the memory, hidden]: where states after a layer lie, in the type of some."""
@@ -222,15 +222,8 @@ class DecodePieces:
 
     def _choose(self, parts: tuple[_Part, ...], wishes: HeadWishes) -> None:
         """Choose tokens of the rows of groups whose heads have one matrix, which is read once."""
-        inputs, results = self._memory.inputs, self._memory.results
         rows = [self._rows_of(part) for part in parts]
         own = rows[0] if len(parts) == 1 else torch.cat([r for r in rows if isinstance(r, Tensor)])
-        draws = self._draws(own, wishes.are_narrowed)
-        counts = torch.zeros_like(draws.seeds, dtype=torch.int32)
-        best = self._best_tokens(own) if wishes.are_told else None
-        edits = None
-        if wishes.edits.num_edits:
-            edits = self._edits.edits(own, len(counts), wishes.edits)
         pairs = list(zip(parts, rows, strict=True))
         uppers = [self._operands(part.upper, place) for part, place in pairs]
         lowers = [part.lower and self._operands(part.lower, place) for part, place in pairs]
@@ -238,25 +231,8 @@ class DecodePieces:
         if len(parts) > 1:
             upper = upper._replace(hidden=torch.cat([one.hidden for one in uppers]))
         groups = [RowGroup(p.size, *(low or ())) for p, low in zip(parts, lowers, strict=True)]
-        least = inputs["min_candidates"][own] if wishes.have_least else None
-        alpha = inputs["alphas"][own]
-        found = group_tokens(upper, groups, alpha, least, draws, counts, edits, best)
-        results["tokens"][own], results["logprobs"][own] = found[0], found[1].float()
-        results["candidates"][own] = counts
-        if best is not None:
-            for name, told in zip(BEST, best[1:], strict=True):
-                results[name][own] = told
-
-    def _draws(self, own: Tensor | slice, are_narrowed: bool) -> Draws:
-        inputs = self._memory.inputs
-        narrowing = Narrowing(*(inputs[name][own] for name in NARROWING)) if are_narrowed else None
-        return Draws(
-            inputs["temperatures"][own], inputs["seeds"][own], inputs["counts"][own], narrowing
-        )
-
-    def _best_tokens(self, own: Tensor | slice) -> BestTokens:
-        asked = self._memory.inputs["logprobs"][own]
-        return no_best_tokens(asked, self._memory.results[BEST[0]].shape[1])
+        for name, found in self._wished.choose(own, upper, groups, wishes).items():
+            self._memory.results[name][own] = found
 
     def _rows_of(self, part: _Part) -> Tensor | slice:
         if part.place is None:

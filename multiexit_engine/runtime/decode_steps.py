@@ -29,7 +29,7 @@ from multiexit_engine.params import Contrast, DecodingMode, EarlyExit, Exit, Ori
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choices
 from multiexit_engine.runtime.decode_memory import MAX_GROUPS, DecodeMemory
-from multiexit_engine.runtime.decode_pieces import DecodePieces, HeadWishes
+from multiexit_engine.runtime.decode_pieces import DecodePieces
 from multiexit_engine.runtime.decode_rows import alphas_of, decode_rows
 from multiexit_engine.runtime.draft_rounds import Items, Rounds
 from multiexit_engine.runtime.edit_memory import EditMemory
@@ -50,6 +50,7 @@ from multiexit_engine.runtime.plain_rows import (
 )
 from multiexit_engine.runtime.state_rows import StateRows
 from multiexit_engine.runtime.step_clock import StepClock
+from multiexit_engine.runtime.wished_tokens import HeadWishes, WishedTokens
 from multiexit_engine.transfer import to_device, wait_for
 
 PLAIN = (Original, Exit, Contrast)
@@ -95,7 +96,8 @@ class DecodeSteps:
         )
         num_rows = self._memory.spare_row + 1
         self._edits = EditMemory(num_rows, model.config.vocab_size, config.device)
-        self._pieces = DecodePieces(model, kv_cache, self._memory, self._edits, pieces)
+        tokens = WishedTokens(self._memory, self._edits)
+        self._pieces = DecodePieces(model, kv_cache, self._memory, tokens, pieces)
         self._drafter = PieceDrafter(model.config, self._memory, self._pieces, chooser)
         own = self._memory, self._pieces, pieces
         self._exit_steps = ExitSteps.of(model, kv_cache, states, chooser, config, *own)
@@ -161,6 +163,8 @@ class DecodeSteps:
         if plain:
             batch_size = rounds.sizes[0] if rounds.items else self._pieces.size(len(plain))
             wishes = head_wishes(plain, self._edits.send(turn, edits_of(plain, places)))
+            if wishes.edits.num_edits:
+                self._pieces.note_latest(batch_size)
             self._pieces.choose(groups, batch_size, are_listed, wishes)
         choices = [self._choose_looking(part, places) for part in slices]
         if early is not None:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multiexit_engine.batch import ForwardBatch, SequenceLayout
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.decoding.draws import Draws, pair_tokens
@@ -135,8 +134,6 @@ class ExitPieces:
         self._rows = rows
         self._pieces = pieces
         self._spare_slot = spare_slot
-        count = memory.spare_row + 1
-        self._starts = torch.arange(count + 1, dtype=torch.int32, device=kv_cache.device)
         # what the head of the exit that a row left at reads of it
         self._read: Tensor | None = None
 
@@ -185,16 +182,8 @@ class ExitPieces:
         hidden = self._rows.states(start)[rows] if start else self._enter(rows, span.takes_waiting)
         paths = self._exits.paths(rows)
         running, copied = rows_beyond(self._exits.progress(rows).left, start, paths)
-        layout = SequenceLayout(
-            query_lens=(1,) * size,
-            context_lens=(span.bound,) * size,
-            cu_query_lens=self._starts[: size + 1],
-            context_lens_device=inputs["contexts"][rows],
-            block_tables=inputs["tables"],
-            has_bounds=True,
-        )
-        positions, slots = inputs["positions"][rows], inputs["slots"][rows]
-        forward = ForwardBatch(inputs["tokens"][rows], positions, slots, layout)
+        tokens, tables = inputs["tokens"][rows], inputs["tables"]
+        forward = self._rows.forward(rows, size, tokens, tables, span.bound)
         listed = ListedRows(
             running, copied if span.has_copied else None, paths.owners, self._spare_slot
         )

@@ -11,10 +11,10 @@ from multiexit_engine.decoding.processors import latest_edit, most_edits, row_ed
 from multiexit_engine.decoding.warpers import NOT_NARROWED, narrowing_row
 from multiexit_engine.params import Contrast, DecodingMode
 from multiexit_engine.runtime.choosing import is_edited
-from multiexit_engine.runtime.decode_pieces import HeadWishes
 from multiexit_engine.runtime.edit_memory import CountedEdits, EditRoom
 from multiexit_engine.runtime.flight import Place
 from multiexit_engine.runtime.logit_rows import LogitRow, allowed_masks, token_row
+from multiexit_engine.runtime.wished_tokens import HeadWishes
 
 
 def head_wishes(rows: Sequence[LogitRow], edits: EditRoom) -> HeadWishes:
