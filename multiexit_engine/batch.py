@@ -19,8 +19,7 @@ from multiexit_engine.request import ChosenToken, Held, Joining, Request, Scored
 from multiexit_engine.transfer import to_device
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """A sequence and how many of its tokens this step computes.
 
     Tokens ``[start, start + num_tokens)`` of the sequence are computed; its block table already

@@ -168,7 +168,7 @@ def draft_tokens(
     Source: Zhao et al. 2025, arXiv:2502.14856, with the vocabulary's own order in place of counts.
     """
     operands = heads.operands(head, tap)
-    if device_kind(tap.device) == "cpu":
+    if device_kind(tap.device) == "cpu" and heads.rough.codes(operands.weight) is not None:
         rows = HeadRows(operands.hidden, [RowGroup(len(tap))], draws.temperature, *draws.columns)
         found = heads.rough.tokens(rows, operands.weight, operands.bias, num_tokens)
         if found is not None:
@@ -230,6 +230,8 @@ def _chosen_together(
     is_unchanged = is_token_all and draws.narrowing is None
     is_plain = is_token_all and all(group.lower is None for group in groups)
     is_rough = is_unchanged and device_kind(hidden.device) == "cpu"
+    if is_plain and is_rough:
+        is_rough = heads.rough.codes(upper.weight) is not None
     if is_plain and not is_rough:
         return pair_tokens(upper, None, None, draws, None)
     lowers = [_lower_operands(group, plan, taps, heads) for group in groups]

@@ -49,6 +49,8 @@ class HeadOperands(NamedTuple):
 
     def first(self, num_tokens: int) -> HeadOperands:
         """What gives the logits of the first tokens of the vocabulary only."""
+        if num_tokens == self.weight.shape[0]:
+            return self
         bias = None if self.bias is None else self.bias[:num_tokens]
         return HeadOperands(self.hidden, first_rows(self.weight, num_tokens), bias)
 
@@ -143,7 +145,9 @@ class ExitHeads:
 
     def normed(self, tap: Tensor) -> Tensor:
         """[rows, hidden] in the dtype of the weights: a block's output after the final norm."""
-        return (tap if self._final_norm is None else self._final_norm(tap)).to(self._loader.dtype)
+        hidden = tap if self._final_norm is None else self._final_norm(tap)
+        # asked, since `to` takes longer to give back what it got
+        return hidden if hidden.dtype is self._loader.dtype else hidden.to(self._loader.dtype)
 
     def _weight_name(self, head: Head) -> str | None:
         if head.is_original or head.is_raw or self._config.projection is None:

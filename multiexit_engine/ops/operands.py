@@ -9,7 +9,7 @@ from torch import Tensor
 
 from multiexit_engine.quantization import QuantizedWeight, Weight
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def is_plain(*operands: Weight) -> bool:
@@ -18,11 +18,10 @@ def is_plain(*operands: Weight) -> bool:
     Quantized weights are plain beside any type.
     """
     tensors = [each for each in operands if not isinstance(each, QuantizedWeight)]
-    return (
-        len({tensor.dtype for tensor in tensors}) <= 1
-        and all(tensor.dtype in _DTYPES for tensor in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-    )
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1 or not dtypes <= _DTYPES:
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def is_streamable(*matrices: Weight) -> bool:

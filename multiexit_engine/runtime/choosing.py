@@ -35,17 +35,16 @@ from multiexit_engine.decoding.processors import (
 from multiexit_engine.decoding.sampler import (
     TokenRow,
     choose_several,
-    needs_distribution,
+    needs_scores,
     needs_whole_distribution,
     pick_tokens,
     token_logprobs,
 )
-from multiexit_engine.decoding.warpers import narrowing_of
 from multiexit_engine.layers.exit_heads import ExitHeads
 from multiexit_engine.ops import device_kind
 from multiexit_engine.ops.best_tokens import BestTokens, no_best_tokens
 from multiexit_engine.params import Exit
-from multiexit_engine.request import Request, ScoredToken, sequence_seed
+from multiexit_engine.request import Request, ScoredToken
 from multiexit_engine.runtime.chosen_rows import (
     NOT_A_NUMBER,
     Choice,
@@ -55,6 +54,7 @@ from multiexit_engine.runtime.chosen_rows import (
     scored_tokens,
     with_layers,
 )
+from multiexit_engine.runtime.kept_draws import KeptDraws
 from multiexit_engine.runtime.logit_rows import LogitRow, allowed_masks, token_row
 from multiexit_engine.runtime.logit_slices import LogitSlice
 from multiexit_engine.transfer import ToHost, to_device
@@ -69,13 +69,21 @@ class TokenChooser:
         self._heads = heads
         self._planner = planner
         self._device = device
+        self._draws = KeptDraws(device)
 
     def slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
         """Rows that choose tokens, in at most two slices: direct ones and others."""
-        is_fused = device_kind(self._device) == "cuda"
+        if not rows:
+            return []
+        is_fused = self._is_fused
         direct, scored = _split(rows, [self.is_direct(row, fused=is_fused) for row in rows])
         found = [self._slice(direct, True)] if direct else []
         return [*found, self._slice(scored)] if scored else found
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether ops that choose tokens edit scores and list best tokens, too."""
+        return device_kind(self._device) == "cuda"
 
     def draft_slices(self, rows: Sequence[LogitRow]) -> list[LogitSlice]:
         """The same of rows that draft: direct ones are unchanged, so that they may look at less."""
@@ -189,18 +197,15 @@ class TokenChooser:
             fused: whether they may do more than to take the best token or to draw one: edit scores,
                 narrow draws and list best tokens.
         """
-        request = row.sequence.request
+        request, count = row.sequence.request, row.num_output_tokens
         params = request.sampling
-        is_seen = needs_whole_distribution(params)
-        if not fused:
-            is_seen = needs_distribution(params) or is_edited(row)
-        return (
-            not request.is_beam_search
-            and _num_choices(row) == 1
-            and gives_tokens(row.mode)
-            and request.forced_token_id(row.num_output_tokens) is None
-            and not is_seen
-        )
+        if request.is_beam_search or (params.n > 1 and not count) or not gives_tokens(row.mode):
+            return False
+        if request.forced_token_id(count) is not None:
+            return False
+        if fused:
+            return not needs_whole_distribution(params)
+        return not needs_scores(params, count, request.bad_words)
 
     def wants_token_only(self, row: LogitRow) -> bool:
         """Whether a row's token, drawn from any part of the vocabulary, is all that is wanted."""
@@ -237,7 +242,7 @@ class TokenChooser:
 
     def _edits(self, part: LogitSlice) -> EditsOf | None:
         """What gives the edits of some of a slice's rows, in their order."""
-        if not any(map(is_edited, part.rows)):
+        if not self._is_fused or not any(map(is_edited, part.rows)):
             return None
         rows = [token_row(row) for row in part.rows]
         masks = allowed_masks(part.rows)
@@ -263,6 +268,8 @@ class TokenChooser:
 
     def _best_tokens(self, rows: Sequence[LogitRow]) -> BestTokens | None:
         """Memory for the best tokens of rows that ask for them; None where none does."""
+        if not self._is_fused:
+            return None
         asked = [row.sequence.request.sampling.logprobs for row in rows]
         most = _num_alternatives(asked, self._planner.config.vocab_size)
         if most is None:
@@ -332,16 +339,10 @@ class TokenChooser:
 
     def draws(self, rows: list[LogitRow]) -> Draws:
         """How the tokens of some rows are drawn."""
-        sequences = [row.sequence for row in rows]
-        heats = [s.request.sampling.temperature for s in sequences]
-        state = [
-            [sequence_seed(s.request.seed, s.index) for s in sequences],
-            [row.num_output_tokens for row in rows],
-        ]
-        seeds, positions = to_device(state, self._device)
-        narrowing = narrowing_of([s.request.sampling for s in sequences], self._device)
-        heat = to_device(heats, self._device, torch.float32)
-        return Draws(heat, seeds, positions, narrowing)
+        positions = [row.num_output_tokens for row in rows]
+        return self._draws.of([row.sequence for row in rows])._replace(
+            positions=to_device(positions, self._device, torch.int64)
+        )
 
 
 def is_edited(row: LogitRow) -> bool:

@@ -32,10 +32,10 @@ class DraftLengths:
         None before a sequence's first token, none beyond its end.
         """
         lengths = [0] * len(chunks)
+        if not _have_drafts(chunks):
+            return lengths
         modes = _modes(chunks)
         drafting = [mode for mode in modes if isinstance(mode, SelfSpeculative)]
-        if not drafting:
-            return lengths
         policy = self._policy(modes)
         if all(mode.draft_len == "auto" for mode in drafting) and policy.rests(len(chunks)):
             return lengths
@@ -59,6 +59,8 @@ class DraftLengths:
             seconds: what its drafts took, and the rest.
             output: what it gave.
         """
+        if not _have_drafts(batch.scheduled):
+            return
         if any(item.num_tokens > 1 or _is_early(item) for item in batch.scheduled):
             return
         policy = self._policy(_modes(batch.scheduled))
@@ -79,6 +81,11 @@ class DraftLengths:
         if len(self._policies) > MAX_MIXES:
             del self._policies[next(iter(self._policies))]
         return policy
+
+
+def _have_drafts(chunks: Sequence[ScheduledSequence]) -> bool:
+    """Whether requests of these may draft at some time."""
+    return any(isinstance(c.sequence.request.decoding, SelfSpeculative) for c in chunks)
 
 
 def _modes(chunks: Sequence[ScheduledSequence]) -> frozenset[DecodingMode]:

@@ -6,7 +6,7 @@ Knows nothing of heads, of the cache, or of how a token is chosen.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from multiexit_engine.batch import ScheduledSequence
 from multiexit_engine.decoding.plan import target_mode
@@ -16,8 +16,7 @@ from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.request import sequence_seed
 
 
-@dataclass(frozen=True, slots=True)
-class LogitRow:
+class LogitRow(NamedTuple):
     """A row of a step whose state becomes a distribution.
 
     Attributes:
@@ -36,7 +35,7 @@ class LogitRow:
     sequence: TokenSequence
     mode: DecodingMode
     num_drafts: int = 0
-    drafts: list[int] = field(default_factory=list)
+    drafts: Sequence[int] = ()
     target: int | None = None
     confidence: float | None = None
 
@@ -59,17 +58,7 @@ class LogitRow:
 
     def decided(self, mode: DecodingMode, confidence: float) -> LogitRow:
         """The row with the mode that it chose."""
-        # not dataclasses.replace, which takes longer than all that is done with a row
-        return LogitRow(
-            self.item,
-            self.position,
-            self.sequence,
-            mode,
-            self.num_drafts,
-            self.drafts,
-            self.target,
-            confidence,
-        )
+        return self._replace(mode=mode, confidence=confidence)
 
 
 def token_row(row: LogitRow, copy: int = 0) -> TokenRow:

@@ -71,7 +71,6 @@ class ModelRunner:
         self._drafter = Drafter(model, kv_cache, self._states, self._chooser)
         self._early_exits = EarlyExits(model, self._chooser, _depth_policy(model, config))
 
-    @torch.inference_mode()
     def launch(
         self, batch: ScheduledBatch, before: LaunchedStep | None = None
     ) -> LaunchedStep | None:
@@ -81,10 +80,13 @@ class ModelRunner:
             batch: the step. It may count on tokens that are not known yet.
             before: the step that is choosing these; it has not been waited for.
         """
-        if self._decode is None or not self._decode.fits(batch, before):
+        if self._decode is None:
             return None
-        self._prepare_blocks(batch)
-        return self._decode.launch(batch, before)
+        with torch.inference_mode():
+            if not self._decode.fits(batch, before):
+                return None
+            self._prepare_blocks(batch)
+            return self._decode.launch(batch, before)
 
     @torch.inference_mode()
     def warm_up(self, mode: DecodingMode, depth: int) -> None:

@@ -6,7 +6,6 @@ Knows nothing of who may run or of how blocks are found.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.request import Sequence
@@ -54,7 +53,7 @@ class StepPlan:
     ) -> None:
         """Let a planned chunk draft tokens, too."""
         chunks = self._chunks[unit]
-        drafting = replace(chunk, num_drafts=num_drafts, alternatives=alternatives)
+        drafting = chunk._replace(num_drafts=num_drafts, alternatives=alternatives)
         chunks[chunks.index(chunk)] = drafting
         self.num_tokens_left -= num_drafts + len(alternatives)
 
