@@ -34,8 +34,8 @@ def measure() -> list[dict[str, Any]]:
             if way == "host":
                 _leave_to_the_host(engine)
             rows += [
-                {"decided by": way, "mode": name, "rows": size} | _step(engine, mode, size)
-                for name, mode in _modes().items()
+                {"decided by": way, "mode": name, "rows": size} | _step(engine, mode, size, wishes)
+                for name, mode, wishes in _cases()
                 for size in BATCHES
             ]
             del engine
@@ -59,6 +59,20 @@ def _modes() -> dict[str, Any]:
     return found | {"heads asked in vain": EarlyExit(2.0)}
 
 
+def _cases() -> list[tuple[str, Any, dict[str, Any]]]:
+    """Modes, and what is wanted of distributions besides."""
+    modes, rate = _modes(), RATES[len(RATES) // 2]
+    name = f"rate {rate}, recompute"
+    wishes = {
+        "penalised": {"repetition_penalty": 1.2},
+        "5 logprobs": {"logprobs": 5},
+        "drawn": {"temperature": 0.8, "top_p": 0.95, "seed": 1},
+    }
+    return [(name, mode, {}) for name, mode in modes.items()] + [
+        (f"{name}, {wish}", modes[name], each) for wish, each in wishes.items()
+    ]
+
+
 def _leave_to_the_host(engine: Any) -> None:
     """Let no step with early exits be launched as a whole."""
     steps = engine._core.runner._decode
@@ -68,12 +82,12 @@ def _leave_to_the_host(engine: Any) -> None:
         )
 
 
-def _step(engine: Any, mode: Any, size: int) -> dict[str, float]:
+def _step(engine: Any, mode: Any, size: int, wishes: dict[str, Any]) -> dict[str, float]:
     """Median time of a step, how often the host waits in it, and the mean layer of its tokens."""
     from multiexit_engine import SamplingParams
 
     num_steps = WARM_STEPS + TIMED_STEPS + COUNTED_STEPS
-    sampling = SamplingParams(max_new_tokens=num_steps + 1, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=num_steps + 1, ignore_eos=True, **wishes)
     names = [
         engine.add_request([5 + i] * step_cases.PROMPT_LEN, sampling, mode, streamed=False)
         for i in range(size)

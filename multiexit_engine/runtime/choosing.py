@@ -207,15 +207,6 @@ class TokenChooser:
             return not needs_whole_distribution(params)
         return not needs_scores(params, count, request.bad_words)
 
-    def wants_token_only(self, row: LogitRow) -> bool:
-        """Whether a row's token, drawn from any part of the vocabulary, is all that is wanted."""
-        return (
-            row.sequence.grammar is None
-            and row.sequence.request.sampling.logprobs is None
-            and not is_edited(row)
-            and self.is_direct(row, fused=True)
-        )
-
     def takes_best(self, row: LogitRow) -> bool:
         """Whether a row's token is just the best one of its mode."""
         return row.sequence.request.sampling.is_greedy and self.is_direct(row)

@@ -33,7 +33,8 @@ from multiexit_engine.runtime.decode_pieces import DecodePieces
 from multiexit_engine.runtime.decode_rows import alphas_of, decode_rows
 from multiexit_engine.runtime.draft_rounds import Items, Rounds
 from multiexit_engine.runtime.edit_memory import EditMemory
-from multiexit_engine.runtime.exit_steps import ExitStep, ExitSteps
+from multiexit_engine.runtime.exit_plan import ExitStep
+from multiexit_engine.runtime.exit_steps import ExitSteps
 from multiexit_engine.runtime.flight import Flight, Place
 from multiexit_engine.runtime.graphs import Pieces
 from multiexit_engine.runtime.launched_step import ComingStep, LaunchedStep
@@ -99,7 +100,7 @@ class DecodeSteps:
         tokens = WishedTokens(self._memory, self._edits)
         self._pieces = DecodePieces(model, kv_cache, self._memory, tokens, pieces)
         self._drafter = PieceDrafter(model.config, self._memory, self._pieces, chooser)
-        own = self._memory, self._pieces, pieces
+        own = self._memory, self._pieces, tokens, pieces
         self._exit_steps = ExitSteps.of(model, kv_cache, states, chooser, config, *own)
         self._turn = 0
 
@@ -110,7 +111,9 @@ class DecodeSteps:
             batch: the step.
             before: the step that is choosing the tokens that are not known.
         """
-        if batch.unread or not self._exit_steps.fits(batch, *self._rounds(batch)):
+        if batch.unread:
+            return False
+        if not self._exit_steps.fits(batch, *self._rounds(batch), self._edits.most):
             return False
         if _has_drafts(batch) and not self._drafter.fits(batch):
             return False
@@ -135,7 +138,7 @@ class DecodeSteps:
         early = self._exit_steps.step(batch, rounds, num_ends)
         num_running = rounds.num_rows if early is None else early.layout.num_rows
         places = rounds.places | _places_of_chunks(chunks, num_running)
-        plain, looked_at = self._by_kind([r for r in rows if not isinstance(r.mode, EarlyExit)])
+        plain, looked_at = self._by_kind(rows)
         plan = self._plan(plain)
         groups, are_listed = _groups_in_memory(plan, plain, places, rounds)
         slices = self._chooser.slices(looked_at)
@@ -160,17 +163,19 @@ class DecodeSteps:
         if chunks:
             looked = layers if early is None else {*layers, *early.layers}
             self._run_chunks(batch, chunks, looked, places, targets)
+        batch_size = rounds.sizes[0] if rounds.items else self._pieces.size(len(rows) or 1)
+        chosen = plain if early is None else [*plain, *early.rows]
+        edits = self._edits.send(turn, edits_of(chosen, places))
+        if edits.num_edits:
+            self._pieces.note_latest(batch_size)
         if plain:
-            batch_size = rounds.sizes[0] if rounds.items else self._pieces.size(len(plain))
-            wishes = head_wishes(plain, self._edits.send(turn, edits_of(plain, places)))
-            if wishes.edits.num_edits:
-                self._pieces.note_latest(batch_size)
+            wishes = head_wishes(plain, edits)
             self._pieces.choose(groups, batch_size, are_listed, wishes)
         choices = [self._choose_looking(part, places) for part in slices]
         if early is not None:
-            self._exit_steps.choose(early, turn, num_ends)
+            self._exit_steps.choose(early, turn, num_ends, edits)
             choices.append(self._exit_steps.coming(early, turn, places))
-        self._memory.fetch(turn, are_told=any(map(lists_best, plain)))
+        self._memory.fetch(turn, are_told=any(map(lists_best, chosen)))
         coming = ComingStep(
             [*([self._plain_choices(plain, places)] if plain else []), *choices],
             [self._chooser.score(part) for part in targets],
@@ -215,14 +220,16 @@ class DecodeSteps:
         self._memory.send(self._turn, [None] * num_own, [None] * (size - num_own), [[]])
 
     def _by_kind(self, rows: Sequence[LogitRow]) -> tuple[list[LogitRow], list[LogitRow]]:
-        """The rows whose tokens are chosen in pieces, and the others."""
-        plain = [row for row in rows if self._is_plain(row)]
+        """The rows whose tokens are chosen in pieces by heads that are known, and by others."""
+        early = [row for row in rows if isinstance(row.mode, EarlyExit)]
+        known = [row for row in rows if not isinstance(row.mode, EarlyExit)]
+        plain = [row for row in known if self._is_plain(row)]
         if (
             len(self._plan(plain).groups) > MAX_GROUPS
-            or num_edits_at_most(plain) > self._edits.most
+            or num_edits_at_most([*plain, *early]) > self._edits.most
         ):
-            return [], list(rows)
-        return plain, [row for row in rows if not self._is_plain(row)]
+            return [], known
+        return plain, [row for row in known if not self._is_plain(row)]
 
     def _is_plain(self, row: LogitRow) -> bool:
         return isinstance(row.mode, PLAIN) and self._chooser.is_direct(row, fused=True)

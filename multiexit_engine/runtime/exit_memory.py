@@ -17,8 +17,9 @@ from multiexit_engine.modes import EarlyExit
 from multiexit_engine.ops.exit_rows import MEASURES, ExitProgress, ExitRules, RowPaths
 from multiexit_engine.runtime.packed import Packed
 
-# what becomes of a row's token here, beside the flags of ``RowPaths``
-CHOOSES, DRAWS = 4, 8
+# beside the flags of ``RowPaths``: whether a row's token is chosen here, and whether more is wanted
+# than the best one
+CHOOSES, WISHES = 4, 8
 
 _COLUMNS = ("measures", "shortlists", "joins", "depths", "flags")
 
@@ -30,7 +31,7 @@ class ExitRow(NamedTuple):
         owner: the row whose leaving ends the run of this one.
         joins: layers below the first that it runs.
         depth: layers up to the last that it may run; 0 for one that runs elsewhere, or is padding.
-        flags: those of ``RowPaths``, ``CHOOSES`` and ``DRAWS``.
+        flags: those of ``RowPaths``, ``CHOOSES`` and ``WISHES``.
         mode: how it chooses its exit, if it does.
         layers: at which it is asked.
     """

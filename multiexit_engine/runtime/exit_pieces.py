@@ -8,7 +8,7 @@ depends on its key and on the memories' contents alone. Knows nothing of sequenc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -17,24 +17,23 @@ from torch import Tensor
 
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
-from multiexit_engine.decoding.draws import Draws, pair_tokens
 from multiexit_engine.decoding.gates import similarity
-from multiexit_engine.layers.exit_heads import Head, HeadOperands
+from multiexit_engine.layers.exit_heads import Head
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.ops import (
     ListedRows,
-    compact_rows,
     decide_exits,
     listed_head_statistics,
     rows_asked,
     rows_beyond,
 )
 from multiexit_engine.ops.exit_rows import MEASURES
-from multiexit_engine.ops.narrowing import Narrowing
-from multiexit_engine.runtime.decode_memory import NARROWING, DecodeMemory
+from multiexit_engine.runtime.decode_memory import DecodeMemory
 from multiexit_engine.runtime.decode_pieces import DecodePieces
-from multiexit_engine.runtime.exit_memory import CHOOSES, DRAWS, ExitMemory
+from multiexit_engine.runtime.exit_memory import ExitMemory
+from multiexit_engine.runtime.exit_tokens import ExitTokens
 from multiexit_engine.runtime.graphs import Pieces
+from multiexit_engine.runtime.wished_tokens import HeadWishes
 
 _OF_HEADS = sum(1 << place for place, kind in enumerate(MEASURES[:4]))
 _SIMILARITY, _PROBE = (1 << MEASURES.index(kind) for kind in ("similarity", "probe"))
@@ -63,16 +62,12 @@ class ExitWays:
             tells.
         has_waiting: some rows begin where they waited.
         has_copied: some of them only give keys and values.
-        has_drawn: some tokens are drawn.
-        are_narrowed: some of these from a part of the vocabulary.
     """
 
     questions: tuple[tuple[int, Question], ...]
     keeps_heads: bool
     has_waiting: bool
     has_copied: bool
-    has_drawn: bool
-    are_narrowed: bool
 
 
 class _Span(NamedTuple):
@@ -111,6 +106,7 @@ class ExitPieces:
         memory: the rows' inputs and results.
         exits: what is to be known besides.
         rows: the pieces of other steps, in whose memory states lie.
+        tokens: chooses tokens of rows that have gone as far as they go.
         pieces: how pieces run.
         spare_slot: of the cache, that nobody owns.
     """
@@ -123,6 +119,7 @@ class ExitPieces:
         memory: DecodeMemory,
         exits: ExitMemory,
         rows: DecodePieces,
+        tokens: ExitTokens,
         pieces: Pieces,
         spare_slot: int,
     ) -> None:
@@ -132,10 +129,9 @@ class ExitPieces:
         self._memory = memory
         self._exits = exits
         self._rows = rows
+        self._tokens = tokens
         self._pieces = pieces
         self._spare_slot = spare_slot
-        # what the head of the exit that a row left at reads of it
-        self._read: Tensor | None = None
 
     @property
     def bounds(self) -> Sequence[int]:
@@ -163,17 +159,25 @@ class ExitPieces:
             self._pieces.run(("exit layers", span), num_own, partial(self._run, span))
         self._pieces.run(("exit states", size), num_own, partial(self._keep, stops[-1], size))
 
-    def choose(self, num_own: int, ways: ExitWays) -> None:
-        """Choose the tokens of the first rows, which have gone as far as they go."""
-        ways = replace(ways, has_waiting=False, has_copied=False)
-        key = "exit tokens", num_own, ways
-        self._pieces.run(key, num_own, partial(self._choose, slice(num_own), ways))
+    def choose(self, num_own: int, ways: ExitWays, wishes: HeadWishes | None) -> None:
+        """Choose the tokens of the first rows, which have gone as far as they go.
 
-    def choose_at_ends(self, rows: slice, ways: ExitWays) -> None:
+        Args:
+            num_own: how many.
+            ways: what they need.
+            wishes: of those that want more than the best token; None where none does.
+        """
+        exits = tuple(layer for layer, _ in ways.questions)
+        what = exits, ways.keeps_heads, wishes
+        call = partial(self._tokens.choose, slice(num_own), *what)
+        self._pieces.run(("exit tokens", num_own, *what), num_own, call)
+
+    def choose_at_ends(self, rows: slice, ways: ExitWays, wishes: HeadWishes | None) -> None:
         """The same for rows whose layers ran elsewhere, which are asked at all exits now."""
         for layer, question in ways.questions:
             self._ask(rows, layer, question, ways.keeps_heads)
-        self._choose(rows, ways)
+        exits = [layer for layer, _ in ways.questions]
+        self._tokens.choose(rows, exits, ways.keeps_heads, wishes)
 
     def _run(self, span: _Span) -> None:
         """Run a span of layers on those of the first rows that go on, and ask the exit behind."""
@@ -233,65 +237,4 @@ class ExitPieces:
             values = heads.probes.chances(layer, heads.normed(tap))
             decide_exits(asked.before, layer, values, rules, progress)
         if keeps_heads:
-            self._note_read(rows, progress.left == layer, operands.hidden)
-
-    def _note_read(self, rows: slice, which: Tensor, hidden: Tensor) -> None:
-        if self._read is None:
-            self._read = hidden.new_zeros(self._memory.spare_row + 1, hidden.shape[1])
-        self._read[rows] = torch.where(which[:, None], hidden, self._read[rows])
-
-    def _choose(self, rows: slice, ways: ExitWays) -> None:
-        """Choose the tokens that no measure told, of all exits with one matrix together."""
-        heads, progress = self._model.heads, self._exits.progress(rows)
-        flags = self._exits.inputs["flags"][rows]
-        chooses, draws = flags & CHOOSES != 0, flags & DRAWS != 0
-        original = heads.original
-        operands = heads.operands(original, self._rows.states(original.layer)[rows])
-        by_matrix = {_matrix(operands): (operands, [0])}
-        if ways.keeps_heads:
-            self._note_read(rows, progress.left == 0, operands.hidden)
-            assert self._read is not None, "it was just noted"
-            for layer, _ in ways.questions:
-                own = heads.operands(Head(layer), self._rows.states(layer)[rows][:1])
-                by_matrix.setdefault(_matrix(own), (own, []))[1].append(layer)
-            by_matrix = {
-                key: (own._replace(hidden=self._read[rows]), layers)
-                for key, (own, layers) in by_matrix.items()
-            }
-        tokens, logprobs = progress.tokens, torch.zeros_like(progress.values)
-        for own, layers in by_matrix.values():
-            is_here = chooses
-            if len(by_matrix) > 1 or not ways.keeps_heads:
-                is_here = chooses & _is_among(progress.left, layers)
-            best = compact_rows(is_here & ~draws & (progress.is_read == 0))
-            found = listed_head_statistics(*own, best)
-            tokens = torch.where(best.marks(), found.tokens, tokens)
-            logprobs = torch.where(best.marks(), found.log_probs.float(), logprobs)
-            if ways.has_drawn:
-                drawn = self._drawn(rows, own, ways.are_narrowed)
-                tokens = torch.where(is_here & draws, drawn[0], tokens)
-                logprobs = torch.where(is_here & draws, drawn[1].float(), logprobs)
-        results = self._memory.results
-        for name, numbers in (("tokens", tokens), ("logprobs", logprobs)):
-            results[name][rows] = torch.where(chooses, numbers, results[name][rows])
-
-    def _drawn(
-        self, rows: slice, operands: HeadOperands, are_narrowed: bool
-    ) -> tuple[Tensor, Tensor]:
-        inputs = self._memory.inputs
-        narrowing = Narrowing(*(inputs[name][rows] for name in NARROWING)) if are_narrowed else None
-        seeds, counts = inputs["seeds"][rows], inputs["counts"][rows]
-        draws = Draws(inputs["temperatures"][rows], seeds, counts, narrowing)
-        return pair_tokens(operands, None, None, draws, None)
-
-
-def _matrix(operands: HeadOperands) -> tuple[int, int]:
-    """What is the same for heads with the same matrix and bias."""
-    return id(operands.weight), id(operands.bias)
-
-
-def _is_among(numbers: Tensor, values: Sequence[int]) -> Tensor:
-    marks = numbers == values[0]
-    for value in values[1:]:
-        marks = marks | (numbers == value)
-    return marks
+            self._tokens.keep(rows, progress.left == layer, operands.hidden)

@@ -7,8 +7,6 @@ or of how layers run.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeAlias
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
@@ -16,71 +14,39 @@ from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig, ModelConfig
 from multiexit_engine.decoding.plan import resolve_mode
-from multiexit_engine.decoding.warpers import NOT_NARROWED, narrowing_row
+from multiexit_engine.decoding.warpers import NOT_NARROWED
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.ops.exit_rows import IS_COPIED, MEASURES, RUNS_ANYHOW
+from multiexit_engine.ops.exit_rows import IS_COPIED, RUNS_ANYHOW
 from multiexit_engine.params import DecodingMode, EarlyExit, Exit, Original
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choices
 from multiexit_engine.runtime.decode_memory import DecodeMemory, DecodeRow
 from multiexit_engine.runtime.decode_pieces import DecodePieces
 from multiexit_engine.runtime.draft_rounds import Rounds
+from multiexit_engine.runtime.edit_memory import EditRoom
 from multiexit_engine.runtime.exit_layout import (
     WAITING_ROWS,
-    ExitLayout,
     exit_layout,
     waits_after,
 )
-from multiexit_engine.runtime.exit_memory import CHOOSES, DRAWS, ExitMemory, ExitRow
-from multiexit_engine.runtime.exit_pieces import ExitPieces, ExitWays, Question
+from multiexit_engine.runtime.exit_memory import CHOOSES, WISHES, ExitMemory, ExitRow
+from multiexit_engine.runtime.exit_pieces import ExitPieces
+from multiexit_engine.runtime.exit_plan import (
+    ExitStep,
+    chooses_its_exit,
+    exit_ways,
+    looked_at,
+    may_leave,
+)
+from multiexit_engine.runtime.exit_tokens import ExitTokens
 from multiexit_engine.runtime.flight import Place
 from multiexit_engine.runtime.graphs import Pieces
 from multiexit_engine.runtime.logit_rows import LogitRow, choice_rows, target_rows
+from multiexit_engine.runtime.plain_rows import lists_best, num_edits_at_most
+from multiexit_engine.runtime.wished_tokens import HeadWishes, WishedTokens
 
 # fills the first rows of the decode memory with padding: those that get a token, and all
 SendPadding: TypeAlias = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class ExitStep:
-    """A step in which rows choose their exit.
-
-    Attributes:
-        rows: that do.
-        layout: of the rows that run.
-        rounds: the rows that get a token each.
-        layers_of: of each of their modes the layers at which it asks.
-        num_layers: of the model.
-    """
-
-    rows: Sequence[LogitRow]
-    layout: ExitLayout
-    rounds: Rounds
-    layers_of: Mapping[EarlyExit, frozenset[int]]
-    num_layers: int
-
-    @property
-    def has_stream(self) -> bool:
-        """Whether rows that choose run here, not only ends of prompts."""
-        return any(chooses_its_exit(item) for _, item in self.rounds.items)
-
-    @cached_property
-    def layers(self) -> set[int]:
-        """Layers whose outputs are looked at, or rows are joined after."""
-        return _looked_at(self.layers_of) | {self.num_layers, *self.layout.joins.values()}
-
-    @cached_property
-    def ways(self) -> ExitWays:
-        """What the rows need beside their layers."""
-        params = [row.sequence.request.sampling for row in self.rows]
-        copied = {index for index, item in self.rounds.items if item.sequence.request.copies_kv}
-        return _ways(
-            self.layers_of,
-            has_waiting=bool(self.layout.joins),
-            has_copied=any(index in copied for index, _ in self.layout.joins),
-            has_drawn=not all(each.is_greedy for each in params),
-            are_narrowed=any(narrowing_row(each) != NOT_NARROWED for each in params),
-        )
 
 
 class ExitSteps:
@@ -123,20 +89,22 @@ class ExitSteps:
         config: EngineConfig,
         memory: DecodeMemory,
         rows: DecodePieces,
+        wished: WishedTokens,
         pieces: Pieces,
     ) -> ExitSteps:
         """For the model of an engine, in the memory of its other steps; see ``DecodeSteps``."""
         exits = ExitMemory(memory.spare_row + 1, model.config.num_layers, config.device)
         spare_slot = config.num_kv_blocks * config.block_size
-        parts = memory, exits, rows, pieces, spare_slot
+        tokens = ExitTokens(model, memory, exits, rows, wished)
+        parts = memory, exits, rows, tokens, pieces, spare_slot
         own = ExitPieces(model, kv_cache, states, *parts)
         return cls(model.config, memory, exits, own, chooser, config.max_batch_size)
 
-    def fits(self, batch: ScheduledBatch, rounds: Rounds, num_ends: int) -> bool:
+    def fits(self, batch: ScheduledBatch, rounds: Rounds, num_ends: int, most_edits: int) -> bool:
         """Whether the device can decide about the rows of a step that choose their exit.
 
-        Rows that are computed again, or score, or want a look at their distributions, are the
-        host's; so are drafts beside them. Arguments as for ``step``.
+        Rows that are computed again, or score, or want their whole distributions, are the host's;
+        so are drafts beside them. Arguments as for ``step``, and how many edits there is room for.
         """
         step = self.step(batch, rounds, num_ends)
         if step is None:
@@ -146,7 +114,8 @@ class ExitSteps:
             not any(item.num_drafts for item in batch.scheduled)
             and not any(map(_returns, choosing))
             and not target_rows(enumerate(choosing))
-            and all(map(self._chooser.wants_token_only, step.rows))
+            and all(self._chooser.is_direct(row, fused=True) for row in step.rows)
+            and num_edits_at_most(step.rows) <= most_edits
             and step.layout.num_rows + num_ends <= self._memory.spare_row
         )
 
@@ -170,7 +139,8 @@ class ExitSteps:
         layout = exit_layout(choosing, rounds.num_rows, room, self._most_waiting)
         modes = {row.mode for row in rows if isinstance(row.mode, EarlyExit)}
         layers = {mode: self._layers_of(mode) for mode in modes}
-        return ExitStep(rows, layout, rounds, layers, self._config.num_layers)
+        wishing = [row for row in rows if not self._chooser.takes_best(row)]
+        return ExitStep(rows, wishing, layout, rounds, layers, self._config.num_layers)
 
     def waiting_rows(self, step: ExitStep) -> dict[int, DecodeRow]:
         """What the decode memory has to know of the rows that wait."""
@@ -199,9 +169,10 @@ class ExitSteps:
             flags |= RUNS_ANYHOW if index in step.layout.completed else 0
             place = places[index, position]
             rows[place] = ExitRow(owners[index], layer, self._config.num_layers, flags)
+        wishing = set(map(id, step.wishing))
         for row in step.rows:
-            flags = CHOOSES if row.sequence.request.sampling.is_greedy else CHOOSES | DRAWS
-            flags |= 0 if _may_leave(row) else RUNS_ANYHOW
+            flags = CHOOSES | (WISHES if id(row) in wishing else 0)
+            flags |= 0 if may_leave(row) else RUNS_ANYHOW
             place = places[row.item, row.position]
             assert isinstance(row.mode, EarlyExit), "only these choose"
             layers = self._layers_of(row.mode)
@@ -229,7 +200,7 @@ class ExitSteps:
             send: fills so many rows of the decode memory with padding.
         """
         layers = {mode: self._layers_of(mode)}
-        stops = sorted((_looked_at(layers) | {self._config.num_layers}) - {0})
+        stops = sorted((looked_at(layers) | {self._config.num_layers}) - {0})
         most = self._memory.spare_row
         for num_own in sizes:
             for size in sorted({min(num_own + waiting, most) for waiting in WAITING_ROWS}):
@@ -241,13 +212,21 @@ class ExitSteps:
         """Get ready for ends of prompts, where no rows are run here."""
         self._exits.begin()
 
-    def choose(self, step: ExitStep, turn: int, num_ends: int) -> None:
-        """Choose the tokens of these rows, and fetch what became of them."""
+    def choose(self, step: ExitStep, turn: int, num_ends: int, edits: EditRoom) -> None:
+        """Choose the tokens of these rows, and fetch what became of them.
+
+        Args:
+            step: the step.
+            turn: which twin of the memory.
+            num_ends: rows behind all others.
+            edits: the room of what is done to scores.
+        """
         own, first = step.rounds.num_rows, step.layout.num_rows
+        wishes = step.wishes(edits)
         if step.has_stream:
-            self._pieces.choose(own, step.ways)
+            self._pieces.choose(own, step.ways, wishes)
         if any(row.item not in dict(step.rounds.items) for row in step.rows):
-            self._pieces.choose_at_ends(slice(first, first + num_ends), step.ways)
+            self._pieces.choose_at_ends(slice(first, first + num_ends), step.ways, wishes)
         self._exits.fetch(turn)
 
     def coming(self, step: ExitStep, turn: int, places: Mapping[Place, int]) -> Coming[Choice]:
@@ -260,22 +239,23 @@ class ExitSteps:
             decided = []
             for row, (left, value) in zip(step.rows, self._exits.found(turn, own), strict=True):
                 decided.append(row.decided(Exit(left) if left else Original(), value))
-                if left and row.item in running and _may_leave(row):
+                if left and row.item in running and may_leave(row):
                     is_completed = row.item in step.layout.completed
                     entries = waits_after(row.sequence, row.position, left, is_completed)
                     output.waiting[row.sequence] = entries
-            return direct_choices(decided, tokens, logprobs)
+            told = self._memory.told(turn, own) if any(map(lists_best, step.rows)) else ()
+            return direct_choices(decided, tokens, logprobs, told)
 
         return Coming(step.rows, None, read)
 
     def _run_once(self, mode: EarlyExit, stops: Sequence[int], size: int, num_own: int) -> None:
         layers, has_waiting = {mode: self._layers_of(mode)}, size > num_own
-        for has_drawn, are_narrowed in ((False, False), (True, False), (True, True)):
+        for wishes in (None, HeadWishes(), HeadWishes(are_narrowed=True)):
             has_copied = has_waiting and mode.kv == "copy"
-            ways = _ways(layers, has_waiting, has_copied, has_drawn, are_narrowed)
+            ways = exit_ways(layers, has_waiting, has_copied, wishes is not None)
             for bound in self._pieces.bounds:
                 self._pieces.run_layers(stops, ways, size, num_own, bound)
-            self._pieces.choose(num_own, ways)
+            self._pieces.choose(num_own, ways, wishes)
 
     def _layers_of(self, mode: DecodingMode) -> frozenset[int]:
         assert isinstance(mode, EarlyExit), "only these choose"
@@ -283,48 +263,6 @@ class ExitSteps:
             exits = resolve_mode(mode, self._config).exits
             self._layers[mode] = frozenset(head.layer for head in exits)
         return self._layers[mode]
-
-
-def _looked_at(layers_of: Mapping[EarlyExit, frozenset[int]]) -> set[int]:
-    """Layers whose outputs some modes look at; 0 for the embeddings."""
-    found = {layer for layers in layers_of.values() for layer in layers}
-    for mode, layers in layers_of.items():
-        if mode.measure == "similarity":
-            found |= {layer - 1 for layer in layers}
-    return found
-
-
-def _ways(
-    layers_of: Mapping[EarlyExit, frozenset[int]],
-    has_waiting: bool,
-    has_copied: bool,
-    has_drawn: bool,
-    are_narrowed: bool,
-) -> ExitWays:
-    """What rows of some modes need beside their layers."""
-    asked = sorted({layer for layers in layers_of.values() for layer in layers})
-    questions = tuple(
-        (layer, _question([mode for mode, layers in layers_of.items() if layer in layers]))
-        for layer in asked
-    )
-    keeps_heads = has_drawn or any(m.measure in ("similarity", "probe") for m in layers_of)
-    return ExitWays(questions, keeps_heads, has_waiting, has_copied, has_drawn, are_narrowed)
-
-
-def _question(asking: Sequence[EarlyExit]) -> Question:
-    kinds = {MEASURES.index(mode.measure) for mode in asking}
-    shortlists = {mode.shortlist for mode in asking if mode.shortlist is not None}
-    return Question(sum(1 << kind for kind in kinds), tuple(sorted(shortlists)))
-
-
-def chooses_its_exit(item: ScheduledSequence) -> bool:
-    """Whether rows of an item do."""
-    return isinstance(item.sequence.request.decoding, EarlyExit)
-
-
-def _may_leave(row: LogitRow) -> bool:
-    """Prompts run through all layers, as where the host decides."""
-    return row.position >= len(row.sequence.request.prompt_token_ids)
 
 
 def _returns(item: ScheduledSequence) -> bool:

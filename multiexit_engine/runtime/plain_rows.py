@@ -11,20 +11,20 @@ from multiexit_engine.decoding.processors import latest_edit, most_edits, row_ed
 from multiexit_engine.decoding.warpers import NOT_NARROWED, narrowing_row
 from multiexit_engine.params import Contrast, DecodingMode
 from multiexit_engine.runtime.choosing import is_edited
-from multiexit_engine.runtime.edit_memory import CountedEdits, EditRoom
+from multiexit_engine.runtime.edit_memory import NO_EDITS, CountedEdits, EditRoom
 from multiexit_engine.runtime.flight import Place
 from multiexit_engine.runtime.logit_rows import LogitRow, allowed_masks, token_row
 from multiexit_engine.runtime.wished_tokens import HeadWishes
 
 
 def head_wishes(rows: Sequence[LogitRow], edits: EditRoom) -> HeadWishes:
-    """What rows want together, whose edits have this room."""
+    """What rows want together; the edits of a step that they stand in have this room."""
     sampling = [row.sequence.request.sampling for row in rows]
     return HeadWishes(
         any(narrowing_row(params) != NOT_NARROWED for params in sampling),
         any(min_candidates(row.mode) != 1 for row in rows),
         any(map(lists_best, rows)),
-        edits,
+        edits if any(map(is_edited, rows)) else NO_EDITS,
     )
 
 

@@ -17,6 +17,13 @@ PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12], [77]]
 MODES = [EarlyExit(0.3), EarlyExit(0.85, "similarity", kv="copy"), Original()]
 GREEDY = SamplingParams(max_new_tokens=5, ignore_eos=True)
 DRAWN = SamplingParams(max_new_tokens=5, ignore_eos=True, temperature=1.0, top_k=0, seed=3)
+WISHES = [
+    SamplingParams(max_new_tokens=5, ignore_eos=True, repetition_penalty=1.5, logprobs=3),
+    SamplingParams(
+        max_new_tokens=5, ignore_eos=True, temperature=1.0, top_k=9, seed=3, presence_penalty=2.0
+    ),
+    SamplingParams(max_new_tokens=5, structured_outputs={"regex": "[a-z]{6}"}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +52,16 @@ def rehearsal(device):
 
 def told(engine, sampling, modes=MODES, prompts=PROMPTS):
     found = [output.outputs[0] for output in engine.generate(prompts, sampling, modes)]
-    return [(one.token_ids, one.exit_layers) for one in found], [one.confidences for one in found]
+    ranked = [[(*rank(each),) for each in one.logprobs or []] for one in found]
+    ids = [(one.token_ids, one.exit_layers) for one in found]
+    return [*zip(ids, ranked, strict=True)], [one.confidences for one in found]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def rank(logprobs):
+    return ((token, found.rank) for token, found in logprobs.items())
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, WISHES], ids=["greedy", "drawn", "wishes"])
 def test_launched_steps_give_the_choices_of_the_reference(folder, sampling, device):
     engine = launching(folder, device)
     with rehearsal(device):
@@ -57,7 +70,7 @@ def test_launched_steps_give_the_choices_of_the_reference(folder, sampling, devi
     assert found[0] == wanted[0]
     for one, other in zip(found[1], wanted[1], strict=True):
         assert one == pytest.approx(other, abs=1e-4)
-    assert {layer for _, layers in wanted[0] for layer in layers} >= {1, 2, 4}
+    assert {layer for (_, layers), _ in wanted[0] for layer in layers} >= {1, 2, 4}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from multiexit_engine import Contrast, EarlyExit, Exit, Original, SamplingParams
-from multiexit_engine.checkpoint import open_checkpoint
-from multiexit_engine.checkpoint.probes import FILE_NAME, ProbeWeights, write_probes
+from tests.runtime.exit_models import are_launched, assert_same, exits, own_heads, shared_head
 from tests.runtime.on_simulated_device import on_cpu, on_device
-from tests.tiny import save_gpt2
 
 GREEDY = SamplingParams(max_new_tokens=7, ignore_eos=True, confidences=True)
 DRAWN = SamplingParams(
@@ -41,65 +35,12 @@ MODES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return with_probes(save_gpt2(tmp_path_factory.mktemp("tiny") / "gpt2", num_heads=2))
+    return own_heads(tmp_path_factory.mktemp("tiny") / "gpt2")
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Exits with matrices of their own between their states and the model's head."""
-    folder = save_gpt2(tmp_path_factory.mktemp("tiny") / "gpt2", num_heads=2)
-    tensors = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(2)
-    for name in [name for name in tensors if "lm_exit_head" in name]:
-        layer = int(name.split("_")[-1].split(".")[0])
-        if layer < 6:
-            cast = torch.eye(64) * 3 + torch.randn(64, 64, generator=generator) * 0.3
-            tensors[f"name_to_conv_matrix.{layer}_to_6.weight"] = cast
-        del tensors[name]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["vocab_projection_mode"] = "SHARED_PROJECTION_CAST_OUTPUTS"
-    (folder / "config.json").write_text(json.dumps(config))
-    return with_probes(folder)
-
-
-def with_probes(folder):
-    """Probes that pass about half of the rows."""
-
-    def random_probe(seed):
-        draw = torch.Generator().manual_seed(seed)
-        up, down = torch.randn(16, 64, generator=draw), torch.randn(1, 16, generator=draw)
-        return ProbeWeights(up / 8, torch.zeros(16), down, torch.zeros(1))
-
-    probes = {2: random_probe(1), 4: random_probe(2)}
-    write_probes(folder / FILE_NAME, probes, open_checkpoint(folder).weights)
-    return folder
-
-
-def assert_same(found, wanted):
-    """The same tokens and exits, and confidences up to rounding."""
-    pairs = zip(found, wanted, strict=True)
-    for one, other in ((a.outputs[0], b.outputs[0]) for a, b in pairs):
-        assert (one.token_ids, one.exit_layers) == (other.token_ids, other.exit_layers)
-        assert one.confidences == pytest.approx(other.confidences, abs=1e-5, nan_ok=True)
-
-
-def exits(outputs):
-    return {layer for output in outputs for layer in output.outputs[0].exit_layers}
-
-
-def are_launched(engine):
-    """A list that says of each step whether the device decided in it."""
-    runner, found = engine._core.runner, []
-    launch = runner.launch
-
-    def noted(batch, before=None):
-        step = launch(batch, before)
-        found.append(step is not None)
-        return step
-
-    runner.launch = noted
-    return found
+    return shared_head(tmp_path_factory.mktemp("tiny") / "gpt2")
 
 
 @pytest.mark.parametrize("kind", ["folder", "shared"])
