@@ -29,12 +29,10 @@ from multiexit_engine.outputs import (
 )
 from multiexit_engine.params import DecodingMode, EarlyExit, Original, Parallel, SamplingParams
 from multiexit_engine.request import Request
-from multiexit_engine.runtime.assembly import autoregressive_core
-from multiexit_engine.runtime.core import EngineCore
+from multiexit_engine.runtime.assembly import autoregressive_core, parallel_core
 from multiexit_engine.runtime.core_protocol import Core
 from multiexit_engine.runtime.exit_readings import ExitReadings
 from multiexit_engine.runtime.intake import Intake, Prompt, as_prompts, one_for_each
-from multiexit_engine.runtime.parallel_core import ParallelCore
 from multiexit_engine.runtime.parallel_intake import ParallelIntake
 from multiexit_engine.runtime.progress import run_all
 from multiexit_engine.runtime.report import followed_text, request_output
@@ -64,7 +62,7 @@ class Engine:
         self._intake: Intake
         if isinstance(self._model, ElmerModel):
             mode = decoding or Parallel("soft" if self._model.has_feedback else "none")
-            self._core = ParallelCore(config, self._model, texts)
+            self._core = parallel_core(config, self._model, texts)
             self._intake = ParallelIntake(config, self._model, self.tokenizer, mode)
         else:
             self._core = core = autoregressive_core(config, self._model, texts)
@@ -124,8 +122,8 @@ class Engine:
             prefix_caching: keep the KV blocks of prompts for later prompts that begin alike.
             quantization: "int8" or "int4" stores weight matrices as small integers with a scale for
                 each 32 columns ("int8-g64": 64), "fp8" as e4m3; docs/quantization.md. None: dtype.
-            cuda_graphs: capture decode steps for some numbers of rows up to max_batch_size (True),
-                or for those given: [1, 2, 4] or "1,2,4". CUDA, decoder-only models; docs/gpu.md.
+            cuda_graphs: capture steps for some numbers of rows (True), or those given: [1, 2, 4] or
+                "1,2,4". CUDA, decoder-only models and ELMER's decoder; docs/gpu.md.
             warm_up: capture at the start, for the mode ``decoding``, not when first needed.
             async_scheduling: launch a step before the last one's tokens are known; likewise.
             revision: of a hub id.
@@ -164,8 +162,8 @@ class Engine:
         return engine
 
     def warm_up(self, decoding: DecodingMode | None = None) -> None:
-        """Capture the decode steps of a mode, or the engine's; ValueError without graphs."""
-        if not self.config.cuda_graphs or not isinstance(self._core, EngineCore):
+        """Capture the steps of a mode, or of the engine's; ValueError without graphs."""
+        if not self.config.cuda_graphs:
             raise ValueError("warm_up captures CUDA graphs: give cuda_graphs=True as well")
         self._core.warm_up(*self._intake.mode_and_depth(decoding))
 

@@ -24,13 +24,21 @@ def listed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, listed: Any) -
     return product(x, weight, bias, listed=listed)
 
 
-def ragged_blocks(hidden: Tensor, blocks: Sequence[Any], texts: Any, sources: Any) -> Tensor:
-    """See ``multiexit_engine.ops.ragged_blocks``. Twelve launches a post-norm block."""
+def ragged_blocks(
+    hidden: Tensor,
+    blocks: Sequence[Any],
+    texts: Any,
+    sources: Any = None,
+    is_attended: bool = False,
+) -> Tensor:
+    """See ``multiexit_engine.ops.ragged_blocks``. 12 launches a post-norm block, 8 of encoders."""
     states = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     span = _Span(states, texts, sources)
     for place, block in enumerate(blocks):
-        span.attend(block)
-        span.read_sources(block, sources.keys_values[:, place])
+        if place or not is_attended:
+            span.attend(block)
+        if sources is not None:
+            span.read_sources(block, sources.keys_values[:, place])
         span.feed_forward(block)
     return states
 
@@ -42,7 +50,8 @@ class _Span(ListedStream):
         super().__init__(states, texts.rows)
         self._keyed: RowList = texts.keyed
         self._own = PackedStarts(texts.query_starts, texts.starts)
-        self._read = PackedStarts(sources.query_starts, sources.starts)
+        if sources is not None:
+            self._read = PackedStarts(sources.query_starts, sources.starts)
 
     def attend(self, block: Any) -> None:
         """Keys and values of all rows of texts that go on, queries of the rows that do."""

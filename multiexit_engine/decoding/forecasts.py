@@ -40,9 +40,9 @@ class GateRules(NamedTuple):
     def of(cls, modes: Sequence[Parallel], device: torch.device) -> GateRules:
         """Of the mode of each row."""
         return cls(
-            to_device([_threshold(mode) for mode in modes], device, torch.float32),
+            to_device([gate_threshold(mode) for mode in modes], device, torch.float32),
             to_device([mode.measure == "entropy" for mode in modes], device, torch.bool),
-            to_device([_least(mode) for mode in modes], device, torch.float32),
+            to_device([gate_least(mode) for mode in modes], device, torch.float32),
         )
 
     def some(self, index: Tensor) -> GateRules:
@@ -70,7 +70,7 @@ def foretold(log_probs: Tensor, entropy: Tensor) -> Tensor:
     return torch.stack([odds, entropy.clamp_min(_LEAST_ENTROPY).log()], -1)
 
 
-def _threshold(mode: Parallel) -> float:
+def gate_threshold(mode: Parallel) -> float:
     """On the scale of ``foretold``; infinite where every row passes, or none."""
     threshold = mode.threshold
     if threshold is None:
@@ -83,6 +83,7 @@ def _threshold(mode: Parallel) -> float:
     return best - math.log(-math.expm1(best))
 
 
-def _least(mode: Parallel) -> float:
+def gate_least(mode: Parallel) -> float:
+    """Log-odds of the least chance at which a mode tests; -inf where it tests in any case."""
     chance = mode.gate_chance
     return -math.inf if chance is None else math.log(chance) - math.log1p(-chance)

@@ -57,7 +57,7 @@ class Block(nn.Module):
         is_attended: bool = False,
     ) -> Tensor:
         """Advance packed texts by this block; see the op ``packed_blocks``."""
-        own = hidden if is_attended else self.attended(hidden, texts)
+        own = _going_on(hidden, texts) if is_attended else self.attended(hidden, texts)
         if self.cross_attention is not None and self.cross_norm is not None:
             assert sources is not None, "a block that reads sources is given them"
             mixed = self.cross_attention.over(self._before(self.cross_norm, own), sources)
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
     def attended(self, hidden: Tensor, texts: PackedTexts) -> Tensor:
         """[sum(texts.query_lens), hidden]: the rows that go on, after their first part."""
-        own = hidden if texts.rows is None else hidden[texts.rows]
+        own = _going_on(hidden, texts)
         mixed = attend_packed(self.attention, self._before(self.attention_norm, hidden), texts)
         return self._after(self.attention_norm, own + mixed)
 
@@ -101,3 +101,8 @@ class DecoderBlock(Block):
         """Write keys and values of its layer only; see ``CopiedRows``."""
         read = self._before(self.attention_norm, hidden).to(kv_cache.dtype)
         self.attention.write_kv(read, kv_cache, positions, slot_mapping)
+
+
+def _going_on(hidden: Tensor, texts: PackedTexts) -> Tensor:
+    """[sum(texts.query_lens), hidden]: the rows that go on."""
+    return hidden if texts.rows is None else hidden[texts.rows]

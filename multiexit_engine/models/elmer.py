@@ -151,12 +151,19 @@ class ElmerModel(EncoderDecoderModel):
         return are_rows_ragged(hidden, self._layers)
 
     def run_ragged(
-        self, hidden: Tensor, span: range, texts: RaggedTexts, sources: RaggedSources
+        self,
+        hidden: Tensor,
+        span: range,
+        texts: RaggedTexts,
+        sources: RaggedSources,
+        *,
+        is_attended: bool = False,
     ) -> Tensor:
         """``run`` where the device alone knows which rows go on; see ``ragged_blocks``."""
-        return ragged_blocks(hidden, self._layers[span.start : span.stop], texts, sources)
+        layers = self._layers[span.start : span.stop]
+        return ragged_blocks(hidden, layers, texts, sources, is_attended)
 
-    def feed_back(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+    def feed_back(self, hidden: Tensor, token_ids: Tensor, listed: RowList | None = None) -> Tensor:
         """What the next layer reads of states and what they predict.
 
         Exact up to rounding: ``concat_head`` of state and embedding, its second half multiplied
@@ -165,12 +172,16 @@ class ElmerModel(EncoderDecoderModel):
         Args:
             hidden: [rows, hidden].
             token_ids: [rows] int64.
+            listed: the rows that are read; all by default.
 
         Returns:
-            [rows, hidden].
+            [rows, hidden]; anything for other rows.
         """
         states, table = self._feedback
-        product = linear(hidden, states, None)
+        if listed is None:
+            product = linear(hidden, states, None)
+        else:
+            product = listed_linear(hidden, states, None, listed)
         places = torch.arange(len(hidden), device=hidden.device)
         return embed(token_ids, places, table, product, 1.0)
 

@@ -19,6 +19,7 @@ from multiexit_engine.layers.linear import Linear
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.ops.kv import write_kv
 from multiexit_engine.ops.packed_blocks import PackedTexts, packed_blocks
+from multiexit_engine.ops.ragged_blocks import RaggedTexts, ragged_blocks
 
 
 class Encoder(nn.Module):
@@ -41,9 +42,25 @@ class Encoder(nn.Module):
 
     def forward(self, token_ids: Tensor, lens: Sequence[int]) -> Tensor:
         """[sum(lens)] int64 tokens of all sources to [sum(lens), hidden]."""
-        positions = packed_positions(lens, token_ids.device)
+        hidden: Tensor = self.embedding(token_ids, packed_positions(lens, token_ids.device))
+        return self._normed(packed_blocks(hidden, self._order, PackedTexts.whole(lens)), hidden)
+
+    def ragged(self, token_ids: Tensor, positions: Tensor, texts: RaggedTexts) -> Tensor:
+        """``forward`` where the device alone knows how long the sources are.
+
+        Args:
+            token_ids: [rows] int64, of all sources and of padding.
+            positions: [rows] int64, in each source.
+            texts: the sources, of which all rows go on.
+
+        Returns:
+            [rows, hidden]; anything for padding.
+        """
         hidden: Tensor = self.embedding(token_ids, positions)
-        found = packed_blocks(hidden, self._order, PackedTexts.whole(lens)).to(hidden.dtype)
+        return self._normed(ragged_blocks(hidden, self._order, texts), hidden)
+
+    def _normed(self, found: Tensor, like: Tensor) -> Tensor:
+        found = found.to(like.dtype)
         return found if self.norm is None else self.norm(found)
 
 

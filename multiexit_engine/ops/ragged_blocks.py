@@ -23,7 +23,8 @@ class RaggedTexts:
     """Texts one behind the other, and which of their rows go on, as the device alone knows.
 
     Attributes:
-        starts: [texts + 1] int32, where each text begins, and all end.
+        starts: [texts + 1] int32, where each text begins, and all end. Rows behind them are
+            nobody's, and do not go on.
         rows: those that go on.
         query_starts: [texts + 1] int32, how many of them lie before each text.
         keyed: all rows of the texts some of whose rows go on.
@@ -36,7 +37,10 @@ class RaggedTexts:
 
     @classmethod
     def of(cls, goes_on: Tensor, starts: Tensor, owners: Tensor) -> RaggedTexts:
-        """From [rows] bool that say who goes on, and [rows] int64, the text of each row."""
+        """From [rows] bool that say who goes on, and [rows] int64, the text of each row.
+
+        A row that is nobody's belongs to a text without rows.
+        """
         rows = compact_rows(goes_on)
         query_starts = rows.before[starts.long()]
         is_alive = query_starts[1:] > query_starts[:-1]
@@ -64,7 +68,8 @@ def ragged_blocks(
     hidden: Tensor,
     blocks: Sequence[Callable[..., Tensor]],
     texts: RaggedTexts,
-    sources: RaggedSources,
+    sources: RaggedSources | None = None,
+    is_attended: bool = False,
 ) -> Tensor:
     """``packed_blocks`` where the host does not know which rows go on.
 
@@ -75,10 +80,11 @@ def ragged_blocks(
 
     Args:
         hidden: [rows, hidden] in the dtype of the weights, or what an earlier span gave.
-        blocks: at least one ``layers.block.Block`` with attention over a source, whose parts a
-            backend reads.
+        blocks: at least one ``layers.block.Block``, whose parts a backend reads.
         texts: how the rows lie, and which of them go on.
-        sources: what they read.
+        sources: what blocks with cross-attention read.
+        is_attended: whether ``hidden`` is what the first block's self-attention gave, its norm
+            included.
 
     Returns:
         A new tensor of the shape of ``hidden``, in its dtype or in float32. Rows that stay are as
@@ -91,8 +97,11 @@ def ragged_blocks(
     if not len(index):
         return hidden.clone()
     packed = PackedTexts(_lens(texts.starts), _lens(texts.query_starts), index)
-    read = PackedSources(sources.keys_values, _lens(sources.starts), _lens(sources.query_starts))
-    return packed_blocks.reference(hidden, blocks, packed, read)
+    read = None
+    if sources is not None:
+        lens = _lens(sources.starts), _lens(sources.query_starts)
+        read = PackedSources(sources.keys_values, *lens)
+    return packed_blocks.reference(hidden, blocks, packed, read, is_attended)
 
 
 def _lens(starts: Tensor) -> list[int]:
@@ -108,7 +117,8 @@ def _are_matrices_streamed(hidden: Tensor, blocks: Sequence[Any], *_: object) ->
 
 def are_rows_ragged(hidden: Tensor, blocks: Sequence[Any]) -> bool:
     """Whether ``ragged_blocks`` of such rows runs on a device, without waiting for it."""
-    is_on_device = device_kind(hidden.device) == "cuda" and not is_reference_forced()
+    kinds = {backend.device for backend in ragged_blocks.backends.values()}
+    is_on_device = device_kind(hidden.device) in kinds and not is_reference_forced()
     return is_on_device and _are_matrices_streamed(hidden, blocks)
 
 

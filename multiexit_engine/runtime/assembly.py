@@ -1,15 +1,23 @@
-"""Puts together what runs requests of models that write one token after the other."""
+"""Puts together what runs the requests of a model, one token after the other or all at once."""
 
 from __future__ import annotations
 
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.models.base import MultiExitModel
+from multiexit_engine.models.elmer import ElmerModel
+from multiexit_engine.runtime.answer_memory import AnswerMemory
+from multiexit_engine.runtime.answer_pieces import AnswerPieces
 from multiexit_engine.runtime.core import EngineCore
 from multiexit_engine.runtime.detokenizer import Tokenizer
 from multiexit_engine.runtime.draft_lengths import DraftLengths
+from multiexit_engine.runtime.graphs import Graphs, capture_on
+from multiexit_engine.runtime.parallel_core import ParallelCore
 from multiexit_engine.runtime.runner import ModelRunner
 from multiexit_engine.runtime.scheduler import Scheduler
+
+# tokens of a batch of short sources that a pass is captured for, whatever the longest one may have
+SHORT_SOURCES = 1024
 
 
 def autoregressive_core(
@@ -30,3 +38,22 @@ def autoregressive_core(
     draft_lengths = DraftLengths()
     runner = ModelRunner(model, kv_cache, config, draft_lengths)
     return EngineCore(config, Scheduler(config, draft_lengths), runner, tokenizer)
+
+
+def parallel_core(
+    config: EngineConfig, model: ElmerModel, tokenizer: Tokenizer | None
+) -> ParallelCore:
+    """A core for answers in one piece, with memory for captured passes where they are asked for."""
+    if not config.cuda_graphs:
+        return ParallelCore(config, model, tokenizer)
+    most_tokens = max(config.max_model_len, SHORT_SOURCES)
+    graphs = Graphs(config.cuda_graphs, most_tokens, capture_on(config.device))
+    memory = AnswerMemory(
+        graphs.sizes[-1],
+        graphs.bounds[-1],
+        config.max_batch_size,
+        model.config,
+        config.dtype,
+        config.device,
+    )
+    return ParallelCore(config, model, tokenizer, AnswerPieces(model, memory, graphs))

@@ -1,4 +1,4 @@
-"""Decode steps as recorded pieces: for which numbers of rows, and what is recorded once.
+"""Steps as recorded pieces: for which numbers of rows, and what is recorded once.
 
 A piece reads and writes memory that stays where it is. Knows nothing of models, heads or requests.
 """
@@ -17,6 +17,11 @@ Capture = Callable[[Call], Call]
 
 # keys below this number share a piece; above it, up to the next power of two
 LEAST_BOUND = 256
+
+# Rows of answers that are found at once: the rows of the products' tiles, then several of them.
+# What lies between costs little, since blocks of rows that are not listed end at once.
+ANSWER_SIZES = (16, 32, 64, 256)
+MOST_ANSWER_ROWS = 4096
 
 
 class Pieces(Protocol):

@@ -18,9 +18,11 @@ from multiexit_engine.decoding.parallel import collapse_words, num_kept, tested_
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.ops import use_backend
 from multiexit_engine.outputs import EngineStats, FinishReason
-from multiexit_engine.params import Parallel
+from multiexit_engine.params import DecodingMode, Parallel
 from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
+from multiexit_engine.runtime.answer_pieces import AnswerPieces
 from multiexit_engine.runtime.answers import Answer, LayerRows
+from multiexit_engine.runtime.captured_pass import CapturedBatch, warm_up
 from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
 from multiexit_engine.runtime.exit_readings import ExitReadings
 from multiexit_engine.runtime.parallel_pass import ParallelBatch
@@ -31,6 +33,12 @@ from multiexit_engine.runtime.ragged_pass import new_batch
 class ParallelCore:
     """Living requests and the model that answers them.
 
+    Args:
+        config: the engine's limits.
+        model: that answers.
+        tokenizer: makes texts of tokens; None where the checkpoint has none.
+        pieces: run captured passes; None where nothing is captured.
+
     Attributes:
         requests: all requests that were added and not yet forgotten.
         streamed: ids of the requests whose text is asked for with each step.
@@ -38,7 +46,11 @@ class ParallelCore:
     """
 
     def __init__(
-        self, config: EngineConfig, model: ElmerModel, tokenizer: Tokenizer | None
+        self,
+        config: EngineConfig,
+        model: ElmerModel,
+        tokenizer: Tokenizer | None,
+        pieces: AnswerPieces | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -49,6 +61,7 @@ class ParallelCore:
         self.num_generated_tokens = 0
         self.num_tokens_by_layer: Counter[int] = Counter()
         self.rows = LayerRows.none(model.config.num_layers)
+        self._pieces = pieces
         self._waiting: deque[Request] = deque()
         self._texts: dict[Sequence, Detokenizer] = {}
 
@@ -99,6 +112,13 @@ class ParallelCore:
             self._take(request, own)
         self.num_steps += 1
         return requests
+
+    def warm_up(self, mode: DecodingMode, depth: int) -> None:
+        """Capture what passes in a mode will replay; all of them run ``depth`` layers."""
+        assert self._pieces is not None, "asked for where something is captured"
+        assert isinstance(mode, Parallel), "the intake allows nothing else"
+        with torch.inference_mode(), self._backend():
+            warm_up(self.model, self._pieces, mode)
 
     def prompt_scores(self, request: Request) -> Tensor:
         """[positions, vocab] float32 logits of the request's answer, run alone."""
@@ -188,11 +208,9 @@ class ParallelCore:
             for place, request in enumerate(requests)
         ]
         with torch.inference_mode(), self._backend():
-            batch = new_batch(
-                self.model,
+            batch = self._batch(
                 [request.prompt_token_ids for request in requests],
                 [answer for own in answers for answer in own],
-                self.rows,
             )
             batch.run()
         for request, own in zip(requests, answers, strict=True):
@@ -200,6 +218,15 @@ class ParallelCore:
             # of equals the shortest, which stands first
             own.sort(key=lambda answer: -answer.score(num_kept(answer.token_ids, ending)))
         return answers, batch
+
+    def _batch(
+        self, sources: list[list[int]] | list[tuple[int, ...]], answers: list[Answer]
+    ) -> ParallelBatch:
+        """Captured where it fits."""
+        pieces, num_rows = self._pieces, sum(answer.length for answer in answers)
+        if pieces is not None and pieces.fits(num_rows, sum(map(len, sources))):
+            return CapturedBatch(self.model, sources, answers, self.rows, pieces)
+        return new_batch(self.model, sources, answers, self.rows)
 
     def _take(self, request: Request, answers: list[Answer]) -> None:
         """Give a request the best of its answers, cut where it ends."""

@@ -58,21 +58,24 @@ class ParallelBatch:
         self._rows = rows
         self._num_layers = model.config.num_layers
         self._source_lens = [len(source) for source in sources]
-        flat = [token for source in sources for token in source]
-        device = model.start(1).embedded.device
-        self._encoded = model.encode(to_device(flat, device), self._source_lens)
-        self._embedded, self._attended = _starts(model, [answer.length for answer in answers])
-        self._hidden = self._embedded
         self._owner = [i for i, answer in enumerate(answers) for _ in range(answer.length)]
         self._position = [place for answer in answers for place in range(answer.length)]
         self._first = list(accumulate((a.length for a in answers[:-1]), initial=0))
-        num_rows = len(self._owner)
-        self._token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._log_probs = torch.zeros(num_rows, device=device)
-        self._exit_layers = [0] * num_rows
+        self._exit_layers = [0] * len(self._owner)
         self._tested = [tested_layers(answer.mode, self._num_layers) for answer in answers]
         self._untested: list[int] = []
         self._cross: _Cross | None = None
+        self._embedded, self._attended = _starts(model, [answer.length for answer in answers])
+        self._prepare(sources)
+
+    def _prepare(self, sources: Sequence[Sequence[int]]) -> None:
+        """Read the sources, and have room for the rows."""
+        flat = [token for source in sources for token in source]
+        device, num_rows = self._embedded.device, len(self._owner)
+        self._encoded = self._model.encode(to_device(flat, device), self._source_lens)
+        self._hidden = self._embedded
+        self._token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._log_probs = torch.zeros(num_rows, device=device)
 
     def run(self) -> None:
         """Compute every answer, its further passes included."""
@@ -80,14 +83,17 @@ class ParallelBatch:
         for turn in range(1, max(answer.mode.refine for answer in self._answers) + 1):
             again = self._rows_of_turn(turn)
             if again:
-                index = self._index(again)
-                begun = take_rows(self._embedded, index).to(self._hidden.dtype)
-                self._hidden.index_copy_(0, index, begun)
+                self._begin_again(again)
                 self._pass(again, is_first=False)
 
     def logits(self) -> Tensor:
         """[rows, vocab] float32, of every position where it left; after ``run``."""
         return head_logits(*self._model.predict(self._hidden))
+
+    def _begin_again(self, rows: list[int]) -> None:
+        index = self._index(rows)
+        begun = take_rows(self._embedded, index).to(self._hidden.dtype)
+        self._hidden.index_copy_(0, index, begun)
 
     def _pass(self, rows: list[int], *, is_first: bool) -> None:
         self._cross = None
@@ -347,7 +353,7 @@ class ParallelBatch:
         return self._hidden if is_all else take_rows(self._hidden, self._index(rows))
 
     def _index(self, rows: list[int]) -> Tensor:
-        return to_device(rows, self._encoded.device, torch.int64)
+        return to_device(rows, self._embedded.device, torch.int64)
 
 
 def _starts(model: ElmerModel, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from multiexit_engine.config import BackendName, EngineConfig, ModelConfig
 from multiexit_engine.errors import BackendUnavailable
 from multiexit_engine.ops import Op
 from multiexit_engine.quantization import Quantization
-from multiexit_engine.runtime.graphs import graph_sizes
+from multiexit_engine.runtime.graphs import ANSWER_SIZES, MOST_ANSWER_ROWS, graph_sizes
 from multiexit_engine.runtime.memory import num_kv_blocks
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ def make_engine_config(
     )
     place = pick_device(device)
     kind = pick_dtype(dtype, checkpoint.dtype, place)
+    if place.type == "cuda" and cuda_graphs is not False and _answers_at_once(checkpoint.config):
+        check_lists_rows(backend, quantization)
     length = pick_max_model_len(max_model_len, checkpoint.config)
     return EngineConfig(
         device=place,
@@ -151,19 +153,33 @@ def pick_graph_sizes(
     """Numbers of rows to capture decode steps for; raises ValueError where there are no graphs."""
     if wanted is False:
         return ()
-    _check_launches_steps(f"cuda_graphs={wanted!r}", device, model)
+    at_once = _answers_at_once(model)
+    if not at_once or device.type != "cuda":
+        _check_launches_steps(f"cuda_graphs={wanted!r}", device, model)
     if wanted is True:
-        return graph_sizes(max_batch_size)
+        return ANSWER_SIZES if at_once else graph_sizes(max_batch_size)
     if isinstance(wanted, str):
         sizes = [int(part) if part.isdecimal() else 0 for part in wanted.split(",")]
     else:
         sizes = [] if isinstance(wanted, int) else list(wanted)
-    if not sizes or not all(type(size) is int and 1 <= size <= max_batch_size for size in sizes):
+    # a row is a position of an answer there, of which a batch has any number
+    limit = MOST_ANSWER_ROWS if at_once else max_batch_size
+    if not sizes or not all(type(size) is int and 1 <= size <= limit for size in sizes):
+        name = "" if at_once else "max_batch_size="
         raise ValueError(
-            f"cuda_graphs={wanted!r}: give True, False, or numbers of rows from 1 to "
-            f"max_batch_size={max_batch_size}"
+            f"cuda_graphs={wanted!r}: give True, False, or numbers of rows from 1 to {name}{limit}"
         )
     return tuple(sorted(set(sizes)))
+
+
+def check_lists_rows(backend: BackendName, quantization: str | None) -> None:
+    """Raises ValueError where answers found at once could not be captured."""
+    if backend != "native" or quantization is not None:
+        raise ValueError(
+            f"cuda_graphs with backend={backend!r} and quantization={quantization!r}: answers that "
+            "are found at once are captured where kernels list their rows; give backend='native' "
+            "and no quantization, or cuda_graphs=False"
+        )
 
 
 def pick_async_scheduling(wanted: bool, device: torch.device, model: ModelConfig) -> bool:
@@ -171,6 +187,10 @@ def pick_async_scheduling(wanted: bool, device: torch.device, model: ModelConfig
     if wanted:
         _check_launches_steps(f"async_scheduling={wanted!r}", device, model)
     return wanted
+
+
+def _answers_at_once(model: ModelConfig) -> bool:
+    return model.model_type == "elmer"
 
 
 def _check_launches_steps(given: str, device: torch.device, model: ModelConfig) -> None:

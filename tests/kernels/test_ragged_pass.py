@@ -1,6 +1,7 @@
 """Rows leave as the device decides: the host's answers, one wait, no weight read in vain."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from multiexit_engine import Engine, Parallel, SamplingParams
 from multiexit_engine.ops import compact_rows, linear
-from multiexit_engine.runtime import ragged_pass
+from multiexit_engine.runtime import assembly, ragged_pass
 from tests.gate_probes import save_probed_elmer
 from tests.golden.test_elmer_golden import FOLDER
 from tests.kernels.test_elmer import rehearsal
@@ -61,6 +62,18 @@ def test_mixed_modes_give_the_answers_and_the_work_of_the_host(device, waits):
     assert engine.stats().keyed_rows_per_layer == reference.stats().keyed_rows_per_layer
     # the pass and its refinement
     assert len(waits) == 2
+
+
+def test_pieces_with_padding_give_the_answers_and_the_work_of_the_host(device, monkeypatch):
+    monkeypatch.setattr(assembly, "capture_on", lambda place: lambda call: call)
+    reference = opened("cpu", "reference")
+    config = replace(reference.config, device=torch.device(device), backend="native")
+    engine = Engine(reference.checkpoint, replace(config, cuda_graphs=(80,)), None)
+    modes = [replace(mode, refine=0) for mode in MODES]
+    with rehearsal(device):
+        found = answers(engine, modes)
+    assert found == answers(reference, modes)
+    assert engine.stats().rows_per_layer == reference.stats().rows_per_layer
 
 
 def test_probes_hold_back_the_same_rows_as_on_the_host(device, waits, tmp_path):

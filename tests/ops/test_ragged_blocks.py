@@ -5,6 +5,7 @@ import torch
 
 from multiexit_engine.ops import (
     PackedSources,
+    PackedTexts,
     RaggedSources,
     RaggedTexts,
     packed_blocks,
@@ -118,3 +119,61 @@ def test_companions_change_no_bit(models, backend):  # noqa: F811
     read = RaggedSources(sources.keys_values[4:70], starts([66]), starts([37]))
     found = ragged_run(function, model, hidden[6:76], alone, read)
     assert torch.equal(found[goes_on], together[texts.rows[own]])
+
+
+@all_backends(ragged_blocks)
+def test_encoder_blocks_read_no_source(models, backend):  # noqa: F811
+    function = implementation_or_skip(ragged_blocks, backend)
+    model = models(torch.float32)
+    hidden = torch.randn(sum(LENS), 48, generator=torch.Generator().manual_seed(0))
+    blocks = list(model.encoder.blocks)
+    goes_on = torch.ones(sum(LENS), dtype=torch.bool)
+    owners = torch.arange(len(LENS)).repeat_interleave(torch.tensor(LENS))
+    with torch.inference_mode(), use_backend("reference"):
+        wanted = packed_blocks.reference(hidden, blocks, PackedTexts.whole(LENS))
+    with torch.inference_mode():
+        found = function(hidden, blocks, RaggedTexts.of(goes_on, starts(LENS), owners))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@all_backends(ragged_blocks)
+def test_a_first_part_that_is_done_is_not_done_again(models, backend):  # noqa: F811
+    function = implementation_or_skip(ragged_blocks, backend)
+    model = models(torch.float32)
+    hidden, texts, sources = ragged(model)
+    lists, blocks = as_lists(hidden, texts, sources), list(model.blocks)[1:3]
+    attended = hidden.clone()
+    with torch.inference_mode(), use_backend("reference"):
+        attended[texts.rows] = blocks[0].attended(hidden, texts)
+    with torch.inference_mode():
+        # keys and values of the second block are those of the rows as they stay
+        found = function(attended, blocks[:1], *lists, True)
+        wanted = function(hidden, blocks[:1], *lists)
+    torch.testing.assert_close(found[texts.rows], wanted[texts.rows], atol=1e-5, rtol=1e-5)
+
+
+@all_backends(ragged_blocks)
+def test_padding_changes_no_bit(models, backend):  # noqa: F811
+    function = implementation_or_skip(ragged_blocks, backend)
+    model = models(torch.bfloat16)
+    hidden, texts, sources = ragged(model)
+    alone, read = as_lists(hidden, texts, sources)
+    empty = torch.tensor([len(hidden)] * 3, dtype=torch.int32)
+    goes_on = torch.cat([alone.rows.marks(), torch.zeros(30, dtype=torch.bool)])
+    owners = torch.arange(len(LENS) + 1).repeat_interleave(torch.tensor([*LENS, 30]))
+    padded = RaggedTexts.of(goes_on, torch.cat([alone.starts, empty]), owners)
+    nothing = torch.full((30, hidden.shape[1]), torch.nan, dtype=hidden.dtype)
+    wanted = ragged_run(function, model, hidden, alone, read)
+    found = ragged_run(function, model, torch.cat([hidden, nothing]), padded, _padded(read))
+    assert torch.equal(found[texts.rows], wanted[texts.rows])
+
+
+def _padded(sources):
+    """With sources behind the others that have no tokens, and rows of keys that nobody owns."""
+    ends = sources.starts[-1:].repeat(3), sources.query_starts[-1:].repeat(3)
+    nothing = torch.full_like(sources.keys_values[:5], torch.nan)
+    return RaggedSources(
+        torch.cat([sources.keys_values, nothing]),
+        torch.cat([sources.starts, ends[0]]),
+        torch.cat([sources.query_starts, ends[1]]),
+    )

@@ -12,8 +12,9 @@ import torch
 
 from multiexit_engine import DecodingMode, Engine, RequestOutput, SamplingParams
 from multiexit_engine.checkpoint import open_checkpoint
-from multiexit_engine.runtime import runner
+from multiexit_engine.runtime import assembly, runner
 from tests.simulated_device import SimulatedDevice, simulated_device
+from tests.simulated_device.kernels import use_kernels
 
 SMALL = {"max_batch_size": 8, "kv_cache_memory": 2**22, "dtype": "float32"}
 
@@ -23,13 +24,19 @@ def on_cpu(folder: Path, **options) -> Engine:
 
 
 @contextmanager
-def on_device(folder: Path, **options) -> Iterator[tuple[Engine, SimulatedDevice]]:
-    """An engine whose weights and cache lie on the simulated device."""
+def on_device(
+    folder: Path, *, has_kernels: bool = False, **options
+) -> Iterator[tuple[Engine, SimulatedDevice]]:
+    """An engine whose weights and cache lie on the simulated device, which may have kernels."""
     names = [name for name in ("cuda_graphs", "async_scheduling") if name in options]
     changes = {name: options.pop(name) for name in names}
     config = on_cpu(folder, **options).config
     with simulated_device() as device, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "capture_on", lambda place: device.capture)
+        for module in (assembly, runner):
+            patch.setattr(module, "capture_on", lambda place: device.capture)
+        if has_kernels:
+            use_kernels(patch)
+            changes["backend"] = "auto"
         place = torch.device("sim:0")
         engine = Engine(open_checkpoint(folder), replace(config, device=place, **changes), None)
         yield engine, device

@@ -81,13 +81,13 @@ def test_a_cpu_refuses_what_it_has_no_use_for(folder, option):
 
 @pytest.mark.parametrize("sizes", [[], [0], [9], [True], 3, "all", "1,x"])
 def test_sizes_beyond_the_batch_are_refused(sizes):
-    config = SimpleNamespace(encoder=None)
+    config = SimpleNamespace(encoder=None, model_type="gpt2")
     with pytest.raises(ValueError, match="numbers of rows from 1 to max_batch_size=8"):
         pick_graph_sizes(sizes, torch.device("cuda"), config, 8)
 
 
 def test_sizes_may_be_written_out():
-    config = SimpleNamespace(encoder=None)
+    config = SimpleNamespace(encoder=None, model_type="gpt2")
     assert pick_graph_sizes("4,1,2", torch.device("cuda"), config, 8) == (1, 2, 4)
 
 

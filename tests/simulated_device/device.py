@@ -87,6 +87,23 @@ class SimulatedDevice(TorchDispatchMode):
 
         return replay
 
+    def kernel(self, call: Callable[[], Any], result: SimulatedTensor) -> SimulatedTensor:
+        """One operation that writes what ``call`` gives, in time; the host may wait within it."""
+
+        def compute() -> None:
+            outside = self._stream, self._captured, self.counts, self.names
+            self._stream, self._captured, self.counts, self.names = [], None, Counter(), Counter()
+            try:
+                with self, torch.inference_mode():
+                    found = call()
+                self._run()
+                result.memory.copy_(found.memory)
+            finally:
+                self._stream, self._captured, self.counts, self.names = outside
+
+        self._add(compute)
+        return result
+
     def run_up_to(self, place: int) -> None:
         """Run the stream's operations before a place."""
         ready, self._stream = self._stream[:place], self._stream[place:]
