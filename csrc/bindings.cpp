@@ -10,6 +10,7 @@
 #include "cpu/heads.h"
 #include "cpu/packed_attention.h"
 #include "cpu/packed_block.h"
+#include "cpu/rough_sums.h"
 #include "cpu/table_rows.h"
 
 namespace py = pybind11;
@@ -142,18 +143,6 @@ void measure_head(int threads, Address hidden, int dtype, int64_t rows, const Ma
                    at(entropy)});
 }
 
-void measure_coded_head(int threads, Address hidden, Address hidden_scales, int64_t terms,
-                        int64_t rows, Address codes, Address starts, Address scales,
-                        int64_t vocab, int64_t columns, Address bias, Address tokens,
-                        Address log_probs, Address second_log_probs, Address log_sum_exp,
-                        Address entropy) {
-  Release nogil;
-  coded_head_statistics(
-      threads, {at<uint8_t>(hidden), at(hidden_scales)}, terms, rows,
-      {at<int8_t>(codes), at<int32_t>(starts), at(scales), vocab, columns}, at(bias),
-      {at<int64_t>(tokens), at(log_probs), at(second_log_probs), at(log_sum_exp), at(entropy)});
-}
-
 void code_states(int threads, Address x, Address factors, int64_t rows, int64_t columns,
                  int64_t terms, Address codes, Address scales, Address norms, Address errors) {
   Release nogil;
@@ -166,6 +155,13 @@ void choose_by_codes(int threads, const RoughRows& rows, const RoughHead& rough,
                      const Choice& choice) {
   Release nogil;
   coded_head_tokens(threads, rows, rough, head, lowers, choice);
+}
+
+void sum_by_codes(int threads, const RoughRows& rows, const RoughHead& rough, const Linear& head,
+                  Address mean, Address tokens, Address numbers) {
+  Release nogil;
+  rough_head_sums(threads, rows, rough, head, at(mean),
+                  {at<int64_t>(tokens), at<double>(numbers)});
 }
 
 HeadPair pair_of(int dtype, Address upper_hidden, const Matrix& upper, Address lower_hidden,
@@ -333,9 +329,9 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("head_logits", &project);
   m.def("head_statistics", &measure_head);
-  m.def("coded_head_statistics", &measure_coded_head);
   m.def("code_rows", &code_states);
   m.def("coded_head_tokens", &choose_by_codes);
+  m.def("rough_head_sums", &sum_by_codes);
   m.def("head_tokens", &choose);
   m.def("contrast_heads", &contrast);
   m.def("contrast_tokens", &choose_contrast);

@@ -149,24 +149,6 @@ def head_statistics(
     log_sum_exp: int,
     entropy: int,
 ) -> None: ...
-def coded_head_statistics(
-    threads: int,
-    hidden: int,
-    hidden_scales: int,
-    terms: int,
-    rows: int,
-    codes: int,
-    starts: int,
-    scales: int,
-    vocab: int,
-    columns: int,
-    bias: int,
-    tokens: int,
-    log_probs: int,
-    second_log_probs: int,
-    log_sum_exp: int,
-    entropy: int,
-) -> None: ...
 def code_rows(
     threads: int,
     x: int,
@@ -186,6 +168,15 @@ def coded_head_tokens(
     head: Linear,
     lowers: list[LowerHead],
     choice: Choice,
+) -> None: ...
+def rough_head_sums(
+    threads: int,
+    rows: RoughRows,
+    rough: RoughHead,
+    head: Linear,
+    mean: int,
+    tokens: int,
+    numbers: int,
 ) -> None: ...
 def head_tokens(
     threads: int, hidden: int, dtype: int, rows: int, weight: Matrix, bias: int, choice: Choice

@@ -79,4 +79,24 @@ static Distribution distribution(const float* x, int64_t count) {
   return found;
 }
 
+static ExpSums exp_sums(const float* x, float shift, int64_t count) {
+  Vec sums = fill(0.0f), drops = fill(0.0f), squares = fill(0.0f), square_drops = fill(0.0f),
+      squared_drops = fill(0.0f);
+  each_vector(count, [&](int64_t i, int64_t n) {
+    const Vec distance = load_some(x + i, n) + shift;
+    const Vec y = distance < -100.0f ? fill(-100.0f) : distance;
+    Vec weight = exp(y);
+    if (n < kWidth)
+      for (int64_t j = n; j < kWidth; ++j) weight[j] = 0.0f;
+    const Vec drop = weight * y;
+    sums += weight;
+    drops += drop;
+    squares = fma(weight, weight, squares);
+    square_drops = fma(weight, drop, square_drops);
+    squared_drops = fma(drop, drop, squared_drops);
+  });
+  return {sum_of(sums), sum_of(drops), sum_of(squares), sum_of(square_drops),
+          sum_of(squared_drops)};
+}
+
 }  // namespace multiexit::cpu::ISA_NAMESPACE

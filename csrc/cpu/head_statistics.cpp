@@ -39,12 +39,14 @@ constexpr int64_t kRows = 32;
 // Rows whose pieces a thread unites at once: some 2 us each.
 constexpr int64_t kRowsOfUnion = 4;
 
-// product(row, rows, first, count, logits, stride) gives some rows' logits of some tokens, those of
-// the next row `terms` strides behind.
-template <class Product>
-void statistics_of(int threads, int64_t rows, int64_t terms, int64_t vocab,
-                   const HeadStatistics& out, Product&& product) {
+}  // namespace
+
+void head_statistics(int threads, const float* hidden, int64_t rows, const Linear& head,
+                     const HeadStatistics& out) {
   const Kernels& k = kernels();
+  const auto* input = static_cast<const char*>(input_of(threads, hidden, rows, head.weight));
+  const int64_t row_bytes = head.weight.columns * size_of(k.input_dtype(head.weight.dtype));
+  const int64_t vocab = head.weight.rows;
   const int64_t pieces = (vocab + kPiece - 1) / kPiece;
   Scratch& scratch = Scratch::of_this_thread();
   const int64_t ranks = std::clamp(threads, 1, kMaxThreads);
@@ -52,12 +54,13 @@ void statistics_of(int threads, int64_t rows, int64_t terms, int64_t vocab,
   auto* found = scratch.room<Distribution>(Scratch::kDistributions, rows * pieces);
   in_chunks(threads, vocab, kPiece, [&](int64_t first, int64_t count, int rank) {
     float* logits = rooms + rank * kRows * kPiece;
-    for (int64_t row = 0; row < rows; row += kRows / terms) {
-      const int64_t some = std::min(kRows / terms, rows - row);
-      product(row, some, first, count, logits, kPiece);
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t some = std::min(kRows, rows - row);
+      k.product(input + row * row_bytes, some, head.weight, first, count, head.bias, logits,
+                kPiece);
       for (int64_t i = 0; i < some; ++i) {
         Distribution& piece = found[(row + i) * pieces + first / kPiece];
-        piece = k.distribution(logits + i * terms * kPiece, count);
+        piece = k.distribution(logits + i * kPiece, count);
         piece.argmax += first;
       }
     }
@@ -66,37 +69,6 @@ void statistics_of(int threads, int64_t rows, int64_t terms, int64_t vocab,
     for (int64_t row = first; row < first + count; ++row)
       unite(found + row * pieces, pieces, row, out);
   });
-}
-
-}  // namespace
-
-void head_statistics(int threads, const float* hidden, int64_t rows, const Linear& head,
-                     const HeadStatistics& out) {
-  const auto* input = static_cast<const char*>(input_of(threads, hidden, rows, head.weight));
-  const int64_t row_bytes = head.weight.columns * size_of(kernels().input_dtype(head.weight.dtype));
-  statistics_of(threads, rows, 1, head.weight.rows, out,
-                [&](int64_t row, int64_t some, int64_t first, int64_t count, float* logits,
-                    int64_t stride) {
-                  kernels().product(input + row * row_bytes, some, head.weight, first, count,
-                                    head.bias, logits, stride);
-                });
-}
-
-void coded_head_statistics(int threads, const CodedRows& hidden, int64_t terms, int64_t rows,
-                           const CodedMatrix& weight, const float* bias,
-                           const HeadStatistics& out) {
-  const Kernels& k = kernels();
-  statistics_of(threads, rows, terms, weight.rows, out,
-                [&](int64_t row, int64_t some, int64_t first, int64_t count, float* logits,
-                    int64_t stride) {
-                  k.coded_product(hidden.from(row * terms, weight.columns), some * terms, weight,
-                                  first, count, terms > 1 ? nullptr : bias, logits, stride);
-                  for (int64_t i = 0; terms > 1 && i < some; ++i) {
-                    float* own = logits + i * terms * stride;
-                    k.add(own + stride, own, count);
-                    if (bias) k.add(bias + first, own, count);
-                  }
-                });
 }
 
 }  // namespace multiexit::cpu

@@ -19,10 +19,4 @@ struct HeadStatistics {
 void head_statistics(int threads, const float* hidden, int64_t rows, const Linear& head,
                      const HeadStatistics& out);
 
-// The same of the logits that codes stand for: of a row 1 or 2 terms, one behind the other; bias may
-// be null.
-void coded_head_statistics(int threads, const CodedRows& hidden, int64_t terms, int64_t rows,
-                           const CodedMatrix& weight, const float* bias,
-                           const HeadStatistics& out);
-
 }  // namespace multiexit::cpu

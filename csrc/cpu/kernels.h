@@ -54,6 +54,11 @@ struct Distribution {
   int64_t argmax;
 };
 
+// Of e^y: the sum, and that of its product with y; of its square the same, and that with y * y.
+struct ExpSums {
+  float sum, drops, squares, square_drops, squared_drops;
+};
+
 // Of a row's codes: the scale of each term, and the distance from the row, l2. NaN where a number is
 // none, or not finite.
 struct CodedRow {
@@ -70,6 +75,9 @@ struct RoughLogits {
   float reach;
   int64_t first, count;
 };
+
+// Consecutive tokens that have an upper end together.
+constexpr int64_t kRoughBlock = 64;
 
 // The greatest numbers that some logits are at least, and can be at most.
 struct Ends {
@@ -119,6 +127,9 @@ struct Kernels {
   // Adds the terms up in `logits`.
   Ends (*sum_terms)(const RoughLogits& x);
 
+  // Adds the terms up in `out`; writes for each block of tokens the most that a logit can be.
+  void (*sum_blocks)(const RoughLogits& x, float* out, float* uppers);
+
   // Writes the tokens whose logits can be `border`; returns how many. Their terms are summed.
   int64_t (*find_near)(const RoughLogits& x, float border, Near* out);
 
@@ -156,6 +167,9 @@ struct Kernels {
   // Of count > 0 numbers, with -inf as the second of one; NaN or +inf among them makes the sums NaN;
   // of equals the first is the argmax.
   Distribution (*distribution)(const float* x, int64_t count);
+
+  // With y = x + shift, but no less than -100, of which e^y is 0.
+  ExpSums (*exp_sums)(const float* x, float shift, int64_t count);
 
   // Of scores / heat + Gumbel noise of the tokens first, first + 1, ...; of equals the first, but
   // NaN before all.

@@ -32,6 +32,30 @@ static Ends sum_terms(const RoughLogits& x) {
   return {max_of(lower), max_of(upper)};
 }
 
+static void sum_blocks(const RoughLogits& x, float* out, float* uppers) {
+  const float lowest = -__builtin_inff();
+  for (int64_t start = 0; start < x.count; start += kRoughBlock) {
+    Vec upper = fill(lowest);
+    each_vector(x.count - start < kRoughBlock ? x.count - start : kRoughBlock,
+                [&](int64_t place, int64_t n) {
+                  const int64_t i = start + place;
+                  Vec v = load_some(x.logits + i, n);
+                  if (x.second) v += load_some(x.second + i, n);
+                  if (x.bias) v += load_some(x.bias + i, n);
+                  store_some(out + i, v, n);
+                  Vec most = v + load_some(x.errors + i, n) * x.reach;
+                  if (n < kWidth)
+                    for (int64_t j = n; j < kWidth; ++j) most[j] = lowest;
+                  upper = most > upper ? most : upper;
+                });
+#if defined(MULTIEXIT_AVX512)
+    uppers[start / kRoughBlock] = _mm512_reduce_max_ps((__m512)upper);
+#else
+    uppers[start / kRoughBlock] = max_of(upper);
+#endif
+  }
+}
+
 static int64_t find_near(const RoughLogits& x, float border, Near* out) {
   int64_t found = 0;
   each_vector(x.count, [&](int64_t i, int64_t n) {

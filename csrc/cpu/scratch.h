@@ -15,6 +15,7 @@ class Scratch {
     kLogits, kLower, kLowerInput, kLowerRounded, kSummaries, kCandidates, kUpper, kShared, kNoisy, kContrasted,  // heads
     kPieces, kDistributions,  // statistics of heads
     kNearBest, kPlans, kNear, kExact, kOffsets, kKept,  // tokens by codes
+    kUppers, kOrder,  // sums by codes
     kDequantized,  // weights
     kPacked, kBias,  // attention among packed rows
     kSlots

@@ -8,8 +8,8 @@ from multiexit_engine._native.attention import biased_paged_attention, paged_att
 from multiexit_engine._native.blocks import decoder_blocks, packed_blocks
 from multiexit_engine._native.coded_heads import (
     code_hidden,
-    coded_head_statistics,
     coded_head_tokens,
+    rough_head_sums,
 )
 from multiexit_engine._native.dense import layer_norm, linear, linear_activation, rms_norm
 from multiexit_engine._native.heads import (
@@ -28,7 +28,6 @@ __all__ = [
     "biased_packed_attention",
     "biased_paged_attention",
     "code_hidden",
-    "coded_head_statistics",
     "coded_head_tokens",
     "contrast_heads",
     "contrast_tokens",
@@ -44,6 +43,7 @@ __all__ = [
     "packed_blocks",
     "paged_attention",
     "rms_norm",
+    "rough_head_sums",
     "sample_tokens",
     "shared_head_tokens",
     "take_rows",

@@ -12,7 +12,7 @@ from multiexit_engine import _C
 from multiexit_engine._native.heads import ChosenRows, LowerHeads
 from multiexit_engine._native.tensors import address, matrix, vector
 from multiexit_engine.ops.coded_heads import GROUP, CodedHidden
-from multiexit_engine.ops.heads import HeadStatistics
+from multiexit_engine.ops.rough_sums import RoughSums
 
 
 def code_hidden(hidden: Tensor, num_terms: int = 1, columns: Tensor | None = None) -> CodedHidden:
@@ -53,28 +53,12 @@ def coded_head_tokens(
 ) -> Tensor:
     """See ``multiexit_engine.ops.coded_head_tokens``."""
     hidden, shift = hidden.contiguous(), vector(bias)
-    reaches, slacks = bounds.reaches.contiguous(), bounds.slacks.contiguous()
     rows = ChosenRows(temperature, seeds, positions, num_candidates)
     lowers = LowerHeads(groups, alpha, None)
     _C.coded_head_tokens(
         torch.get_num_threads(),
-        _C.RoughRows(
-            hidden.data_ptr(),
-            states.codes.data_ptr(),
-            states.scales.data_ptr(),
-            states.codes.shape[1],
-            reaches.data_ptr(),
-            slacks.data_ptr(),
-            hidden.shape[0],
-        ),
-        _C.RoughHead(
-            head.codes.data_ptr(),
-            head.starts.data_ptr(),
-            head.scales.data_ptr(),
-            head.errors.data_ptr(),
-            head.vocab,
-            states.codes.shape[2],
-        ),
+        _rough_rows(hidden, states, bounds),
+        _rough_head(states, head),
         _C.Linear(matrix(weight), address(shift)),
         lowers.heads,
         rows.choice,
@@ -82,33 +66,44 @@ def coded_head_tokens(
     return rows.tokens
 
 
-def coded_head_statistics(
-    hidden: Tensor,
-    hidden_scales: Tensor,
-    codes: Tensor,
-    starts: Tensor,
-    scales: Tensor,
-    vocab: int,
-    bias: Tensor | None = None,
-) -> HeadStatistics:
-    """See ``multiexit_engine.ops.coded_head_statistics``."""
+def rough_head_sums(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, states: Any, head: Any, bounds: Any
+) -> RoughSums:
+    """See ``multiexit_engine.ops.rough_head_sums``."""
     hidden, shift = hidden.contiguous(), vector(bias)
-    rows = hidden.shape[0]
-    out = HeadStatistics(
-        torch.empty(rows, dtype=torch.int64), *(torch.empty(rows) for _ in range(4))
-    )
-    _C.coded_head_statistics(
+    tokens = torch.empty(len(hidden), dtype=torch.int64)
+    numbers = torch.empty(len(hidden), len(RoughSums._fields) - 1, dtype=torch.float64)
+    _C.rough_head_sums(
         torch.get_num_threads(),
-        hidden.data_ptr(),
-        hidden_scales.data_ptr(),
-        hidden.shape[1],
-        rows,
-        codes.data_ptr(),
-        starts.data_ptr(),
-        scales.data_ptr(),
-        vocab,
-        hidden.shape[-1],
-        address(shift),
-        *(values.data_ptr() for values in out),
+        _rough_rows(hidden, states, bounds),
+        _rough_head(states, head),
+        _C.Linear(matrix(weight), address(shift)),
+        head.mean.data_ptr(),
+        tokens.data_ptr(),
+        numbers.data_ptr(),
     )
-    return out
+    return RoughSums(tokens, *numbers.unbind(1))
+
+
+def _rough_rows(hidden: Tensor, states: Any, bounds: Any) -> _C.RoughRows:
+    """What is contiguous, as ``code_states`` and ``logit_bounds`` make it."""
+    return _C.RoughRows(
+        hidden.data_ptr(),
+        states.codes.data_ptr(),
+        states.scales.data_ptr(),
+        states.codes.shape[1],
+        bounds.reaches.data_ptr(),
+        bounds.slacks.data_ptr(),
+        hidden.shape[0],
+    )
+
+
+def _rough_head(states: Any, head: Any) -> _C.RoughHead:
+    return _C.RoughHead(
+        head.codes.data_ptr(),
+        head.starts.data_ptr(),
+        head.scales.data_ptr(),
+        head.errors.data_ptr(),
+        head.vocab,
+        states.codes.shape[2],
+    )

@@ -1,28 +1,63 @@
 """What rough logits make certain of a row's distribution, given how far off they can be.
 
 Host data and small tensors; knows nothing of how logits became rough, or of who asks.
+
+Some tokens of a row, the near ones, have exact logits; the others have rough ones. Let y be a logit
+less the greatest exact one b, y' the rough y of another token, d what it lacks: y = y' + d. Known
+are e >= |d| for every token, and s, no less than the length of the vector of all d.
+
+- The normaliser Z = sum exp(y) is N + R with N of the near tokens and R = sum exp(y' + d). As exp
+  is convex, R >= R' + sum exp(y') d, and by Taylor's formula R lies no more than
+  exp(e) / 2 sum exp(y') d^2 above that. By Cauchy-Schwarz |sum exp(y') d| <= |exp(y')| s, and at
+  most R' e; sum exp(y') d^2 is at most max exp(y') s^2, and R' e^2. Where thousands of tokens share
+  the mass their errors nearly cancel: |exp(y')| s is a small part of R' e.
+- The entropy is H = log Z - c - U / Z with U = sum exp(y) (y - c), for any c. With c the mean of y
+  under the rough distribution U is 0 but for d. The slope of exp(y) (y - c) is exp(y) v with
+  v = y - c + 1, and its curvature exp(y) (v + 1). So U changes by at most |exp(y') v| s and
+  exp(e) / 2 sum exp(y') (|v| + 1 + e) d^2, or by the same sums with e for d. For |U| < Z both
+  log Z + U / Z and log Z - U / Z grow with Z, so their ends are those of Z.
+- The greatest probability is at least 1 / Z, of b; it is more than that only where another token
+  can exceed b. So are the second one, and the difference of both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from multiexit_engine.ops.heads import HeadStatistics
+from multiexit_engine.ops.rough_sums import LogitErrors, RoughSums
 
 # "surprise" is the best token's -log p
 Quantity: TypeAlias = Literal["max_prob", "margin", "entropy", "surprise"]
 
 # More than what log-probabilities, sums of float32 numbers, are off.
 _ROUNDING = 2.0**-15
+# Beyond it nothing is certain, and exp stays a number.
+_MOST_ERROR = 16.0
+
+
+class _Bounds(NamedTuple):
+    """[rows] float64 each.
+
+    Attributes:
+        lowest: of Z.
+        highest: of Z.
+        other: what exp(y) of a token that is not near can be at most.
+        entropies: the least and the greatest.
+    """
+
+    lowest: Tensor
+    highest: Tensor
+    other: Tensor
+    entropies: tuple[Tensor, Tensor]
 
 
 def certain_rows(
-    found: HeadStatistics,
-    errors: Tensor,
+    found: RoughSums,
+    errors: LogitErrors,
     quantities: Sequence[Quantity],
     thresholds: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
@@ -32,8 +67,8 @@ def certain_rows(
     where they are at most that.
 
     Args:
-        found: of the rough logits.
-        errors: [rows] float64, how far any logit of a row is from its rough one.
+        found: of the rows.
+        errors: of the rough logits.
         quantities: of each row.
         thresholds: of each row.
 
@@ -42,65 +77,87 @@ def certain_rows(
     """
     limits = torch.tensor(thresholds, dtype=torch.float64)
     sure, unsure = torch.zeros(2, len(quantities), dtype=torch.bool)
-    for kind in sorted(set(quantities)):
-        low, high = _range_of(kind, found, errors)
+    bounds = _bounds(found, errors)
+    kinds = sorted(set(quantities))
+    for kind in kinds:
+        low, high = _range_of(kind, found, bounds)
         at_most = kind in ("entropy", "surprise")
         own_sure = high <= limits if at_most else low >= limits
         own_unsure = low > limits if at_most else high < limits
-        own = torch.tensor([each == kind for each in quantities])
-        sure, unsure = sure | own & own_sure, unsure | own & own_unsure
-    is_known = errors.isfinite() & found.entropy.isfinite()
+        if len(kinds) > 1:
+            own = torch.tensor([each == kind for each in quantities])
+            own_sure, own_unsure = own & own_sure, own & own_unsure
+        sure, unsure = sure | own_sure, unsure | own_unsure
+    is_known = (errors.greatest <= _MOST_ERROR) & (bounds.highest < torch.inf)
     return sure & is_known, unsure & is_known
 
 
-def lone_best_tokens(found: HeadStatistics, errors: Tensor) -> Tensor:
-    """[rows] bool: whether the best token of rough logits is that of all logits this near to them.
+def lone_best_tokens(found: RoughSums, errors: LogitErrors) -> Tensor:
+    """[rows] bool: whether ``found.tokens`` are the best ones, of equals the first.
 
-    No other one reaches it where the runner-up is more than twice the error below it.
-
-    Args:
-        found: of the rough logits.
-        errors: [rows] float64, how far any of them is from the others.
+    No token that is not near can reach the best of those that are.
     """
-    lead = found.log_probs.double() - found.second_log_probs.double()
-    return lead > 2 * errors + _ROUNDING
+    return (found.border + errors.slacks < -_ROUNDING) & found.best.isfinite()
 
 
-def _range_of(kind: Quantity, found: HeadStatistics, errors: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows] float64 each: between what a quantity is, if logits are within the errors.
+def _bounds(found: RoughSums, errors: LogitErrors) -> _Bounds:
+    error, distance, rest = errors.greatest, errors.distances, found.rest_sum
+    rough = found.near_sum + rest
+    rounding = _ROUNDING * rough
+    # of the curve of exp, which e widens; nothing is known of rows with errors beyond
+    curve = _exp(error.clamp_max(_MOST_ERROR)) / 2
+    tallest = _exp(found.border.clamp(-1e3, 1e2))
+    drift = torch.minimum(found.squares.sqrt() * distance, rest * error)
+    bend = curve * torch.minimum(tallest * distance.square(), rest * error.square())
+    lowest, highest = rough - drift - rounding, rough + drift + bend + rounding
+    change = _change_of_drops(found, errors, curve, tallest)
+    centre = (found.near_drops + found.rest_drops) / rough
+    change = change + (2 * centre.abs() + 1) * rounding
+    least = _log(lowest) - centre - change / lowest
+    most = _log(highest) - centre + change / highest
+    # the exact entropy is rounded, too
+    least, most = least - _ROUNDING * (1 + least.abs()), most + _ROUNDING * (1 + most.abs())
+    is_small = change < lowest
+    ends = least.where(is_small, -torch.inf), most.where(is_small, torch.inf)
+    other = _exp((found.border + errors.slacks).clamp(-1e3, 1e2))
+    return _Bounds(lowest.clamp_min(1 - _ROUNDING), highest, other, ends)
 
-    With every logit x within e of its rough one, and m the greatest of a row: (1 - p) / p of a
-    token is the sum of exp(x' - x) over the others, of which each stays within a factor exp(w) with
-    w = 2e, so the logit of every p moves by at most w, and so does that of the greatest p and of
-    the second one. On the straight way from the rough logits to the others the entropy H changes by
-    dH = -sum p dx (x - E x), and E |x - E x| <= 2 E (m - x) = 2 D. Each p stays within a factor
-    exp(w) and each m - x within w, so D <= exp(u) (D' + u) where the way is u / w done, and
-    |H - H'| is at most the integral from u = 0 to w of exp(u) (D' + u).
-    """
-    wide = 2 * errors
-    lowest, highest = _probability(found.log_probs, wide)
-    if kind == "max_prob":
-        return lowest, highest
-    if kind == "surprise":
-        return -_log(highest), -_log(lowest)
+
+def _change_of_drops(
+    found: RoughSums, errors: LogitErrors, curve: Tensor, tallest: Tensor
+) -> Tensor:
+    """How far U can be from 0."""
+    error, distance, rest = errors.greatest, errors.distances, found.rest_sum
+    turn = 1 - (found.near_drops + found.rest_drops) / (found.near_sum + rest)
+    parts = found.squared_drops, 2 * turn * found.square_drops, turn.square() * found.squares
+    # a difference of rounded numbers
+    slack = 2.0**-16 * (parts[0] + parts[1].abs() + parts[2])
+    squares = (parts[0] + parts[1] + parts[2]).clamp_min(0.0) + slack
+    length = squares.sqrt()
+    # of |v|: y' is below the border
+    border = found.border.clamp_min(-1e3)
+    sizes = rest * (border + (border + turn).abs()) - found.rest_drops
+    drift = torch.minimum(length * distance, sizes * error)
+    tall = (length + (error + 1) * tallest) * distance.square()
+    wide = (sizes + (error + 1) * rest) * error.square()
+    return drift + curve * torch.minimum(tall, wide)
+
+
+def _range_of(kind: Quantity, found: RoughSums, bounds: _Bounds) -> tuple[Tensor, Tensor]:
+    """[rows] float64 each: between what a quantity is."""
+    if kind == "entropy":
+        return bounds.entropies
+    greatest = bounds.other.clamp_min(1.0)
+    lowest, highest = 1 / bounds.highest, greatest / bounds.lowest
     if kind == "margin":
-        second_lowest, second_highest = _probability(found.second_log_probs, wide)
-        return lowest - second_highest, highest - second_lowest
-    entropy = found.entropy.double()
-    drop = (entropy + found.log_probs.double()).clamp_min(0.0)
-    change = drop * wide.expm1() + (wide - 1) * _exp(wide) + 1
-    # log-probabilities are rounded, by far less than logits may be off
-    change = change + wide / 16
-    # no entropy is below that of a row whose tokens all have its greatest probability
-    return torch.maximum(entropy - change, -_log(highest)), entropy + change
-
-
-def _probability(log_probs: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest that a probability can be whose logit moves by so much."""
-    surprise, factor = -log_probs.double(), _exp(wide)
-    lowest = 1 / (1 + (surprise + _ROUNDING).clamp_min(0.0).expm1() * factor)
-    highest = 1 / (1 + (surprise - _ROUNDING).clamp_min(0.0).expm1() / factor)
-    return lowest * (1 - _ROUNDING), highest * (1 + _ROUNDING)
+        second = _exp(found.second.clamp_min(-1e3))
+        gap = (1 - torch.maximum(second, bounds.other)).clamp_min(0.0)
+        slack = _ROUNDING * highest
+        return (gap / bounds.highest - slack).clamp_min(0.0), (
+            greatest - second
+        ) / bounds.lowest + slack
+    lowest, highest = lowest * (1 - _ROUNDING), highest * (1 + _ROUNDING)
+    return (lowest, highest) if kind == "max_prob" else (-_log(highest), -_log(lowest))
 
 
 # PyTorch's `exp` and `log` of some hundred numbers wake its threads, which then spin beside the

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,17 +15,20 @@ from torch import Tensor
 
 from multiexit_engine.ops import (
     CodedHead,
+    HeadSpread,
+    LogitErrors,
+    RoughSums,
     are_codes_fast,
     code_head,
     code_states,
-    coded_head_statistics,
     coded_head_tokens,
+    head_spread,
     head_tokens,
     logit_bounds,
     logit_errors,
+    rough_head_sums,
     shared_head_tokens,
 )
-from multiexit_engine.ops.heads import HeadStatistics
 from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.quantization import Weight
 from multiexit_engine.transfer import to_host
@@ -92,12 +96,12 @@ class RoughReading(NamedTuple):
     """What codes say of rows.
 
     Attributes:
-        found: of the rough logits.
-        errors: [rows] float64, how far a row's exact logits may be from them.
+        found: of the rough logits, with exact ones of the tokens that count most.
+        errors: how far the rough ones may be off.
     """
 
-    found: HeadStatistics
-    errors: Tensor
+    found: RoughSums
+    errors: LogitErrors
 
 
 class _Trial:
@@ -132,6 +136,12 @@ class _Rough:
     # by the number of tokens, None for all
     trials: dict[int | None, _Trial] = field(default_factory=dict)
     num_open: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
+
+    @cached_property
+    def spread(self) -> HeadSpread:
+        """Of the codes; found at the first test."""
+        assert isinstance(self.weight, Tensor) and self.head is not None, "tests ask codes"
+        return head_spread(self.weight, self.head)
 
 
 class RoughHeads:
@@ -177,7 +187,7 @@ class RoughHeads:
         *,
         num_terms: int | None = None,
     ) -> RoughReading | None:
-        """About what ``head_statistics`` gives; None where that is the faster way.
+        """What codes say of distributions; None where exact logits are the faster way.
 
         Args:
             hidden: [rows, hidden_size].
@@ -189,17 +199,19 @@ class RoughHeads:
         head = self.codes(weight)
         if head is None or not self._trial(weight, shortlist).pays:
             return None
+        spread = self._rough(weight).spread
         if shortlist is not None:
             if shortlist * hidden.shape[1] < LEAST_NUMBERS:
                 return None
             head, bias = self._shortlisted(weight, bias, head, shortlist)
         if num_terms is None:
             num_terms = 2 if len(hidden) <= FEW_ROWS else 1
+        assert isinstance(weight, Tensor), "quantized heads have no codes"
         states = code_states(hidden, head, num_terms)
-        found = coded_head_statistics(
-            states.codes, states.scales, head.codes, head.starts, head.scales, head.vocab, bias
+        found = rough_head_sums(
+            hidden, weight, bias, states, head, logit_bounds(states, head, bias)
         )
-        return RoughReading(found, logit_errors(states, head, bias))
+        return RoughReading(found, logit_errors(states, head, bias, spread))
 
     def note_test(self, weight: Weight, shortlist: int | None, *, is_spared: bool) -> None:
         """Tell whether ``statistics`` spared a test the reading of the head."""

@@ -13,9 +13,7 @@ from multiexit_engine.ops.coded_heads import (
     code_head,
     code_hidden,
     code_states,
-    coded_head_statistics,
     logit_bounds,
-    logit_errors,
 )
 from multiexit_engine.ops.coded_tokens import coded_head_tokens
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
@@ -51,6 +49,14 @@ from multiexit_engine.ops.registry import (
     use_backend,
 )
 from multiexit_engine.ops.rotary import rotary
+from multiexit_engine.ops.rough_sums import (
+    HeadSpread,
+    LogitErrors,
+    RoughSums,
+    head_spread,
+    logit_errors,
+    rough_head_sums,
+)
 from multiexit_engine.ops.row_lists import (
     RowList,
     compact_rows,
@@ -67,13 +73,16 @@ __all__ = [
     "CodedHead",
     "ExitProgress",
     "ExitRules",
+    "HeadSpread",
     "HeadStatistics",
     "ListedRows",
+    "LogitErrors",
     "Op",
     "PackedSources",
     "PackedTexts",
     "RaggedSources",
     "RaggedTexts",
+    "RoughSums",
     "RowList",
     "RowPaths",
     "are_codes_fast",
@@ -84,7 +93,6 @@ __all__ = [
     "code_head",
     "code_hidden",
     "code_states",
-    "coded_head_statistics",
     "coded_head_tokens",
     "compact_rows",
     "contrast_heads",
@@ -97,6 +105,7 @@ __all__ = [
     "gated_activation",
     "gumbel_noise",
     "head_logits",
+    "head_spread",
     "head_statistics",
     "head_tokens",
     "js_divergences",
@@ -117,6 +126,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "rotate_and_write_kv",
+    "rough_head_sums",
     "rows_asked",
     "rows_beyond",
     "sample_tokens",

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from multiexit_engine.checkpoint.huge_pages import HugePages
-from multiexit_engine.ops.heads import HeadStatistics, statistics_of_logits
 from multiexit_engine.ops.registry import is_reference_forced, register_op
 
 # Rows whose codes lie together, and columns of each of them that do.
@@ -46,6 +45,7 @@ class CodedHead:
             they are coded.
         errors: [padded rows] float32, no less than the length of what a row's codes lack; NaN or
             infinite where the head has such numbers.
+        mean: [hidden_size] float32, what the codes of all rows lack.
         vocab: rows without padding.
         norm: of the longest row as it is.
         size: of the longest row of codes.
@@ -56,6 +56,7 @@ class CodedHead:
     scales: Tensor
     columns: Tensor
     errors: Tensor
+    mean: Tensor
     vocab: int
     norm: float
     size: float
@@ -141,6 +142,7 @@ def code_head(weight: Tensor) -> CodedHead:
         F.pad(torch.cat([part.scales[:, 0] for part in parts]), (0, codes.shape[0] - vocab)),
         columns,
         F.pad((errors * _UP).float(), (0, codes.shape[0] - vocab)),
+        mean,
         vocab,
         float(torch.cat(norms).max()) * _UP,
         size,
@@ -197,18 +199,18 @@ def logit_bounds(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> L
     With h = h' + e and w = w' + f, less what all rows have in common, the logits differ by
     e.w' + h.f, so by Cauchy-Schwarz by no more than |e| |w'| + |h| |f|. The rest is rounding: of n
     products and sums in float32, at most n 2^-23 |h| |w|, and of the steps that follow, in either.
+    What all have in common is h times the mean row.
     """
+    coding = (hidden.errors + hidden.norms * 2.0**-23) * head.size
+    slacks = coding + logit_roundings(hidden, head, bias)
+    return LogitBounds((hidden.norms * _UP).float(), slacks)
+
+
+def logit_roundings(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:
+    """[rows] float64: of ``logit_bounds`` what does not come from codes."""
     columns = hidden.codes.shape[-1]
     size = hidden.norms * (head.norm + head.size) + _greatest(bias)
-    coding = (hidden.errors + hidden.norms * 2.0**-23) * head.size
-    rounding = columns * 2.0**-23 * hidden.norms * head.norm + size * 2.0**-20
-    return LogitBounds((hidden.norms * _UP).float(), coding + rounding + 1e-4)
-
-
-def logit_errors(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:
-    """[rows] float64: the most of ``logit_bounds``."""
-    bounds = logit_bounds(hidden, head, bias)
-    return bounds.reaches.double() * head.error + bounds.slacks
+    return columns * 2.0**-23 * hidden.norms * head.norm + size * 2.0**-20 + 1e-4
 
 
 def rough_logits(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:
@@ -218,41 +220,7 @@ def rough_logits(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> T
     return logits if bias is None else logits + bias
 
 
-@register_op
-def coded_head_statistics(
-    hidden: Tensor,
-    hidden_scales: Tensor,
-    codes: Tensor,
-    starts: Tensor,
-    scales: Tensor,
-    vocab: int,
-    bias: Tensor | None = None,
-) -> HeadStatistics:
-    """``head_statistics`` of the logits that codes stand for; sums of codes are exact.
-
-    These logits lack one number in each row, which only the log-sum-exp shows.
-
-    Args:
-        hidden: [rows, terms, columns] uint8 of ``CodedHidden``, as the next.
-        hidden_scales: [rows, terms] float32.
-        codes: of ``CodedHead``, as the next two.
-        starts: what makes up for the 128 of ``hidden``.
-        scales: of the rows.
-        vocab: rows without padding.
-        bias: [vocab] float32, or None.
-
-    Returns:
-        HeadStatistics in float32.
-
-    Source: products of 8-bit codes on both sides, Dettmers et al. 2022, arXiv:2208.07339, section
-        2.1, by row.
-    """
-    logits = _summed_products(hidden, hidden_scales, codes, scales)[:, :vocab]
-    return statistics_of_logits(logits if bias is None else logits + bias)
-
-
 code_hidden.backend("cpu", "multiexit_engine._native:code_hidden", device="cpu")
-coded_head_statistics.backend("cpu", "multiexit_engine._native:coded_head_statistics", device="cpu")
 
 
 def _greatest(bias: Tensor | None) -> float:

@@ -68,7 +68,7 @@ def coded_head_tokens(
         plausible, with lower logits that are not finite, or whose two best tokens in a contrast are
         as near as rounding.
 
-    Source: codes as in ``coded_head_statistics``; a superset by bounds, then exact scores, as
+    Source: codes as in ``rough_head_sums``; a superset by bounds, then exact scores, as
         branch-and-bound search of greatest inner products, Ram and Gray 2012, arXiv:1202.6101.
     """
     is_contrasted = torch.tensor(

@@ -1,6 +1,7 @@
 """Non-autoregressive decoding on the checkpoints that ELMER's goldens were made with."""
 
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -194,11 +195,12 @@ def test_exact_tests_read_only_rows_that_rough_ones_leave_open(monkeypatch, roug
         return head_statistics(hidden, *rest)
 
     monkeypatch.setattr(path, counted)
-    computed, _ = rows_of(elmer, SOURCES, Parallel("confidence", "max_prob", 0.9, length=11))
-    assert 0 < sum(exact_rows) < sum(computed[:3])
-    exact_rows.clear()
-    rows_of(elmer, SOURCES, Parallel("confidence", "max_prob", 0.0, length=11))
+    rows_of(elmer, SOURCES, Parallel("confidence", "max_prob", 0.9, length=11))
     assert not exact_rows
+    mode = Parallel("confidence", "max_prob", 0.9, length=11)
+    boundary = float(elmer.exit_readings(SOURCES[0], mode).values[4, 0])
+    found = results(elmer, SOURCES, replace(mode, threshold=boundary))
+    assert found[0][1][4] == 1 and exact_rows == [1]
 
 
 def test_the_test_that_lets_a_row_go_tells_its_token(monkeypatch, rough_heads):

@@ -16,7 +16,8 @@ from multiexit_engine import (
     SelfSpeculative,
 )
 from multiexit_engine.decoding.certainty import certain_rows
-from multiexit_engine.ops import code_head, code_states, head_statistics, logit_bounds
+from multiexit_engine.ops import code_head, code_states, logit_bounds
+from tests.ops.test_rough_head_sums import coded
 from tests.tiny import save_gpt2
 
 ELMER = Path(__file__).parents[1] / "golden" / "elmer" / "t1"
@@ -114,8 +115,9 @@ def test_bounds_of_codes_read_a_bias_once():
 
 
 def test_verdicts_on_rough_logits_call_no_op_that_wakes_threads():
-    found = head_statistics(torch.randn(300, 8), torch.randn(40, 8))
+    hidden, weight = torch.randn(300, 8), torch.randn(40, 8)
     kinds = ["max_prob", "margin", "entropy", "surprise"] * 75
+    found = coded(hidden, weight, None)
     with Called() as seen:
-        certain_rows(found, torch.full((300,), 0.1).double(), kinds, [0.5] * 300)
+        certain_rows(*found, kinds, [0.5] * 300)
     assert not seen.found & {torch.ops.aten.exp.default, torch.ops.aten.log.default}

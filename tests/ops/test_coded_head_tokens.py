@@ -15,7 +15,11 @@ from multiexit_engine.ops import (
 from multiexit_engine.ops.coded_tokens import MOST_NEAR
 from multiexit_engine.ops.tokens import RowGroup
 from tests.ops.backends import all_backends, implementation_or_skip
-from tests.ops.test_coded_head_statistics import SHAPES, operands
+from tests.ops.test_rough_head_sums import operands
+
+SHAPES = pytest.mark.parametrize(
+    ("rows", "vocab", "size"), [(1, 1, 4), (2, 17, 5), (3, 513, 33), (13, 1031, 48), (25, 600, 64)]
+)
 
 
 def tokens_of(

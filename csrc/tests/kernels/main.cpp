@@ -30,7 +30,7 @@ int main() {
     for (int64_t head_dim : {1, 6, 16, 20})
       for (bool is_bart : {false, true})
         for (bool is_gated : {false, true}) packed_texts(is_bart, is_gated, head_dim);
-    for (int64_t vocab : {1, 16, 530})
+    for (int64_t vocab : {1, 16, 530, 2200})
       for (int64_t rows : {1, 12, 27}) coded_heads(vocab, rows, 36);
   }
   std::printf("%d failures\n", failures);
