@@ -10,6 +10,7 @@ from typing import NamedTuple
 from multiexit_engine.grammar import Grammar
 from multiexit_engine.outputs import FinishReason
 from multiexit_engine.params import DecodingMode, EarlyExit, SamplingParams
+from multiexit_engine.score_edits import TextEdits
 
 
 class ChosenToken(NamedTuple):
@@ -167,6 +168,14 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     num_expected: int = 0
+    _edits: TextEdits | None = None
+
+    @property
+    def edits(self) -> TextEdits:
+        """What is done to scores of its next token, which grows with it."""
+        if self._edits is None:
+            self._edits = TextEdits(self.request.sampling, self.request.prompt_token_ids)
+        return self._edits
 
     @property
     def num_tokens(self) -> int:

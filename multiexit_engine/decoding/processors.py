@@ -7,16 +7,16 @@ nothing of how tokens are picked afterwards.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from multiexit_engine.ops.edits import WORD_BITS, TokenEdits, edited_scores
 from multiexit_engine.params import SamplingParams
+from multiexit_engine.score_edits import BIAS, LOSS, PENALTY, ScoreEdits, TextEdits
 from multiexit_engine.transfer import to_device
 
 
@@ -33,6 +33,7 @@ class TokenRow(NamedTuple):
         forced_token_id: the only token that may be chosen, if there is one.
         allowed: [vocab] bool, the only tokens that may come; None for all.
         num_unknown: tokens that follow ``output_token_ids`` and that only the device knows.
+        edits: of its text, which others may have brought to another place; None: not kept yet.
     """
 
     params: SamplingParams
@@ -44,6 +45,7 @@ class TokenRow(NamedTuple):
     forced_token_id: int | None = None
     allowed: Tensor | None = None
     num_unknown: int = 0
+    edits: TextEdits | None = None
 
     @property
     def num_output_tokens(self) -> int:
@@ -72,7 +74,7 @@ def process_scores(scores: Tensor, rows: Sequence[TokenRow]) -> Tensor:
     asking = [(index, row) for index, row in enumerate(rows) if is_processed(row)]
     if not asking:
         return scores
-    edits = [row_edits(row) if is_processed(row) else _NO_EDITS for row in rows]
+    edits = {place: row_edits(row) for place, row in asking}
     numbers = _numbers(edits, scores.device, scores.dtype)
     scores = edited_scores(scores, TokenEdits(*numbers, None, numbers[0]))
     for index, row in asking:
@@ -106,9 +108,10 @@ def token_edits(
         vocab_size: of the model.
         device: where the tensors go.
     """
-    edits = [row_edits(row) for row in rows]
+    edits = dict(enumerate(map(row_edits, rows)))
     is_edited = [
-        bool(own.tokens) or mask is not None for own, mask in zip(edits, masks, strict=True)
+        len(own.tokens) > 0 or mask is not None
+        for own, mask in zip(edits.values(), masks, strict=True)
     ]
     return TokenEdits(
         *_numbers(edits, device, torch.float32),
@@ -132,52 +135,23 @@ def _allowed_words(
     return words
 
 
-class RowEdits(NamedTuple):
-    """Numbers of the tokens of one row whose scores change, in the order of tokens.
-
-    And whether presence and frequency penalties have counted a token.
-    """
-
-    tokens: list[int]
-    bias: list[float]
-    penalty: list[float]
-    loss: list[float]
-    is_counted: list[bool]
-
-
-_NO_EDITS = RowEdits([], [], [], [], [])
-
-
-def row_edits(row: TokenRow) -> RowEdits:
+def row_edits(row: TokenRow) -> ScoreEdits:
     """What ``process_scores`` does to a row that is not forced, its ``allowed`` apart."""
-    params = row.params
-    bias = params.logit_bias or {}
-    presence, frequency = params.presence_penalty, params.frequency_penalty
-    is_penalised = params.repetition_penalty != 1
-    seen = {*row.prompt_token_ids, *row.output_token_ids} if is_penalised else set()
-    counts = Counter(row.output_token_ids) if presence or frequency else Counter()
-    loss = {token: presence + frequency * count for token, count in counts.items()}
-    loss |= dict.fromkeys(_banned(row), math.inf)
-    tokens = sorted({*bias, *seen, *loss})
-    return RowEdits(
-        tokens,
-        [bias.get(token, 0.0) for token in tokens] if bias else [0.0] * len(tokens),
-        [params.repetition_penalty if token in seen else 1.0 for token in tokens],
-        [loss.get(token, 0.0) for token in tokens] if loss else [0.0] * len(tokens),
-        [token in counts for token in tokens] if counts else [False] * len(tokens),
-    )
+    edits = row.edits or TextEdits(row.params, row.prompt_token_ids)
+    return edits.after(row.output_token_ids, _banned(row))
 
 
 def _numbers(
-    edits: Sequence[RowEdits], device: torch.device, dtype: torch.dtype
+    edits: Mapping[int, ScoreEdits], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows, tokens, bias, penalty and loss of all edits."""
-    rows = [place for place, own in enumerate(edits) for _ in own.tokens]
-    columns = zip(*(own[:4] for own in edits), strict=True)
-    tokens, *numbers = (list(chain.from_iterable(column)) for column in columns)
-    index = to_device([rows, tokens], device, torch.int64)
-    values = to_device(numbers, device, dtype)
-    return index[0], index[1], values[0], values[1], values[2]
+    """Rows, tokens, bias, penalty and loss of the edits of some rows."""
+    own = [*edits.values()]
+    rows = np.repeat([*edits], [len(each.tokens) for each in own])
+    index = np.stack([rows, np.concatenate([each.tokens for each in own])])
+    numbers = np.concatenate([each.numbers[:, [BIAS, PENALTY, LOSS]] for each in own]).T
+    places = to_device(torch.from_numpy(index), device)
+    values = to_device(torch.from_numpy(numbers).to(dtype).contiguous(), device)
+    return places[0], places[1], values[0], values[1], values[2]
 
 
 def is_processed(row: TokenRow) -> bool:
@@ -203,22 +177,22 @@ def asks_for_processing(
     )
 
 
-def latest_edit(params: SamplingParams) -> tuple[float, float, float]:
-    """What one more token of the output changes for that token.
+def most_edits(
+    params: SamplingParams,
+    num_tokens: int,
+    num_endings: int,
+    bad_words: tuple[tuple[int, ...], ...],
+) -> int:
+    """No fewer than ``row_edits`` gives.
 
-    Its penalty, and what it loses if it is the first of its kind in the output or one of many.
+    Args:
+        params: of the row.
+        num_tokens: of its text.
+        num_endings: tokens that may end it.
+        bad_words: see ``TokenRow``.
     """
-    ban = math.inf if params.no_repeat_ngram_size == 1 else 0.0
-    more = params.frequency_penalty + ban
-    return params.repetition_penalty, params.presence_penalty + more, more
-
-
-def most_edits(row: TokenRow) -> int:
-    """No fewer than ``row_edits`` gives."""
-    params = row.params
-    is_long = looks_at_tokens(params, row.bad_words)
-    seen = len(row.prompt_token_ids) + row.num_output_tokens if is_long else 0
-    return len(params.logit_bias or ()) + len(row.eos_token_ids) + len(row.bad_words) + seen
+    seen = num_tokens if looks_at_tokens(params, bad_words) else 0
+    return len(params.logit_bias or ()) + num_endings + len(bad_words) + seen
 
 
 def follows_tokens(params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> bool:
@@ -257,18 +231,15 @@ def _banned(row: TokenRow) -> Iterator[int]:
     params = row.params
     if row.num_output_tokens < params.min_new_tokens:
         yield from row.eos_token_ids
-    if params.no_repeat_ngram_size or row.bad_words:
+    if params.no_repeat_ngram_size > 1 or row.bad_words:
         context = row.prompt_token_ids + row.output_token_ids
-        if params.no_repeat_ngram_size:
+        if params.no_repeat_ngram_size > 1:
             yield from _repeating(context, params.no_repeat_ngram_size)
         yield from _completing(context, row.bad_words, row.eos_token_ids)
 
 
 def _repeating(context: list[int], size: int) -> Iterator[int]:
-    """Tokens that would end an n-gram of the context once more."""
-    if size == 1:
-        yield from context
-        return
+    """Tokens that would end an n-gram of two and more tokens of the context once more."""
     prefix = context[len(context) - size + 1 :] if len(context) >= size else []
     if not prefix:
         return

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multiexit_engine.decoding.processors import RowEdits
 from multiexit_engine.ops.edits import WORD_BITS, LatestTokens, TokenEdits, with_latest
 from multiexit_engine.runtime.packed import Packed
+from multiexit_engine.score_edits import ScoreEdits
 
 # edits that a row may have on average: the tokens of 1024 places, each seen once
 EDITS_OF_A_ROW = 1024
@@ -49,7 +49,7 @@ class CountedEdits(NamedTuple):
         mask: bits of the tokens that may come, or None.
     """
 
-    edits: RowEdits
+    edits: ScoreEdits
     latest: tuple[float, float, float]
     mask: bytes | None
 
@@ -101,10 +101,12 @@ class EditMemory:
             self._send_masks(turn, masks)
         stop = 0
         for row, (own, latest, mask) in rows.items():
-            arrays["edited"][row] = bool(own.tokens) or mask is not None
+            arrays["edited"][row] = len(own.tokens) > 0 or mask is not None
             arrays["penalties"][row], arrays["losses"][row], _ = latest
             start, stop = stop, stop + len(own.tokens)
-            _write(arrays["edits"][start:stop], row, own, latest)
+            edits = arrays["edits"][start:stop]
+            edits[:, 0], edits[:, 1] = row, own.tokens
+            edits[:, 2:].view(np.float32)[:] = own.numbers
         room = edit_room(stop)
         arrays["edits"][stop:room, 0] = self._num_rows
         self._lists.send(turn, "edits", room * _NUMBERS * 4)
@@ -161,14 +163,3 @@ class EditMemory:
 def edit_room(count: int) -> int:
     """A power of two, ``LEAST_ROOM`` at least."""
     return max(LEAST_ROOM, 1 << (count - 1).bit_length()) if count else LEAST_ROOM
-
-
-def _write(target: np.ndarray, row: int, own: RowEdits, latest: tuple[float, float, float]) -> None:
-    """Fill [edits, numbers] int32; a token loses more where it is the first of its kind."""
-    _, first, more = latest
-    numbers = target.view(np.float32)
-    target[:, 0] = row
-    target[:, 1] = own.tokens
-    numbers[:, 2], numbers[:, 3], numbers[:, 4] = own.bias, own.penalty, own.loss
-    numbers[:, 5] = first
-    numbers[own.is_counted, 5] = more

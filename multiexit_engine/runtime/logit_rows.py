@@ -77,6 +77,7 @@ def token_row(row: LogitRow, copy: int = 0) -> TokenRow:
         bad_words=request.bad_words,
         forced_token_id=request.forced_token_id(row.num_output_tokens),
         num_unknown=row.num_drafts - len(drafts),
+        edits=sequence.edits,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from multiexit_engine.decoding.processors import latest_edit, most_edits, row_edits
+from multiexit_engine.decoding.processors import most_edits, row_edits
 from multiexit_engine.decoding.warpers import NOT_NARROWED, narrowing_row
 from multiexit_engine.params import Contrast, DecodingMode
 from multiexit_engine.runtime.choosing import is_edited
@@ -15,6 +15,7 @@ from multiexit_engine.runtime.edit_memory import NO_EDITS, CountedEdits, EditRoo
 from multiexit_engine.runtime.flight import Place
 from multiexit_engine.runtime.logit_rows import LogitRow, allowed_masks, token_row
 from multiexit_engine.runtime.wished_tokens import HeadWishes
+from multiexit_engine.score_edits import latest_edit
 
 
 def head_wishes(rows: Sequence[LogitRow], edits: EditRoom) -> HeadWishes:
@@ -41,7 +42,14 @@ def edits_of(rows: Sequence[LogitRow], places: Mapping[Place, int]) -> dict[int,
 
 def num_edits_at_most(rows: Sequence[LogitRow]) -> int:
     """No fewer than the edits of rows."""
-    return sum(most_edits(token_row(row)) for row in rows if is_edited(row))
+    return sum(_most_edits(row) for row in rows if is_edited(row))
+
+
+def _most_edits(row: LogitRow) -> int:
+    request = row.sequence.request
+    num_tokens = len(request.prompt_token_ids) + row.num_output_tokens
+    endings = len(request.ending_token_ids)
+    return most_edits(request.sampling, num_tokens, endings, request.bad_words)
 
 
 def lists_best(row: LogitRow) -> bool:
