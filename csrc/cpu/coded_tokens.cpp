@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t kPiece = 512, kRows = 32, kMostRows = 128;
 // Near tokens that a thread remembers of a row, and that all of them may name together.
 constexpr int64_t kMostNear = 4 * kPiece;
-// Pairs of a row and a token that a thread multiplies at once.
-constexpr int64_t kPairs = 4;
+// Pairs of a row and a token that a thread takes at once.
+constexpr int64_t kPairs = 16;
 // Beyond it products might overflow that lie within the bounds.
 constexpr double kGreatestSlack = 1e30;
 // Exact scores of a contrast are rounded after a normaliser is taken off, which is not known here:
@@ -136,6 +136,13 @@ struct Found {
     counts[row] = is_complete && count > 0 ? static_cast<int32_t>(count) : -1;
   }
 
+  // The exact logits of some of a row's tokens.
+  void multiply(int64_t row, int64_t place, int64_t some, const void* input, const Linear& head,
+                float* logits) const {
+    const int64_t first = row * kMostNear + place;
+    kernels().gathered_product(input, head.weight, tokens + first, some, head.bias, logits + first);
+  }
+
   // Brings those to the front that are, each part in ascending order.
   void part_plausible(int64_t row, float alpha) {
     int32_t* own = tokens_of(row);
@@ -199,7 +206,7 @@ struct Found {
   }
 };
 
-// Calls body(row, place) for each place below the row's own count.
+// Calls body(row, first, count) for spans of places that cover each row's own count.
 template <class Count, class Body>
 void in_pairs(int threads, int64_t rows, Count&& count_of, Body&& body) {
   auto* starts = Scratch::of_this_thread().room<int64_t>(Scratch::kOffsets, rows + 1);
@@ -208,12 +215,27 @@ void in_pairs(int threads, int64_t rows, Count&& count_of, Body&& body) {
     starts[row + 1] = starts[row] + std::max<int64_t>(count_of(row), 0);
   in_chunks(threads, starts[rows], kPairs, [&](int64_t first, int64_t count, int) {
     int64_t row = std::upper_bound(starts, starts + rows + 1, first) - starts - 1;
-    for (int64_t pair = first; pair < first + count; ++pair) {
-      while (pair >= starts[row + 1]) ++row;
-      body(row, pair - starts[row]);
+    for (int64_t stop = first + count; first < stop; ++row) {
+      const int64_t some = std::min(stop, starts[row + 1]) - first;
+      if (some > 0) body(row, first - starts[row], some);
+      first += some;
     }
   });
 }
+
+// Rows as products with a head read them.
+class Inputs {
+ public:
+  Inputs(int threads, const float* hidden, int64_t rows, const Linear& head)
+      : hidden_(static_cast<const char*>(input_of(threads, hidden, rows, head.weight))),
+        bytes_(head.weight.columns * size_of(kernels().input_dtype(head.weight.dtype))) {}
+
+  const void* row(int64_t index) const { return hidden_ + index * bytes_; }
+
+ private:
+  const char* hidden_;
+  int64_t bytes_;
+};
 
 // Finds which tokens that are not plausible can win: with noise, by the logits that were kept.
 void add_outsiders(int threads, const RoughRows& rows, const RoughHead& rough, const Plan* plans,
@@ -245,6 +267,21 @@ float** kept_rows(int64_t rows, int64_t vocab, const Plan* plans) {
     room += needs(plans[row]) ? vocab : 0;
   }
   return kept;
+}
+
+// The lower logits of plausible tokens, of the rows from `row` on that share its lower head; returns
+// how many follow it.
+int64_t add_lower_logits(int threads, int64_t rows, const Plan* plans, int64_t row, Found& found) {
+  const LowerHead& lower = *plans->lower;
+  const int64_t count = std::min(rows, lower.count - plans->place);
+  const int64_t start = plans->place * lower.head.weight.columns;
+  const Inputs inputs(threads, lower.hidden + start, count, lower.head);
+  in_pairs(threads, count,
+           [&](int64_t i) { return found.plausible[row + i] > 1 ? found.plausible[row + i] : 0; },
+           [&](int64_t i, int64_t place, int64_t some) {
+             found.multiply(row + i, place, some, inputs.row(i), lower.head, found.lower);
+           });
+  return count - 1;
 }
 
 // `plans` and what is chosen are of these rows, of which the first is `first` of all.
@@ -283,25 +320,18 @@ void some_tokens(int threads, const RoughRows& rows, const RoughHead& rough, con
     found.unite(row, near + row, ranks, rows.rows, margin);
   });
   add_outsiders(threads, rows, rough, plans, kept, near, found);
-  const auto logit = [&](const Linear& own, const float* hidden, int64_t place, float* out) {
-    kernels().product(hidden, 1, own.weight, found.tokens[place], 1, own.bias, out + place, 1);
-  };
+  const Inputs inputs(threads, rows.hidden, rows.rows, head);
   in_pairs(threads, rows.rows, [&](int64_t row) { return found.counts[row]; },
-           [&](int64_t row, int64_t i) {
-             logit(head, rows.hidden + row * head.weight.columns, row * kMostNear + i, found.upper);
+           [&](int64_t row, int64_t place, int64_t count) {
+             found.multiply(row, place, count, inputs.row(row), head, found.upper);
            });
   for (int64_t row = 0; row < rows.rows; ++row) {
     const LowerHead* lower = plans[row].lower;
     if (lower && found.counts[row] > 0) found.part_plausible(row, lower->alpha[plans[row].place]);
     if (choice.num_candidates) choice.num_candidates[first_row + row] = found.plausible[row];
   }
-  in_pairs(threads, rows.rows,
-           [&](int64_t row) { return found.plausible[row] > 1 ? found.plausible[row] : 0; },
-           [&](int64_t row, int64_t i) {
-             const LowerHead& lower = *plans[row].lower;
-             const float* hidden = lower.hidden + plans[row].place * lower.head.weight.columns;
-             logit(lower.head, hidden, row * kMostNear + i, found.lower);
-           });
+  for (int64_t row = 0; row < rows.rows; ++row)
+    if (plans[row].lower) row += add_lower_logits(threads, rows.rows - row, plans + row, row, found);
   for (int64_t row = 0; row < rows.rows; ++row)
     choice.tokens[first_row + row] = found.counts[row] > 0 ? found.best(row, plans[row]) : -1;
 }

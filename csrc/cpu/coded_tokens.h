@@ -42,7 +42,7 @@ struct RoughHead {
 };
 
 // The tokens of `shared_head_tokens`; -1 where the codes leave it open. Log-probabilities are not
-// written; weights are float32.
+// written.
 void coded_head_tokens(int threads, const RoughRows& rows, const RoughHead& rough,
                        const Linear& head, const std::vector<LowerHead>& lowers,
                        const Choice& choice);

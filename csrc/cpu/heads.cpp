@@ -99,7 +99,7 @@ int64_t sample(int threads, const float* scores, int64_t vocab, int64_t row, con
 class Candidates {
  public:
   explicit Candidates(int64_t vocab)
-      : tokens(scratch_.room<int64_t>(Scratch::kCandidates, vocab)),
+      : tokens(scratch_.room<int32_t>(Scratch::kCandidates, vocab)),
         upper(scratch_.room(Scratch::kUpper, vocab)),
         shared(scratch_.room(Scratch::kShared, vocab)) {}
 
@@ -110,7 +110,7 @@ class Candidates {
       const int64_t stop = std::min(vocab, (chunk + 1) * kChunk);
       for (int64_t v = chunk * kChunk; v < stop; ++v)
         if (logits[v] >= threshold) {
-          tokens[count] = v;
+          tokens[count] = static_cast<int32_t>(v);
           upper[count++] = logits[v];
         }
     }
@@ -136,7 +136,7 @@ class Candidates {
   Scratch& scratch_ = Scratch::of_this_thread();
 
  public:
-  int64_t* const tokens;
+  int32_t* const tokens;
   float* const upper;
   float* const shared;
   int64_t count = 0;
@@ -189,15 +189,15 @@ void contrast(int threads, const Streamed& upper, const LowerHead& lower, Finish
   const int64_t hidden_bytes = weight.columns * size_of(k.input_dtype(weight.dtype));
   for (int64_t place = 0; place < lower.count; ++place) {
     const Row found = collect(place);
-    if (candidates.count > 1)
+    if (candidates.count > 1 && logits) {
+      for (int64_t i = 0; i < candidates.count; ++i)
+        candidates.shared[i] = logits[place * vocab + candidates.tokens[i]];
+    } else if (candidates.count > 1) {
       in_chunks(threads, candidates.count, kFetched, [&](int64_t first, int64_t count, int) {
-        for (int64_t i = first; i < first + count; ++i)
-          if (logits)
-            candidates.shared[i] = logits[place * vocab + candidates.tokens[i]];
-          else
-            k.product(hidden + place * hidden_bytes, 1, weight, candidates.tokens[i], 1,
-                      lower.head.bias, candidates.shared + i, 1);
+        k.gathered_product(hidden + place * hidden_bytes, weight, candidates.tokens + first, count,
+                           lower.head.bias, candidates.shared + first);
       });
+    }
     candidates.share(found);
     const int64_t row = lower.row(place);
     finish(row, found, candidates, upper.row(row));

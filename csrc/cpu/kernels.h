@@ -114,6 +114,10 @@ struct Kernels {
   void (*product)(const void* x, int64_t tokens, const Matrix& weight, int64_t first,
                   int64_t count, const float* bias, float* out, int64_t out_stride);
 
+  // out[i] = x . weight[listed[i]] + bias[listed[i]], with the bits that product gives.
+  void (*gathered_product)(const void* x, const Matrix& weight, const int32_t* listed,
+                           int64_t count, const float* bias, float* out);
+
   // As product, of codes; first is a multiple of 16. Sums of codes are exact.
   void (*coded_product)(const CodedRows& x, int64_t tokens, const CodedMatrix& weight,
                         int64_t first, int64_t count, const float* bias, float* out,

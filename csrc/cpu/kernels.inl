@@ -4,6 +4,7 @@
 
 #include "product.inl"
 #include "quantized.inl"
+#include "gathered.inl"
 #include "rows.inl"
 #include "coded.inl"
 #include "transpose.inl"
@@ -22,6 +23,7 @@ static const Kernels table = {
     MULTIEXIT_NAME(ISA_NAMESPACE),
     input_dtype,
     product,
+    gathered_product,
     coded_product,
     code_row,
     sum_terms,

@@ -52,7 +52,7 @@ def coded_head_tokens(
     num_candidates: Tensor | None = None,
 ) -> Tensor:
     """See ``multiexit_engine.ops.coded_head_tokens``."""
-    hidden, shift = hidden.contiguous(), vector(bias)
+    hidden, shift = hidden.float().contiguous(), vector(bias)
     rows = ChosenRows(temperature, seeds, positions, num_candidates)
     lowers = LowerHeads(groups, alpha, None)
     _C.coded_head_tokens(

@@ -37,12 +37,14 @@ from multiexit_engine.transfer import to_host
 LEAST_NUMBERS = 1 << 21
 # calls in a row that codes may leave open before they are given up
 PATIENCE = 8
-# Codes of a head cost a quarter of what the head does, so less often they need not spare it.
-LEAST_SPARED = 0.3
+# Codes cost a byte where the head has more, and something besides: they have to spare it more often
+# than that.
+BESIDE_CODES = 0.05
 CALLS_BETWEEN_TRIALS = 16
 # Of so many rows both terms are multiplied while the head's codes come from memory; of more the
 # second one doubles the time.
 FEW_ROWS = 6
+CODED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,14 @@ class RoughReading(NamedTuple):
 class _Trial:
     """Whether codes keep sparing tests the head; asked again now and then where they do not."""
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_per_number: int) -> None:
+        self._least_share = 1 / bytes_per_number + BESIDE_CODES
         self._share = 1.0
         self._num_refused = 0
 
     @property
     def pays(self) -> bool:
-        if self._share >= LEAST_SPARED:
+        if self._share >= self._least_share:
             return True
         self._num_refused += 1
         return self._num_refused % CALLS_BETWEEN_TRIALS == 0
@@ -145,7 +148,7 @@ class _Rough:
 
 
 class RoughHeads:
-    """The codes of heads, made when they are first asked for: a quarter of the heads' bytes."""
+    """The codes of heads, made when they are first asked for: a byte for each of their numbers."""
 
     def __init__(self) -> None:
         self._found: dict[int, _Rough] = {}
@@ -218,7 +221,9 @@ class RoughHeads:
         self._trial(weight, shortlist).note(is_spared)
 
     def _trial(self, weight: Weight, shortlist: int | None) -> _Trial:
-        return self._rough(weight).trials.setdefault(shortlist, _Trial())
+        assert isinstance(weight, Tensor), "quantized heads have no codes"
+        trial = _Trial(weight.element_size())
+        return self._rough(weight).trials.setdefault(shortlist, trial)
 
     def _shortlisted(
         self, weight: Weight, bias: Tensor | None, head: CodedHead, num_tokens: int
@@ -320,13 +325,13 @@ def _open_places(tokens: Tensor) -> list[int]:
 
 
 def _are_known(rows: HeadRows) -> bool:
-    """Whether codes can tell the tokens: not where lower heads are of another type."""
+    """Whether codes can tell the tokens: not where lower heads are quantized."""
     lowers = [group.lower_weight for group in rows.groups if group.lower_weight is not None]
-    return all(isinstance(each, Tensor) and each.dtype is torch.float32 for each in lowers)
+    return all(isinstance(each, Tensor) and each.dtype in CODED_TYPES for each in lowers)
 
 
 def _codes(weight: Weight) -> CodedHead | None:
     if not isinstance(weight, Tensor) or weight.device.type != "cpu" or not weight.is_contiguous():
         return None
-    is_worth_it = weight.dtype is torch.float32 and weight.numel() >= LEAST_NUMBERS
+    is_worth_it = weight.dtype in CODED_TYPES and weight.numel() >= LEAST_NUMBERS
     return code_head(weight) if is_worth_it else None

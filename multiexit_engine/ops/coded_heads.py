@@ -111,7 +111,7 @@ def are_codes_fast() -> bool:
 
 
 def code_head(weight: Tensor) -> CodedHead:
-    """The nearest codes of a [vocab, hidden_size] float32 matrix, row by row.
+    """The nearest codes of a [vocab, hidden_size] matrix of floats, row by row.
 
     Source: scales of columns as of states before their products, Xiao et al. 2022,
         arXiv:2211.10438, section 4, by the weights alone.
@@ -120,14 +120,15 @@ def code_head(weight: Tensor) -> CodedHead:
     mean = sum(part.double().sum(0) for part in torch.split(weight, _ROWS_AT_ONCE)) / vocab
     mean = torch.as_tensor(mean).float()
     squares = sum(
-        (part - mean).double().square_().sum(0) for part in torch.split(weight, _ROWS_AT_ONCE)
+        (part.float() - mean).double().square_().sum(0)
+        for part in torch.split(weight, _ROWS_AT_ONCE)
     )
     columns = (torch.as_tensor(squares) / vocab).sqrt().float()
     columns.masked_fill_(columns == 0, 1.0)
     parts, norms = [], []
     for part in torch.split(weight, _ROWS_AT_ONCE):
-        parts.append(code_hidden((part - mean) / columns))
-        norms.append((part / columns).double().norm(dim=1))
+        parts.append(code_hidden((part.float() - mean) / columns))
+        norms.append((part.float() / columns).double().norm(dim=1))
     signed = [(part.codes[:, 0].to(torch.int16) - 128).to(torch.int8) for part in parts]
     codes = _padded(torch.cat(signed), LANES)
     own_norms = torch.cat([part.norms for part in parts])
@@ -153,7 +154,7 @@ def code_states(hidden: Tensor, head: CodedHead, num_terms: int = 1) -> CodedHid
     """The codes of [rows, hidden_size] float32 states that are multiplied with a head's.
 
     Args:
-        hidden: [rows, hidden_size] float32.
+        hidden: [rows, hidden_size].
         head: whose codes they are for.
         num_terms: 2 for states as of 16 bits, whose own error is next to nothing.
     """
@@ -165,7 +166,7 @@ def code_hidden(hidden: Tensor, num_terms: int = 1, columns: Tensor | None = Non
     """The nearest codes of states, row by row: those of 127 equal steps up to its greatest number.
 
     Args:
-        hidden: [rows, hidden_size] float32.
+        hidden: [rows, hidden_size].
         num_terms: 1, or 2: the second codes what the first lacks, in steps of a 254th.
         columns: [hidden_size] float32 that the states are multiplied by first, or None.
 
@@ -174,6 +175,7 @@ def code_hidden(hidden: Tensor, num_terms: int = 1, columns: Tensor | None = Non
 
     Source: round-to-nearest absmax, Dettmers et al. 2022, arXiv:2208.07339, section 2.1, by row.
     """
+    hidden = hidden.float()
     if columns is not None:
         hidden = hidden * columns
     scales = hidden.abs().amax(1) / _LARGEST

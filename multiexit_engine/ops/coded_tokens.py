@@ -48,10 +48,10 @@ def coded_head_tokens(
     upper logits of the plausible ones say.
 
     Args:
-        hidden: [rows, hidden_size] float32.
-        weight: [vocab, hidden_size] float32.
+        hidden: [rows, hidden_size].
+        weight: [vocab, hidden_size] of the same dtype.
         bias: [vocab] float32 added to the logits, or None.
-        groups: as in ``shared_head_tokens``, weights float32.
+        groups: as in ``shared_head_tokens``, weights of the same dtype.
         alpha: [rows] float32, as there.
         temperature: [rows] float32, as there.
         seeds: [rows] int64, as there.

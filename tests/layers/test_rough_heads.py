@@ -34,10 +34,17 @@ def test_heads_that_are_small_quantized_or_of_another_type_have_none(heads):
     for other in (
         weight[:50],
         weight.double(),
-        weight.bfloat16(),
         quantize(weight, Quantization(8)),
     ):
         assert heads.codes(other) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_in_half_precision_have_codes(heads, dtype):
+    hidden, weight = (each.to(dtype) for each in operands())
+    tokens, _ = heads.best_tokens(hidden, weight, None)
+    assert heads.codes(weight) is not None
+    assert tokens.tolist() == (hidden.double() @ weight.double().T).argmax(1).tolist()
 
 
 def test_tokens_are_the_exact_ones_and_nan_is_told(heads):

@@ -123,6 +123,23 @@ def test_contrasts_are_those_of_exact_logits(
 
 
 @all_backends(coded_head_tokens)
+@SHAPES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heat", [0.0, 1.0])
+def test_so_are_those_of_heads_in_half_precision(backend, rows, vocab, size, dtype, heat):
+    function = implementation_or_skip(coded_head_tokens, backend)
+    *tensors, groups = two_heads(rows, vocab, size, 3.0)
+    hidden, weight, bias = (each.to(dtype) for each in tensors)
+    *alone, (count, lower_hidden, lower, _) = groups
+    groups = [*alone, RowGroup(count, lower_hidden.to(dtype), lower.to(dtype))]
+    heats = torch.full((rows,), heat)
+    for own in (groups, [RowGroup(rows)]):
+        wanted = exact_tokens(hidden, weight, bias, own, 0.1, None, heats)
+        found = tokens_of(function, hidden, weight, bias, groups=own, temperature=heats)
+        assert found.tolist() == wanted.tolist()
+
+
+@all_backends(coded_head_tokens)
 def test_equal_ratios_are_left_open_or_give_the_lowest_token(backend):
     function = implementation_or_skip(coded_head_tokens, backend)
     hidden, weight, _ = operands(6, 700, 33)

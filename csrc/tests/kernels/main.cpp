@@ -11,6 +11,7 @@ int main() {
   for (const char* isa : {"scalar", "avx2", "avx512", "avx512bf16"}) {
     if (!choose_isa(isa)) continue;
     products();
+    gathered_products();
     for (int bits : {8, 4})
       for (int64_t group_size : {32, 64}) quantized_products(bits, group_size);
     floats_of_8_bits();

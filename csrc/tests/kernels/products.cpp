@@ -26,6 +26,46 @@ void products() {
       }
 }
 
+// Rows in any order, some twice, have the bits of the whole product.
+static void expect_gathered(const Matrix& matrix) {
+  const auto x = numbers(matrix.columns), bias = numbers(matrix.rows);
+  std::vector<char> input(matrix.columns * sizeof(float));
+  kernels().from_float(x.data(), input.data(), kernels().input_dtype(matrix.dtype), matrix.columns);
+  std::vector<float> whole(matrix.rows);
+  kernels().product(input.data(), 1, matrix, 0, matrix.rows, bias.data(), whole.data(),
+                    matrix.rows);
+  for (int32_t count : {1, 3, 4, 9}) {
+    std::vector<float> out(count);
+    std::vector<int32_t> listed(count);
+    for (int32_t i = 0; i < count; ++i)
+      listed[i] = static_cast<int32_t>((matrix.rows - 1 + 7 * i) % matrix.rows);
+    kernels().gathered_product(input.data(), matrix, listed.data(), count, bias.data(), out.data());
+    for (int32_t i = 0; i < count; ++i)
+      expect_equal(out[i], whole[listed[i]], "gathered product");
+  }
+}
+
+void gathered_products() {
+  for (int64_t rows : {1, 5, 37})
+    for (int64_t columns : {1, 16, 33, 100}) {
+      const auto plain = numbers(rows * columns);
+      for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+        std::vector<char> weight(rows * columns * size_of(dtype));
+        kernels().from_float(plain.data(), weight.data(), dtype, rows * columns);
+        expect_gathered({weight.data(), dtype, rows, columns});
+      }
+      Matrix matrix = {nullptr, DType::kFloat32, rows, columns, 8, nullptr, 32};
+      std::vector<uint8_t> codes(rows * matrix.row_bytes());
+      for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(i * 37 % 251);
+      std::vector<BFloat16> scales(rows * matrix.groups());
+      kernels().from_float(numbers(scales.size()).data(), scales.data(), DType::kBFloat16,
+                           scales.size());
+      matrix.data = codes.data();
+      matrix.scales = scales.data();
+      expect_gathered(matrix);
+    }
+}
+
 // Codes of 1 and -3 in turn, with a scale of 1, 2, 3, ... for the groups of a row.
 void quantized_products(int bits, int64_t group_size) {
   for (int64_t tokens : {1, 2, 3, 4, 9})

@@ -18,6 +18,12 @@ inline void expect_near(double actual, double expected, const char* what) {
   ++failures;
 }
 
+inline void expect_equal(float actual, float expected, const char* what) {
+  if (actual == expected) return;
+  std::printf("%s, %s: %.9g, expected %.9g\n", kernels().name, what, actual, expected);
+  ++failures;
+}
+
 inline std::vector<float> numbers(int64_t count, float scale = 1.0f) {
   static uint32_t state = 1;
   std::vector<float> out(count);
@@ -29,6 +35,7 @@ inline std::vector<float> numbers(int64_t count, float scale = 1.0f) {
 }
 
 void products();
+void gathered_products();
 void quantized_products(int bits, int64_t group_size);
 void floats_of_8_bits();
 void conversions();
