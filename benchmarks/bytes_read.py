@@ -36,7 +36,7 @@ def weights_of_step(shape: Shape, layers: int) -> int:
 def has_codes(shape: Shape, weights: str, backend: str) -> bool:
     """Whether the engine reads a head by its codes."""
     size = shape.config.vocab_size * shape.config.hidden_size
-    is_used = weights == "float32" and backend != "reference"
+    is_used = weights in ("float32", "bfloat16") and backend != "reference"
     return is_used and size >= LEAST_NUMBERS and are_codes_fast()
 
 
