@@ -223,20 +223,6 @@ void in_pairs(int threads, int64_t rows, Count&& count_of, Body&& body) {
   });
 }
 
-// Rows as products with a head read them.
-class Inputs {
- public:
-  Inputs(int threads, const float* hidden, int64_t rows, const Linear& head)
-      : hidden_(static_cast<const char*>(input_of(threads, hidden, rows, head.weight))),
-        bytes_(head.weight.columns * size_of(kernels().input_dtype(head.weight.dtype))) {}
-
-  const void* row(int64_t index) const { return hidden_ + index * bytes_; }
-
- private:
-  const char* hidden_;
-  int64_t bytes_;
-};
-
 // Finds which tokens that are not plausible can win: with noise, by the logits that were kept.
 void add_outsiders(int threads, const RoughRows& rows, const RoughHead& rough, const Plan* plans,
                    float* const* kept, NearBest* near, Found& found) {
@@ -275,7 +261,7 @@ int64_t add_lower_logits(int threads, int64_t rows, const Plan* plans, int64_t r
   const LowerHead& lower = *plans->lower;
   const int64_t count = std::min(rows, lower.count - plans->place);
   const int64_t start = plans->place * lower.head.weight.columns;
-  const Inputs inputs(threads, lower.hidden + start, count, lower.head);
+  const Inputs inputs(threads, lower.hidden + start, count, lower.head.weight);
   in_pairs(threads, count,
            [&](int64_t i) { return found.plausible[row + i] > 1 ? found.plausible[row + i] : 0; },
            [&](int64_t i, int64_t place, int64_t some) {
@@ -320,7 +306,7 @@ void some_tokens(int threads, const RoughRows& rows, const RoughHead& rough, con
     found.unite(row, near + row, ranks, rows.rows, margin);
   });
   add_outsiders(threads, rows, rough, plans, kept, near, found);
-  const Inputs inputs(threads, rows.hidden, rows.rows, head);
+  const Inputs inputs(threads, rows.hidden, rows.rows, head.weight);
   in_pairs(threads, rows.rows, [&](int64_t row) { return found.counts[row]; },
            [&](int64_t row, int64_t place, int64_t count) {
              found.multiply(row, place, count, inputs.row(row), head, found.upper);

@@ -59,6 +59,21 @@ inline const void* input_of(int threads, const float* x, int64_t tokens, const M
   return rounded;
 }
 
+// Rows as products with a weight read them.
+class Inputs {
+ public:
+  Inputs(int threads, const float* hidden, int64_t rows, const Matrix& weight,
+         Scratch::Slot slot = Scratch::kRounded)
+      : hidden_(static_cast<const char*>(input_of(threads, hidden, rows, weight, slot))),
+        bytes_(weight.columns * size_of(kernels().input_dtype(weight.dtype))) {}
+
+  const void* row(int64_t index) const { return hidden_ + index * bytes_; }
+
+ private:
+  const char* hidden_;
+  int64_t bytes_;
+};
+
 // Calls body(token, tokens, first, count) for rectangles that cover `tokens` rows of input times
 // `rows` rows of the weight, `size` of the latter at a time.
 template <class Body>
@@ -82,11 +97,10 @@ void multiply(int threads, const float* x, int64_t tokens, const Linear& linear,
               Then&& then) {
   const Kernels& k = kernels();
   const Matrix& weight = linear.weight;
-  const auto* input = static_cast<const char*>(input_of(threads, x, tokens, weight));
-  const int64_t token_bytes = weight.columns * size_of(k.input_dtype(weight.dtype));
+  const Inputs inputs(threads, x, tokens, weight);
   in_rectangles(threads, tokens, weight.rows, rows_of_chunk(weight, tokens),
                 [&](int64_t token, int64_t many, int64_t first, int64_t count) {
-                  k.product(input + token * token_bytes, many, weight, first, count, linear.bias,
+                  k.product(inputs.row(token), many, weight, first, count, linear.bias,
                             out + token * weight.rows + first, weight.rows);
                   then(token, many, first, count);
                 });

@@ -184,9 +184,7 @@ void contrast(int threads, const Streamed& upper, const LowerHead& lower, Finish
   }
   const Kernels& k = kernels();
   const Matrix& weight = lower.head.weight;
-  const auto* hidden = static_cast<const char*>(
-      input_of(threads, lower.hidden, lower.count, weight, Scratch::kLowerRounded));
-  const int64_t hidden_bytes = weight.columns * size_of(k.input_dtype(weight.dtype));
+  const Inputs inputs(threads, lower.hidden, lower.count, weight, Scratch::kLowerRounded);
   for (int64_t place = 0; place < lower.count; ++place) {
     const Row found = collect(place);
     if (candidates.count > 1 && logits) {
@@ -194,7 +192,7 @@ void contrast(int threads, const Streamed& upper, const LowerHead& lower, Finish
         candidates.shared[i] = logits[place * vocab + candidates.tokens[i]];
     } else if (candidates.count > 1) {
       in_chunks(threads, candidates.count, kFetched, [&](int64_t first, int64_t count, int) {
-        k.gathered_product(hidden + place * hidden_bytes, weight, candidates.tokens + first, count,
+        k.gathered_product(inputs.row(place), weight, candidates.tokens + first, count,
                            lower.head.bias, candidates.shared + first);
       });
     }

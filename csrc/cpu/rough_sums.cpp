@@ -21,6 +21,7 @@ constexpr int64_t kWaiting = 4 << 20, kMostRows = 64;
 // What one row's logits are summed from.
 struct Row {
   const float* hidden;
+  const void* input;    // as products with the head read it
   float* logits;        // [vocab] rough ones, less what all have in common
   const float* uppers;  // of each block of tokens, what one of its rough logits can be at most
   float reach;
@@ -67,9 +68,9 @@ void sum_row(const Row& row, const RoughHead& rough, const Linear& head, const f
   *token = 0;
   std::fill_n(out, RoughSums::kNumbers, std::numeric_limits<double>::quiet_NaN());
   if (count < 1) return;
+  kernels().gathered_product(row.input, head.weight, near, count, head.bias, exact);
   int64_t place = 0;
   for (int64_t i = 0; i < count; ++i) {
-    kernels().product(row.hidden, 1, head.weight, near[i], 1, head.bias, exact + i, 1);
     row.logits[near[i]] = -INFINITY;
     if (exact[i] > exact[place]) place = i;
   }
@@ -131,9 +132,10 @@ void sum_rows(int threads, const RoughRows& rows, const RoughHead& rough, const 
     multiply_piece(rows, rough, head.bias, first, count, rooms + rank * kLines * kPiece, logits,
                    uppers, blocks);
   });
+  const Inputs inputs(threads, rows.hidden, rows.rows, head.weight);
   in_chunks(threads, rows.rows, 1, [&](int64_t row, int64_t, int) {
-    sum_row({rows.hidden + row * head.weight.columns, logits + row * vocab, uppers + row * blocks,
-             rows.reaches[row]},
+    sum_row({rows.hidden + row * head.weight.columns, inputs.row(row), logits + row * vocab,
+             uppers + row * blocks, rows.reaches[row]},
             rough, head, mean, out.tokens + row, out.numbers + row * RoughSums::kNumbers);
   });
 }

@@ -70,7 +70,7 @@ def rough_head_sums(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, states: Any, head: Any, bounds: Any
 ) -> RoughSums:
     """See ``multiexit_engine.ops.rough_head_sums``."""
-    hidden, shift = hidden.contiguous(), vector(bias)
+    hidden, shift = hidden.float().contiguous(), vector(bias)
     tokens = torch.empty(len(hidden), dtype=torch.int64)
     numbers = torch.empty(len(hidden), len(RoughSums._fields) - 1, dtype=torch.float64)
     _C.rough_head_sums(

@@ -120,15 +120,14 @@ def code_head(weight: Tensor) -> CodedHead:
     mean = sum(part.double().sum(0) for part in torch.split(weight, _ROWS_AT_ONCE)) / vocab
     mean = torch.as_tensor(mean).float()
     squares = sum(
-        (part.float() - mean).double().square_().sum(0)
-        for part in torch.split(weight, _ROWS_AT_ONCE)
+        (part - mean).double().square_().sum(0) for part in torch.split(weight, _ROWS_AT_ONCE)
     )
     columns = (torch.as_tensor(squares) / vocab).sqrt().float()
     columns.masked_fill_(columns == 0, 1.0)
     parts, norms = [], []
     for part in torch.split(weight, _ROWS_AT_ONCE):
-        parts.append(code_hidden((part.float() - mean) / columns))
-        norms.append((part.float() / columns).double().norm(dim=1))
+        parts.append(code_hidden((part - mean) / columns))
+        norms.append((part / columns).double().norm(dim=1))
     signed = [(part.codes[:, 0].to(torch.int16) - 128).to(torch.int8) for part in parts]
     codes = _padded(torch.cat(signed), LANES)
     own_norms = torch.cat([part.norms for part in parts])

@@ -162,8 +162,8 @@ def rough_head_sums(
     its rough logit.
 
     Args:
-        hidden: [rows, hidden_size] float32.
-        weight: [vocab or more, hidden_size] float32.
+        hidden: [rows, hidden_size].
+        weight: [vocab or more, hidden_size] of the same dtype.
         bias: [vocab] float32, or None.
         states: codes of ``hidden`` for the head.
         head: codes of the first ``head.vocab`` rows of ``weight``.

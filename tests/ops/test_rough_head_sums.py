@@ -128,11 +128,20 @@ def test_sums_are_those_of_codes_and_of_exact_logits_of_near_tokens(
 @SHAPES
 @pytest.mark.parametrize("measure", ["max_prob", "margin", "entropy"])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 30.0])
-@pytest.mark.parametrize(("num_terms", "has_spread"), [(1, True), (2, True), (1, False)])
+@pytest.mark.parametrize(
+    ("num_terms", "has_spread", "dtype"),
+    [
+        (1, True, torch.float32),
+        (2, True, torch.float32),
+        (1, False, torch.float32),
+        (1, True, torch.bfloat16),
+        (2, True, torch.float16),
+    ],
+)
 def test_a_certain_row_is_what_the_exact_logits_say(
-    rows, vocab, size, measure, spread, num_terms, has_spread
+    rows, vocab, size, measure, spread, num_terms, has_spread, dtype
 ):
-    hidden, weight, bias = operands(rows, vocab, size, spread)
+    hidden, weight, bias = (each.to(dtype) for each in operands(rows, vocab, size, spread))
     exact = head_statistics(hidden, weight, bias)
     found = coded(hidden, weight, bias, num_terms=num_terms, has_spread=has_spread)
     own = reading_of([measure] * rows, exact).values
