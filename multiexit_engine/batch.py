@@ -56,7 +56,7 @@ class ScheduledBatch:
     """What one step computes.
 
     Attributes:
-        scheduled: in order of falling ``request.depth``.
+        scheduled: in order of falling ``request.depth``, of these of falling ``num_drafts``.
         block_copies: (source, target) KV blocks to copy before anything is written.
         unread: sequences whose source has to be encoded into their source blocks first.
     """
@@ -324,14 +324,15 @@ class ForwardBatch:
                 block_size,
                 device,
             ),
-            cls._sources(batch, block_size, device),
+            cls.sources_of(batch.scheduled, block_size, device),
         )
 
     @staticmethod
-    def _sources(
-        batch: ScheduledBatch, block_size: int, device: torch.device
+    def sources_of(
+        items: Iterable[ScheduledSequence], block_size: int, device: torch.device
     ) -> SequenceLayout | None:
-        rows = [item.sequence for item in batch.scheduled for _ in range(item.num_tokens)]
+        """The ``sources`` of items' rows."""
+        rows = [item.sequence for item in items for _ in range(item.num_tokens)]
         if not rows[0].source_table:
             return None
         return SequenceLayout.build(

@@ -42,14 +42,13 @@ class Drafts:
         known: for each item with drafts those that are on the host; all of them after ``fetch``.
             For one that is an alternative the tokens up to and with it.
         alternatives: items that are other tokens for the place of a draft.
-        last: for each item its last draft, [1] int64 on the device.
         joining: for each item the drafted rows, whose states wait at the exit.
     """
 
     known: dict[int, list[int]]
     alternatives: Mapping[int, Alternative] = field(default_factory=dict)
-    last: dict[int, Tensor] = field(default_factory=dict)
     joining: dict[int, tuple[Joining, ...]] = field(default_factory=dict)
+    _rounds: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _pending: list[tuple[list[int], Tensor]] = field(default_factory=list)
     _coming: ToHost = field(default_factory=lambda: ToHost([]))
 
@@ -60,9 +59,24 @@ class Drafts:
 
     def add(self, items: list[int], tokens: Tensor) -> None:
         """One more draft [items] int64 for each of some items."""
+        self._rounds.append((items, tokens))
         self._pending.append((items, tokens))
-        for item, token in zip(items, tokens[:, None].unbind(), strict=True):
-            self.last[item] = token
+
+    @property
+    def last(self) -> dict[int, Tensor]:
+        """For each item its last draft, [1] int64 on the device."""
+        return {
+            item: token
+            for items, tokens in self._rounds
+            for item, token in zip(items, tokens[:, None].unbind(), strict=True)
+        }
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """[items] int64: all of these in the order of the first round, which is of all items."""
+        items, tokens = self._rounds[-1]
+        is_of_all = len(items) == len(self._rounds[0][0])
+        return tokens if is_of_all else torch.cat([*self.last.values()])
 
     def num_choices(self, number: int) -> int:
         """How many choices for draft ``number``, counted from 0, some item wants."""
@@ -144,8 +158,8 @@ class Drafter:
         drafts: Drafts,
         tap_layers: set[int],
         keep: Keep,
-    ) -> None:
-        """Draft ``num_drafts`` tokens for each item.
+    ) -> list[RoundBatches]:
+        """Draft ``num_drafts`` tokens for each item; gives the rounds of those that do so together.
 
         Afterwards the keys and values below the exit are those of the item's last token and of
         all its drafts but the last one, whose states at the exit are kept.
@@ -162,16 +176,20 @@ class Drafter:
             assert isinstance(mode, SelfSpeculative), "only these have drafts"
             vocab = draft_vocab(mode, self._model.config.vocab_size)
             groups.setdefault((mode.draft_exit, vocab), []).append(index)
+        found = []
         for (layer, vocab), indices in groups.items():
             indices.sort(key=lambda index: -items[index].num_drafts)
             group = _Group(self._exit(layer), vocab, {index: items[index] for index in indices})
-            self._draft_group(group, drafts, tap_layers, keep)
+            found.append(self._draft_group(group, drafts, tap_layers, keep))
+        return found
 
     def _exit(self, layer: int) -> Exit:
         """The same object each time: plans are found by their modes' ids."""
         return self._exits.setdefault(layer, Exit(layer))
 
-    def _draft_group(self, group: _Group, drafts: Drafts, tap_layers: set[int], keep: Keep) -> None:
+    def _draft_group(
+        self, group: _Group, drafts: Drafts, tap_layers: set[int], keep: Keep
+    ) -> RoundBatches:
         layer, indices = group.mode.layer, list(group.items)
         stops = sorted({layer, *(stop for stop in tap_layers if stop < layer)})
         cache = self._kv_cache
@@ -192,6 +210,7 @@ class Drafter:
             tokens = drafts.add_choices(number, list(aboard), choices)
         for index, item in group.items.items():
             drafts.joining[index] = (Joining(layer, item.stop - 1),)
+        return rounds
 
     def _picks(self, group: _Group, drafts: Drafts) -> _Picks:
         rows = group.rows(0, len(group.items), drafts)

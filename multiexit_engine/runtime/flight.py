@@ -35,6 +35,8 @@ class Flight:
         tokens: for items whose one row is not a token of the sequence yet, that token, [1] int64.
         forward: the tensors of the items' rows, tokens included, where they have been built.
         entering: items whose own row was kept, too, and the layer at which it comes back.
+        together: the tensors of all rows once every item was joined by what joins it, which comes
+            at one layer then, where they have been built.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Flight:
         tokens: Mapping[int, Tensor] | None = None,
         forward: ForwardBatch | None = None,
         entering: Mapping[int, int] | None = None,
+        together: ForwardBatch | None = None,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
@@ -61,6 +64,7 @@ class Flight:
         self._copied_from: dict[int, int] = {}
         self._copied: CopiedRows | None = None
         self._forward = forward or self._build()
+        self._together = together
         self.hidden = model.embed(self._token_ids(tokens or {}), self._forward.positions)
         self._entering = dict(entering or {})
         self.leave(self._entering)
@@ -175,25 +179,17 @@ class Flight:
             (span.stop if item in entering else span.start) - self._items[item].start
             for item, span in zip(here, spans, strict=True)
         ]
-        num_rows, self._aboard = self.num_rows, here
-        self._copied = self._copied_rows()
         if not any(counts):
+            self._aboard = here
+            self._copied = self._copied_rows()
             return
-        self._forward = self._build()
-        joined: list[int] = []
-        stayed: list[int] = []
-        for place, count in enumerate(counts):
-            start, stop = self._forward.layout.query_starts[place : place + 2]
-            joined += range(start, start + count)
-            stayed += range(start + count, stop)
-        assert len(stayed) == num_rows, "rows that were here stay here"
-        places = self._index(joined)
-        states = self._states.take(self._forward.slot_mapping[places])
-        hidden = states.new_empty(self._forward.num_tokens, states.shape[1])
-        hidden.index_copy_(0, places, states)
-        if stayed:
-            hidden.index_copy_(0, self._index(stayed), self.hidden)
-        self.hidden = hidden
+        if self._aboard:
+            # beside the others, so that all are taken in their new order
+            self._states.keep(self._forward.slot_mapping, self.hidden)
+        self._aboard = here
+        self._copied = self._copied_rows()
+        self._forward = self._together or self._build()
+        self.hidden = self._states.take(self._forward.slot_mapping)
 
     def _take_along(self, item: int, sequence: TokenSequence, start: int) -> None:
         if sequence.request.copies_kv:

@@ -1,12 +1,13 @@
 """The batches of the rounds of sequences that draft together, one token each in every round.
 
-Knows where their rows lie in the cache, all rounds built at once: a round of a small model takes
+Knows where their rows lie in the cache, all rows built at once: a round of a small model takes
 less time than the tensors that describe it. Nothing of layers or of how a token is chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class RoundBatches:
 
     Attributes:
         count: rounds.
+        together: every item's last token and its drafts, item by item; tokens that only the device
+            knows are 0.
     """
 
     def __init__(
@@ -37,46 +40,60 @@ class RoundBatches:
     ) -> None:
         self._items = items
         self.count = items[0].num_drafts
-        rows = [[_row(item, number) for item in items] for number in range(self.count)]
-        places = [[row.start for row in own] for own in rows]
-        slots = [[_slot(row, block_size) for row in own] for own in rows]
-        self._positions, self._slots = to_device([places, slots], device, torch.int64)
-        self._contexts = [[place + 1 for place in own] for own in places]
-        self._contexts_on_device = to_device(self._contexts, device, torch.int32)
-        # the last rows of all items: their block tables hold those before, too
-        last = tuple(_row(item, item.num_drafts - 1) for item in items)
-        self._whole = ForwardBatch.build(ScheduledBatch(last), block_size, device)
-        first = [item.sequence.token_ids[item.stop - 1] for item in items]
-        self.first_tokens = to_device(first, device, torch.int64)
+        spans = [ScheduledSequence(i.sequence, i.stop - 1, 1 + i.num_drafts) for i in items]
+        self.together = ForwardBatch.build(ScheduledBatch(tuple(spans)), block_size, device)
+        self._sources = ForwardBatch.sources_of(self.rows(0), block_size, device)
+        starts = self.together.layout.query_starts
+        self._num_rows = [
+            sum(item.num_drafts > number for item in items) for number in range(self.count)
+        ]
+        rows = [starts[i] + r for r, count in enumerate(self._num_rows) for i in range(count)]
+        rows += [stop - 1 for stop in starts[1:]]
+        index = to_device(rows, device, torch.int64)
+        self._tokens, self._positions, self._slots = (
+            column.index_select(0, index)
+            for column in (
+                self.together.token_ids,
+                self.together.positions,
+                self.together.slot_mapping,
+            )
+        )
+        self._contexts = (self._positions + 1).int()
+        self._starts = to_device(range(len(items) + 1), device, torch.int32)
+        self._first_rows = [*accumulate(self._num_rows, initial=0)]
 
-    def num_rows(self, number: int) -> int:
-        """Items that take part in a round, counted from 0."""
-        return sum(item.num_drafts > number for item in self._items)
+    @property
+    def first_tokens(self) -> Tensor:
+        """[items] int64: what the first round reads."""
+        return self._tokens[: len(self._items)]
 
     def rows(self, number: int) -> list[ScheduledSequence]:
         """What a round computes of each of its items."""
-        return [_row(item, number) for item in self._items[: self.num_rows(number)]]
+        return [
+            ScheduledSequence(item.sequence, item.stop - 1 + number, 1)
+            for item in self._items
+            if item.num_drafts > number
+        ]
 
     def forward(self, number: int, tokens: Tensor) -> ForwardBatch:
-        """The tensors of a round; ``tokens`` [rows] int64 are what it reads."""
-        count = tokens.shape[0]
-        whole = self._whole.first(count)
+        """The tensors of a round, counted from 0; ``tokens`` [rows] int64 are what it reads."""
+        contexts = [item.stop + number for item in self._items[: self._num_rows[number]]]
+        return self._batch(self._first_rows[number], contexts, tokens)
+
+    def last(self, tokens: Tensor) -> ForwardBatch:
+        """Those of the last drafts, ``tokens`` [items] int64, which no round reads."""
+        contexts = [item.stop + item.num_drafts for item in self._items]
+        return self._batch(self._first_rows[-1], contexts, tokens)
+
+    def _batch(self, first: int, contexts: Sequence[int], tokens: Tensor) -> ForwardBatch:
+        count = len(contexts)
+        rows = slice(first, first + count)
         layout = SequenceLayout(
-            query_lens=whole.layout.query_lens,
-            context_lens=tuple(self._contexts[number][:count]),
-            cu_query_lens=whole.layout.cu_query_lens,
-            context_lens_device=self._contexts_on_device[number, :count],
-            block_tables=whole.layout.block_tables,
+            query_lens=(1,) * count,
+            context_lens=tuple(contexts),
+            cu_query_lens=self._starts[: count + 1],
+            context_lens_device=self._contexts[rows],
+            block_tables=self.together.layout.block_tables[:count],
         )
-        places = self._positions[number, :count], self._slots[number, :count]
-        return ForwardBatch(tokens, *places, layout, whole.sources)
-
-
-def _row(item: ScheduledSequence, number: int) -> ScheduledSequence:
-    return ScheduledSequence(item.sequence, item.stop - 1 + number, 1)
-
-
-def _slot(row: ScheduledSequence, block_size: int) -> int:
-    """Of a row beyond its item's drafts, which nobody computes, any slot."""
-    table, block = row.sequence.block_table, row.start // block_size
-    return table[block] * block_size + row.start % block_size if block < len(table) else 0
+        sources = None if self._sources is None else self._sources.first(count)
+        return ForwardBatch(tokens, self._positions[rows], self._slots[rows], layout, sources)

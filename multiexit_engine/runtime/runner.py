@@ -189,8 +189,9 @@ class ModelRunner:
                 part.keep(layer, flight)
 
         drafted = {index: item for index, item in _items(batch) if item.num_drafts}
-        if drafted:
-            self._drafter.draft(drafted, drafts, tap_layers, keep)
+        rounds = self._drafter.draft(drafted, drafts, tap_layers, keep) if drafted else []
+        # of a step in which all sequences draft together
+        built = rounds[0] if len(rounds) == 1 and len(drafted) == len(batch.scheduled) else None
         clock.mark()
         flight = Flight(
             self.model,
@@ -198,8 +199,10 @@ class ModelRunner:
             self._states,
             {index: _first_rows(item) for index, item in _items(batch)},
             drafts.joining | early.joining,
-            drafts.last,
-            entering=early.entering,
+            drafts.last if built is None else None,
+            None if built is None else built.last(drafts.last_tokens),
+            early.entering,
+            None if built is None else built.together,
         )
         depths = [item.sequence.request.depth for item in batch.scheduled]
         for segment in plan_segments(depths, tap_layers | drafts.joining_layers | early.layers):

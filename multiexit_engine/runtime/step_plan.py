@@ -67,7 +67,7 @@ class StepPlan:
         if not self._chunks:
             return None
         chunks = [chunk for chunks in self._chunks.values() for chunk in chunks]
-        chunks.sort(key=lambda chunk: -chunk.sequence.request.depth)
+        chunks.sort(key=lambda chunk: (-chunk.sequence.request.depth, -chunk.num_drafts))
         copies = tuple(pair for pairs in self._copies.values() for pair in pairs)
         return ScheduledBatch(tuple(chunks), copies, tuple(self._unread))
 

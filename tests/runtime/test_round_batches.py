@@ -41,3 +41,16 @@ def test_each_round_is_what_would_be_built_for_it_alone():
 
 def test_the_first_round_reads_the_last_known_tokens():
     assert RoundBatches(drafting_items(), 4, CPU).first_tokens.tolist() == [5, 3, 8]
+
+
+def test_the_last_drafts_are_what_would_be_built_for_them_alone():
+    items = drafting_items()
+    found = RoundBatches(items, 4, CPU).last(torch.arange(3) + 50)
+    rows = [ScheduledSequence(i.sequence, i.stop - 1 + i.num_drafts, 1) for i in items]
+    alone = ForwardBatch.build(ScheduledBatch(tuple(rows)), 4, CPU)
+    assert found.token_ids.tolist() == [50, 51, 52]
+    assert torch.equal(found.positions, alone.positions)
+    assert torch.equal(found.slot_mapping, alone.slot_mapping)
+    assert found.layout.context_lens == alone.layout.context_lens
+    assert torch.equal(found.layout.context_lens_device, alone.layout.context_lens_device)
+    assert torch.equal(found.layout.block_tables, alone.layout.block_tables)
