@@ -148,6 +148,7 @@ class SequenceLayout:
         block_tables: [seqs, max_blocks] int32, padded with -1.
         has_bounds: ``context_lens`` are upper bounds: what is captured for this layout serves every
             ``context_lens_device`` within them. ``query_lens`` are all 1 then.
+        scratch: what an op works out from the layout once a step and reuses in every layer.
     """
 
     query_lens: tuple[int, ...]
@@ -156,6 +157,7 @@ class SequenceLayout:
     context_lens_device: Tensor
     block_tables: Tensor
     has_bounds: bool = False
+    scratch: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -190,16 +192,11 @@ class SequenceLayout:
         """First flat row of each sequence and the end of the last one, on the host."""
         return tuple(accumulate(self.query_lens, initial=0))
 
-    @cached_property
-    def scratch(self) -> dict[object, Any]:
-        """What an op works out from the layout once a step and reuses in every layer."""
-        return {}
-
     def by_token(self, block_size: int) -> SequenceLayout:
         """The same for a cache whose blocks hold one token each, its tables free to be changed."""
         offsets = torch.arange(block_size, dtype=torch.int32, device=self.block_tables.device)
         tables = (self.block_tables[:, :, None] * block_size + offsets).flatten(1)
-        return replace(self, block_tables=tables)
+        return replace(self, block_tables=tables, scratch={})
 
     def first(self, num_seqs: int) -> SequenceLayout:
         """The layout of the first ``num_seqs`` sequences."""

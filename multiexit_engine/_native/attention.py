@@ -17,7 +17,7 @@ def layout_view(layout: Any) -> _C.Layout:
     if found is None:
         tables = layout.block_tables
         found = layout.scratch["native"] = _C.Layout(
-            layout.query_starts[-1],
+            sum(layout.query_lens),
             len(layout.query_lens),
             layout.cu_query_lens.data_ptr(),
             layout.context_lens_device.data_ptr(),

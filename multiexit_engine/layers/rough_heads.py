@@ -155,6 +155,9 @@ class RoughHeads:
 
     def codes(self, weight: Weight, *, for_contrast: bool = False) -> CodedHead | None:
         """Of a [vocab, hidden] head; None where its exact logits are the faster way."""
+        known = self._found.get(id(weight))
+        if known is not None and known.head is None:
+            return None
         # asked each time: a backend can be chosen for one call
         if not are_codes_fast():
             return None

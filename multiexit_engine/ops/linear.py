@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from multiexit_engine.ops.activation import ACTIVATIONS
-from multiexit_engine.ops.operands import is_dense, is_plain, is_streamable
+from multiexit_engine.ops.operands import are_rows, is_dense, is_plain
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.quantization import QuantizedWeight, Weight, as_tensor
 
@@ -77,11 +77,11 @@ linear.backend(
     "cpu",
     "multiexit_engine._native:linear",
     device="cpu",
-    supports=lambda x, weight, bias: is_plain(x, weight) and is_streamable(weight),
+    supports=lambda x, weight, bias: is_plain(x, weight) and are_rows(weight),
 )
 linear_activation.backend(
     "cpu",
     "multiexit_engine._native:linear_activation",
     device="cpu",
-    supports=lambda x, weight, bias, kind: is_plain(x, weight) and is_streamable(weight),
+    supports=lambda x, weight, bias, kind: is_plain(x, weight) and are_rows(weight),
 )

@@ -17,18 +17,30 @@ def is_plain(*operands: Weight) -> bool:
 
     Quantized weights are plain beside any type.
     """
-    tensors = [each for each in operands if not isinstance(each, QuantizedWeight)]
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1 or not dtypes <= _DTYPES:
-        return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    dtype = None
+    for each in operands:
+        if isinstance(each, QuantizedWeight):
+            continue
+        if each.dtype is not dtype:
+            if dtype is not None or each.dtype not in _DTYPES:
+                return False
+            dtype = each.dtype
+        if each.requires_grad and torch.is_grad_enabled():
+            return False
+    return True
 
 
 def is_streamable(*matrices: Weight) -> bool:
     """Whether weight matrices, besides, lie row after row in memory."""
-    return is_plain(*matrices) and all(
-        isinstance(matrix, QuantizedWeight) or matrix.is_contiguous() for matrix in matrices
-    )
+    return is_plain(*matrices) and are_rows(*matrices)
+
+
+def are_rows(*matrices: Weight) -> bool:
+    """Whether weight matrices lie row after row in memory."""
+    for each in matrices:
+        if not isinstance(each, QuantizedWeight) and not each.is_contiguous():
+            return False
+    return True
 
 
 def is_dense(*matrices: Weight) -> bool:

@@ -18,7 +18,7 @@ from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.edits import TokenEdits, edited_scores
 from multiexit_engine.ops.heads import head_logits
 from multiexit_engine.ops.narrowing import Narrowing, narrowed_scores
-from multiexit_engine.ops.operands import fits_ring, is_dense, is_plain, is_streamable
+from multiexit_engine.ops.operands import are_rows, fits_ring, is_dense, is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.ops.sampling import gumbel_noise
 from multiexit_engine.quantization import Weight
@@ -303,7 +303,7 @@ head_tokens.backend(
     "cpu",
     "multiexit_engine._native:head_tokens",
     device="cpu",
-    supports=lambda hidden, weight, *_, **__: is_plain(hidden, weight) and is_streamable(weight),
+    supports=lambda hidden, weight, *_, **__: is_plain(hidden, weight) and are_rows(weight),
 )
 contrast_tokens.backend(
     "cpu",

@@ -25,7 +25,7 @@ from multiexit_engine.decoding.exits import (
     no_candidates,
     no_premature_layers,
 )
-from multiexit_engine.decoding.plan import ExitPlanner, resolve_mode
+from multiexit_engine.decoding.plan import ExitPlanner
 from multiexit_engine.decoding.processors import (
     allowed_tokens,
     asks_for_processing,
@@ -40,7 +40,7 @@ from multiexit_engine.decoding.sampler import (
     pick_tokens,
     token_logprobs,
 )
-from multiexit_engine.layers.exit_heads import ExitHeads
+from multiexit_engine.layers.exit_heads import ExitHeads, Head
 from multiexit_engine.ops import device_kind
 from multiexit_engine.ops.best_tokens import BestTokens, no_best_tokens
 from multiexit_engine.params import Exit
@@ -179,15 +179,13 @@ class TokenChooser:
 
     def direct_drafts(self, mode: Exit, tap: Tensor, draws: Draws, num_tokens: int) -> Tensor:
         """See ``draft_tokens``; for rows of which ``is_direct`` is true."""
-        head = resolve_mode(mode, self._planner.config).upper
-        return draft_tokens(head, tap, self._heads, draws, num_tokens)
+        return draft_tokens(Head(mode.layer), tap, self._heads, draws, num_tokens)
 
     def direct_draft_choices(
         self, mode: Exit, tap: Tensor, draws: Draws, num_tokens: int, count: int
     ) -> Tensor:
         """See ``draft_choices`` of ``decoding.exits``; for rows of which ``is_direct`` is true."""
-        head = resolve_mode(mode, self._planner.config).upper
-        return draft_choices(head, tap, self._heads, draws, num_tokens, count)
+        return draft_choices(Head(mode.layer), tap, self._heads, draws, num_tokens, count)
 
     def is_direct(self, row: LogitRow, *, fused: bool = False) -> bool:
         """Whether ops that choose tokens give all that is wanted of a row's distribution.

@@ -5,7 +5,7 @@ Knows requests, steps and one policy for each mix of modes; nothing of blocks or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
 from multiexit_engine.config import EngineConfig
@@ -25,6 +25,8 @@ class DraftLengths:
 
     def __init__(self) -> None:
         self._policies: dict[frozenset[DecodingMode], DraftPolicy] = {}
+        # of the step before: its modes by their ids, which is quicker than by their fields
+        self._latest: tuple[dict[int, DecodingMode], DraftPolicy] = {}, DraftPolicy()
 
     def of(self, chunks: Sequence[ScheduledSequence], config: EngineConfig) -> list[int]:
         """Drafts that each of a step's chunks should make.
@@ -34,9 +36,8 @@ class DraftLengths:
         lengths = [0] * len(chunks)
         if not _have_drafts(chunks):
             return lengths
-        modes = _modes(chunks)
+        modes, policy = self._policy(chunks)
         drafting = [mode for mode in modes if isinstance(mode, SelfSpeculative)]
-        policy = self._policy(modes)
         if all(mode.draft_len == "auto" for mode in drafting) and policy.rests(len(chunks)):
             return lengths
         wishes = {
@@ -63,7 +64,7 @@ class DraftLengths:
             return
         if any(item.num_tokens > 1 or _is_early(item) for item in batch.scheduled):
             return
-        policy = self._policy(_modes(batch.scheduled))
+        _, policy = self._policy(batch.scheduled)
         drafting, rest = seconds
         lengths = [item.num_drafts for item in batch.scheduled]
         if not any(lengths):
@@ -75,23 +76,25 @@ class DraftLengths:
         for _, checked in output.checked:
             policy.acceptance.record(checked.num_drafts, checked.num_right)
 
-    def _policy(self, mix: frozenset[DecodingMode]) -> DraftPolicy:
-        policy = self._policies.pop(mix, None) or DraftPolicy()
-        self._policies[mix] = policy
-        if len(self._policies) > MAX_MIXES:
-            del self._policies[next(iter(self._policies))]
-        return policy
+    def _policy(
+        self, chunks: Sequence[ScheduledSequence]
+    ) -> tuple[Collection[DecodingMode], DraftPolicy]:
+        """The modes of some chunks, each once, and their policy."""
+        # requests that came together share one mode
+        modes = {id(mode): mode for mode in (c.sequence.request.decoding for c in chunks)}
+        if modes.keys() != self._latest[0].keys():
+            mix = frozenset(modes.values())
+            policy = self._policies.pop(mix, None) or DraftPolicy()
+            self._policies[mix] = policy
+            if len(self._policies) > MAX_MIXES:
+                del self._policies[next(iter(self._policies))]
+            self._latest = modes, policy
+        return modes.values(), self._latest[1]
 
 
 def _have_drafts(chunks: Sequence[ScheduledSequence]) -> bool:
     """Whether requests of these may draft at some time."""
     return any(isinstance(c.sequence.request.decoding, SelfSpeculative) for c in chunks)
-
-
-def _modes(chunks: Sequence[ScheduledSequence]) -> frozenset[DecodingMode]:
-    # requests that came together share one mode, whose fields need be hashed only once
-    modes = [chunk.sequence.request.decoding for chunk in chunks]
-    return frozenset({id(mode): mode for mode in modes}.values())
 
 
 def _most_drafts(chunk: ScheduledSequence, config: EngineConfig) -> int:

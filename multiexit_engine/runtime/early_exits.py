@@ -153,6 +153,8 @@ class EarlyRows:
 
     def look(self, layer: int, flight: Flight) -> None:
         """Measure the rows that have come to a layer; those that pass decide, and may leave."""
+        if not self._all and not self._returning:
+            return
         if layer == self._exits.num_layers:
             self._decide(self._undecided, layer, flight)
             return
