@@ -33,7 +33,7 @@ from multiexit_engine.runtime.decode_pieces import DecodePieces
 from multiexit_engine.runtime.decode_rows import alphas_of, decode_rows
 from multiexit_engine.runtime.draft_rounds import Items, Rounds
 from multiexit_engine.runtime.edit_memory import EditMemory
-from multiexit_engine.runtime.exit_plan import ExitStep
+from multiexit_engine.runtime.exit_plan import ExitStep, chooses_its_exit
 from multiexit_engine.runtime.exit_steps import ExitSteps
 from multiexit_engine.runtime.flight import Flight, Place
 from multiexit_engine.runtime.graphs import Pieces
@@ -113,9 +113,11 @@ class DecodeSteps:
         """
         if batch.unread:
             return False
-        if not self._exit_steps.fits(batch, *self._rounds(batch), self._edits.most):
+        rounds, num_ends = self._rounds(batch)
+        if not self._exit_steps.fits(batch, rounds, num_ends, self._edits.most):
             return False
-        if _has_drafts(batch) and not self._drafter.fits(batch):
+        has_stream = any(chooses_its_exit(item) for _, item in rounds.items)
+        if _has_drafts(batch) and not self._drafter.fits(batch, has_stream):
             return False
         expecting = [item for item in batch.scheduled if item.sequence.num_expected]
         if not expecting:
@@ -155,11 +157,7 @@ class DecodeSteps:
             [inputs.get(row) for row in range(rounds.num_rows, num_running + num_ends)],
             [group.rows for group in groups] if are_listed else [],
         )
-        if len(rounds.sizes) > 1:
-            self._drafter.run(rounds, layers, places, clock.mark)
-        else:
-            clock.mark()
-            self._run_rows(rounds, layers, early)
+        self._run_rows(rounds, layers, early, places, clock)
         if chunks:
             looked = layers if early is None else {*layers, *early.layers}
             self._run_chunks(batch, chunks, looked, places, targets)
@@ -252,13 +250,30 @@ class DecodeSteps:
         rounds = Rounds.of([p for p in items if _is_one_token(p[1])], self._pieces.size)
         return rounds, sum(i.reaches_end and not _is_one_token(i) for i in batch.scheduled)
 
-    def _run_rows(self, rounds: Rounds, layers: Collection[int], early: ExitStep | None) -> None:
-        """Run the rows of the one round that there is, if there is one."""
+    def _run_rows(
+        self,
+        rounds: Rounds,
+        layers: Collection[int],
+        early: ExitStep | None,
+        places: Mapping[Place, int],
+        clock: StepClock,
+    ) -> None:
+        """Run the rows of all rounds that there are."""
+
+        def draft() -> None:
+            if len(rounds.sizes) > 1:
+                self._drafter.draft(rounds, layers, places, 1)
+            clock.mark()
+
         if early is not None and early.has_stream:
-            self._exit_steps.run(early, layers)
+            self._exit_steps.run(early, layers, draft)
             return
         if early is not None:
             self._exit_steps.begin()
+        if len(rounds.sizes) > 1:
+            self._drafter.run(rounds, layers, places, clock.mark)
+            return
+        clock.mark()
         if rounds.items:
             depths = [item.sequence.request.depth for _, item in rounds.items]
             segments = plan_segments(depths, {at for at in layers if at <= depths[0]})

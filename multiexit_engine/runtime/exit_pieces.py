@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -139,25 +140,33 @@ class ExitPieces:
         return self._pieces.bounds
 
     def run_layers(
-        self, stops: Sequence[int], ways: ExitWays, size: int, num_own: int, num_keys: int
+        self,
+        layers: Sequence[int],
+        ways: ExitWays,
+        size: int,
+        num_own: int,
+        num_keys: int,
     ) -> None:
-        """Run all layers, or those that anybody is left for.
+        """Run layers, or those of them that anybody is left for.
 
         Args:
-            stops: layers to stop after, ascending; the last one is the last.
+            layers: how many ran before, and then those to stop after, ascending.
             ways: what the rows need.
             size: rows, padding included.
             num_own: the first of them, which may be asked.
             num_keys: of the longest context.
         """
         bound, questions = self._pieces.bound(num_keys), dict(ways.questions)
-        for start, stop in zip([0, *stops], stops, strict=False):
+        for start, stop in pairwise(layers):
             span = _Span(
                 start, stop, size, num_own, bound, questions.get(stop), ways.keeps_heads,
                 ways.has_waiting and not start, ways.has_copied,
             )  # fmt: skip
             self._pieces.run(("exit layers", span), num_own, partial(self._run, span))
-        self._pieces.run(("exit states", size), num_own, partial(self._keep, stops[-1], size))
+
+    def keep(self, last: int, size: int, num_own: int) -> None:
+        """Keep the states of rows after the last layer: those that left will go on from them."""
+        self._pieces.run(("exit states", size), num_own, partial(self._keep, last, size))
 
     def choose(self, num_own: int, ways: ExitWays, wishes: HeadWishes | None) -> None:
         """Choose the tokens of the first rows, which have gone as far as they go.
@@ -210,7 +219,6 @@ class ExitPieces:
         return torch.where(is_new[:, None], hidden.to(kept.dtype), kept)
 
     def _keep(self, last: int, size: int) -> None:
-        """Keep the states of rows: those that left will go on from them."""
         rows = slice(size)
         self._exit_states.keep(self._memory.inputs["slots"][rows], self._rows.states(last)[rows])
 

@@ -11,8 +11,8 @@ from functools import cached_property
 
 from multiexit_engine.batch import ScheduledSequence
 from multiexit_engine.ops.exit_rows import MEASURES
-from multiexit_engine.params import EarlyExit
-from multiexit_engine.runtime.draft_rounds import Rounds
+from multiexit_engine.params import EarlyExit, SelfSpeculative
+from multiexit_engine.runtime.draft_rounds import Items, Rounds
 from multiexit_engine.runtime.edit_memory import EditRoom
 from multiexit_engine.runtime.exit_layout import ExitLayout
 from multiexit_engine.runtime.exit_pieces import ExitWays, Question
@@ -32,6 +32,7 @@ class ExitStep:
         rounds: the rows that get a token each.
         layers_of: of each of their modes the layers at which it asks.
         num_layers: of the model.
+        draft_exit: after which others are drafted and go on with these, if any are.
     """
 
     rows: Sequence[LogitRow]
@@ -40,6 +41,7 @@ class ExitStep:
     rounds: Rounds
     layers_of: Mapping[EarlyExit, frozenset[int]]
     num_layers: int
+    draft_exit: int | None = None
 
     @property
     def has_stream(self) -> bool:
@@ -49,7 +51,8 @@ class ExitStep:
     @cached_property
     def layers(self) -> set[int]:
         """Layers whose outputs are looked at, or rows are joined after."""
-        return looked_at(self.layers_of) | {self.num_layers, *self.layout.joins.values()}
+        joined = {*self.layout.joins.values(), self.draft_exit or self.num_layers}
+        return looked_at(self.layers_of) | {self.num_layers} | joined
 
     @cached_property
     def ways(self) -> ExitWays:
@@ -70,6 +73,12 @@ class ExitStep:
 def chooses_its_exit(item: ScheduledSequence) -> bool:
     """Whether rows of an item do."""
     return isinstance(item.sequence.request.decoding, EarlyExit)
+
+
+def draft_exit(items: Items) -> int | None:
+    """The exit that drafts for some items, if any are drafted."""
+    modes = (item.sequence.request.decoding for _, item in items if item.num_drafts)
+    return next((mode.draft_exit for mode in modes if isinstance(mode, SelfSpeculative)), None)
 
 
 def may_leave(row: LogitRow) -> bool:

@@ -34,6 +34,7 @@ from multiexit_engine.runtime.exit_pieces import ExitPieces
 from multiexit_engine.runtime.exit_plan import (
     ExitStep,
     chooses_its_exit,
+    draft_exit,
     exit_ways,
     looked_at,
     may_leave,
@@ -103,16 +104,15 @@ class ExitSteps:
     def fits(self, batch: ScheduledBatch, rounds: Rounds, num_ends: int, most_edits: int) -> bool:
         """Whether the device can decide about the rows of a step that choose their exit.
 
-        Rows that are computed again, or score, or want their whole distributions, are the host's;
-        so are drafts beside them. Arguments as for ``step``, and how many edits there is room for.
+        Rows that are computed again, or score, or want their whole distributions, are the host's.
+        Arguments as for ``step``, and how many edits there is room for.
         """
         step = self.step(batch, rounds, num_ends)
         if step is None:
             return True
         choosing = [item for item in batch.scheduled if chooses_its_exit(item)]
         return (
-            not any(item.num_drafts for item in batch.scheduled)
-            and not any(map(_returns, choosing))
+            not any(map(_returns, choosing))
             and not target_rows(enumerate(choosing))
             and all(self._chooser.is_direct(row, fused=True) for row in step.rows)
             and num_edits_at_most(step.rows) <= most_edits
@@ -140,7 +140,8 @@ class ExitSteps:
         modes = {row.mode for row in rows if isinstance(row.mode, EarlyExit)}
         layers = {mode: self._layers_of(mode) for mode in modes}
         wishing = [row for row in rows if not self._chooser.takes_best(row)]
-        return ExitStep(rows, wishing, layout, rounds, layers, self._config.num_layers)
+        last, drafting = self._config.num_layers, draft_exit(rounds.items)
+        return ExitStep(rows, wishing, layout, rounds, layers, last, drafting)
 
     def waiting_rows(self, step: ExitStep) -> dict[int, DecodeRow]:
         """What the decode memory has to know of the rows that wait."""
@@ -163,7 +164,12 @@ class ExitSteps:
         items = dict(step.rounds.items)
         owners = {index: places[index, item.stop - 1] for index, item in items.items()}
         for index, own in owners.items():
-            rows[own] = ExitRow(own, depth=items[index].sequence.request.depth)
+            item = items[index]
+            depth = item.sequence.request.depth
+            rows[own] = ExitRow(own, depth=depth)
+            for position in range(item.stop, item.stop + item.num_drafts):
+                place = places[index, position]
+                rows[place] = ExitRow(place, step.draft_exit or 0, depth)
         for (index, position), layer in step.layout.joins.items():
             flags = IS_COPIED if items[index].sequence.request.copies_kv else 0
             flags |= RUNS_ANYHOW if index in step.layout.completed else 0
@@ -179,17 +185,24 @@ class ExitSteps:
             rows[place] = rows[place]._replace(flags=flags, mode=row.mode, layers=layers)
         self._exits.send(turn, rows)
 
-    def run(self, step: ExitStep, layers: Collection[int]) -> None:
+    def run(self, step: ExitStep, layers: Collection[int], draft: Callable[[], None]) -> None:
         """Run the layers of all rows that get one token each, and of what waits for them.
 
         Args:
             step: the step.
             layers: whose outputs others look at.
+            draft: is called when the first round has come to the exit that drafts, and runs the
+                others so far.
         """
         depths = {item.sequence.request.depth for _, item in step.rounds.items}
         stops = sorted({*layers, *step.layers, *depths} - {0})
         size, num_own = step.layout.num_rows, step.rounds.num_rows
-        self._pieces.run_layers(stops, step.ways, size, num_own, step.rounds.num_keys)
+        what = step.ways, size, num_own, step.rounds.num_keys
+        below = [0, *(stop for stop in stops if stop <= (step.draft_exit or 0))]
+        self._pieces.run_layers(below, *what)
+        draft()
+        self._pieces.run_layers([below[-1], *(stop for stop in stops if stop > below[-1])], *what)
+        self._pieces.keep(stops[-1], size, num_own)
 
     def warm_up(self, mode: EarlyExit, sizes: Sequence[int], send: SendPadding) -> None:
         """Run every piece of steps in one mode once, on padding.
@@ -254,7 +267,8 @@ class ExitSteps:
             has_copied = has_waiting and mode.kv == "copy"
             ways = exit_ways(layers, has_waiting, has_copied, wishes is not None)
             for bound in self._pieces.bounds:
-                self._pieces.run_layers(stops, ways, size, num_own, bound)
+                self._pieces.run_layers([0, *stops], ways, size, num_own, bound)
+                self._pieces.keep(stops[-1], size, num_own)
             self._pieces.choose(num_own, ways, wishes)
 
     def _layers_of(self, mode: DecodingMode) -> frozenset[int]:

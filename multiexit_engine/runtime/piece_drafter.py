@@ -42,10 +42,13 @@ class PieceDrafter:
         self._pieces = pieces
         self._chooser = chooser
 
-    def fits(self, batch: ScheduledBatch) -> bool:
+    def fits(self, batch: ScheduledBatch, has_stream: bool) -> bool:
         """Whether nobody looks at the drafts of a step before its end, and one exit makes them all.
 
-        Rows of other depths would stand between those that are checked.
+        Args:
+            batch: the step.
+            has_stream: each row goes as far as it may, since some choose their exits. Otherwise
+                rows of other depths would stand between those that are checked.
         """
         steady = [item for item in batch.scheduled if item.num_tokens == 1 and item.reaches_end]
         modes = [_drafting(item) for item in batch.scheduled if item.num_drafts]
@@ -53,7 +56,7 @@ class PieceDrafter:
         num_rows = Rounds.of(list(enumerate(steady)), self._pieces.size).num_rows
         return (
             len({(mode.draft_exit, mode.draft_vocab) for mode in modes}) == 1
-            and len({item.sequence.request.depth for item in steady}) == 1
+            and (has_stream or len({item.sequence.request.depth for item in steady}) == 1)
             and not any(row.needs_drafts for row in rows)
             and not any(item.alternatives for item in batch.scheduled)
             and num_rows + len(batch.scheduled) - len(steady) <= self._memory.spare_row
@@ -74,18 +77,34 @@ class PieceDrafter:
             places: the rows of positions.
             have_drafted: is called when all drafts were launched.
         """
+        self.draft(rounds, layers, places, 0)
+        have_drafted()
         _, first_item = rounds.items[0]
         mode, depth = _drafting(first_item), first_item.sequence.request.depth
-        below = sorted({mode.draft_exit, *(at for at in layers if at < mode.draft_exit)})
-        batch, last = rounds.sizes[0], len(rounds.sizes) - 1
-        for number, (start, count) in enumerate(zip(rounds.starts, rounds.counts, strict=True)):
-            self._pieces.run_layers(_spans(0, below, count), rounds.num_keys, batch, start)
-            if number < last:
-                self._draft(mode, rounds, number, places)
-        have_drafted()
+        batch = rounds.sizes[0]
         above = sorted({depth, *(at for at in layers if at > mode.draft_exit)})
         spans = _spans(mode.draft_exit, above, rounds.num_rows)
         self._pieces.run_layers(spans, rounds.num_keys, batch)
+
+    def draft(
+        self, rounds: Rounds, layers: Collection[int], places: Mapping[Place, int], first: int
+    ) -> None:
+        """Run a step's rounds up to the exit that drafts.
+
+        Args:
+            rounds: at least two.
+            layers: whose outputs are kept.
+            places: the rows of positions.
+            first: of the rounds to run; those before it have come to the exit.
+        """
+        mode, last = _drafting(rounds.items[0][1]), len(rounds.sizes) - 1
+        below = sorted({mode.draft_exit, *(at for at in layers if at < mode.draft_exit)})
+        for number, (start, count) in enumerate(zip(rounds.starts, rounds.counts, strict=True)):
+            if number >= first:
+                spans = _spans(0, below, count)
+                self._pieces.run_layers(spans, rounds.num_keys, rounds.sizes[0], start)
+            if number < last:
+                self._draft(mode, rounds, number, places)
 
     def drafts(
         self, rounds: Rounds, places: Mapping[Place, int], turn: int

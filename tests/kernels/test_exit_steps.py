@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from multiexit_engine import EarlyExit, Engine, Original, SamplingParams
+from multiexit_engine import EarlyExit, Engine, Original, SamplingParams, SelfSpeculative
 from multiexit_engine.ops import assume_device
 from multiexit_engine.runtime.decode_steps import DecodeSteps
 from multiexit_engine.runtime.graphs import Graphs
@@ -71,6 +71,15 @@ def test_launched_steps_give_the_choices_of_the_reference(folder, sampling, devi
     for one, other in zip(found[1], wanted[1], strict=True):
         assert one == pytest.approx(other, abs=1e-4)
     assert {layer for (_, layers), _ in wanted[0] for layer in layers} >= {1, 2, 4}
+
+
+def test_drafts_beside_early_exits_give_the_choices_of_the_reference(folder, device):
+    modes = [SelfSpeculative(2, 2), EarlyExit(0.3), EarlyExit(0.85, "similarity")]
+    engine = launching(folder, device)
+    with rehearsal(device):
+        found = told(engine, GREEDY, modes)
+    assert found[0] == told(opened(folder, device, "reference"), GREEDY, modes)[0]
+    assert engine.stats().num_drafted_tokens
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")

@@ -14,6 +14,7 @@ from multiexit_engine import (
     SamplingParams,
     SelfSpeculative,
 )
+from tests.runtime.exit_models import are_launched, assert_same, exits
 from tests.runtime.on_simulated_device import on_cpu, on_device, token_ids
 from tests.tiny import save_gpt2
 
@@ -21,6 +22,7 @@ GREEDY = SamplingParams(max_new_tokens=7, ignore_eos=True)
 DRAWN = SamplingParams(max_new_tokens=7, ignore_eos=True, temperature=0.9, top_k=0, seed=1)
 WARPED = SamplingParams(max_new_tokens=7, ignore_eos=True, temperature=0.9, seed=2)
 LISTED = SamplingParams(max_new_tokens=7, ignore_eos=True, logprobs=2)
+LONG = SamplingParams(max_new_tokens=12, ignore_eos=True, confidences=True)
 SHORT = SamplingParams(max_new_tokens=3, ignore_eos=True)
 PENALISED = SamplingParams(max_new_tokens=7, ignore_eos=True, repetition_penalty=1.3)
 PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12], [9] * 20]
@@ -92,6 +94,40 @@ def test_a_step_with_drafts_launches_graphs_and_waits_once(folder, name):
     # four rounds of layers, three of drafts, the layers above, the heads
     assert device.counts.pop("replays") >= 9
     assert device.counts == {"pinned copies": 1, "copies to the host": 1, "synchronisations": 1}
+
+
+BESIDE = {
+    "recompute": [drafting(), EarlyExit(0.3), EarlyExit(0.6, "similarity"), Exit(2)],
+    "copy": [EarlyExit(0.3, kv="copy"), drafting(Contrast(4, 2)), drafting(), EarlyExit(0.1)],
+    "exits beyond": [drafting(), EarlyExit(0.05, layers=(4,)), drafting(draft_len=1), Original()],
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_rows_that_choose_their_exit_stand_beside_drafts(folder, name):
+    sampling = [LONG, LONG, DRAWN, LONG]
+    prompts = [*PROMPTS, [77]]
+    wanted = on_cpu(folder).generate(prompts, sampling, BESIDE[name])
+    with on_device(folder, cuda_graphs=(1, 2, 4)) as (engine, _):
+        steps = are_launched(engine)
+        assert_same(engine.generate(prompts, sampling, BESIDE[name]), wanted)
+        assert all(steps)
+        assert engine.stats().num_drafted_tokens
+        engine._scheduler.check_integrity()
+    assert len(exits(wanted)) > 1
+
+
+def test_a_step_with_drafts_and_early_exits_waits_once(folder):
+    with on_device(folder) as (engine, device):
+        for prompt, mode in zip(PROMPTS, [drafting(), EarlyExit(0.3), drafting()], strict=True):
+            engine.add_request(prompt, LONG, mode)
+        for _ in range(2):
+            engine.step()
+        device.counts.clear()
+        engine.step()
+        assert engine.stats().num_drafted_tokens
+    # the rows, and what is to be known of their exits
+    assert device.counts == {"pinned copies": 2, "copies to the host": 2, "synchronisations": 1}
 
 
 def test_accepted_drafts_are_counted_as_on_the_cpu(folder):
