@@ -202,6 +202,19 @@ class Sequence:
         return self.num_tokens
 
     @property
+    def num_reusable_at_most(self) -> int:
+        """Tokens, from the first on, that it need not compute where others did.
+
+        The output at its last token gives the next one; the output before a prompt token that is
+        still to be scored gives that token's log-probability.
+        """
+        request = self.request
+        first = request.first_position_with_logprobs
+        if first is not None and first + len(request.scored) < len(request.prompt_token_ids):
+            return first + len(request.scored) - 1
+        return min(self.num_tokens - 1, self.num_exact_at_most)
+
+    @property
     def num_tokens_at_once(self) -> int:
         """Tokens after the computed ones that one step may compute.
 
@@ -260,6 +273,8 @@ class Request:
         num_cached_tokens: prompt tokens that came from the prefix cache.
         admitted_at: when it first ran, in seconds of ``time.perf_counter``.
         error: why it failed, if it did.
+        copies_kv: whether rows of its output leave keys and values that are not of full depth.
+        prefix_salt: what keys and values depend on besides the tokens before them.
     """
 
     request_id: str
@@ -283,16 +298,17 @@ class Request:
     num_cached_tokens: int = 0
     admitted_at: float | None = None
     error: str | None = None
+    copies_kv: bool = field(init=False)
+    prefix_salt: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.copies_kv = isinstance(self.decoding, EarlyExit) and self.decoding.kv == "copy"
+        self.prefix_salt = array("q", self.source_token_ids).tobytes()
 
     @property
     def width(self) -> int:
         """Sequences that it occupies at once after its prompt."""
         return max(self.sampling.n, self.sampling.num_beams)
-
-    @property
-    def copies_kv(self) -> bool:
-        """Whether rows of its output leave keys and values that are not those of full depth."""
-        return isinstance(self.decoding, EarlyExit) and self.decoding.kv == "copy"
 
     def forced_token_id(self, num_output_tokens: int) -> int | None:
         """What has to follow so many output tokens, None when the model may choose."""
@@ -304,11 +320,6 @@ class Request:
     def given_token_ids(self) -> list[int]:
         """The tokens that the caller gave: the source where there is one, else the prompt."""
         return list(self.source_token_ids) or self.prompt_token_ids
-
-    @property
-    def prefix_salt(self) -> bytes:
-        """What keys and values depend on besides the tokens before them."""
-        return array("q", self.source_token_ids).tobytes()
 
     @property
     def ending_token_ids(self) -> tuple[int, ...]:

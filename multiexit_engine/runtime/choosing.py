@@ -329,9 +329,9 @@ class TokenChooser:
     def draws(self, rows: list[LogitRow]) -> Draws:
         """How the tokens of some rows are drawn."""
         positions = [row.num_output_tokens for row in rows]
-        return self._draws.of([row.sequence for row in rows])._replace(
-            positions=to_device(positions, self._device, torch.int64)
-        )
+        kept = self._draws.of([row.sequence for row in rows])
+        own = to_device(positions, self._device, torch.int64)
+        return Draws(kept.temperature, kept.seeds, own, kept.narrowing)
 
 
 def is_edited(row: LogitRow) -> bool:

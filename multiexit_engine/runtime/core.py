@@ -228,16 +228,17 @@ class EngineCore:
         self, sequence: Sequence, token: ChosenToken, *, is_draft: bool = False
     ) -> None:
         request = sequence.request
-        given = request.continuation[sequence.num_output_tokens :]
+        given = request.continuation and request.continuation[sequence.num_output_tokens :]
         sequence.token_ids.append(given[0] if given else token.token_id)
         sequence.chosen.append(token)
         sequence.cumulative_logprob += token.logprob or 0.0
-        sequence.exit_layers.append(token.exit_layer or self._exit_layer(request))
+        layer = token.exit_layer or self._exit_layer(request)
+        sequence.exit_layers.append(layer)
         sequence.drafted.append(is_draft)
         if request.sampling.confidences and token.confidence is not None:
             sequence.confidences.append(token.confidence)
         self.num_generated_tokens += 1
-        self.num_tokens_by_layer[sequence.exit_layers[-1]] += 1
+        self.num_tokens_by_layer[layer] += 1
         if sequence.grammar is not None:
             sequence.grammar.advance(token.token_id)
         self._follow_text(sequence, token.token_id)
@@ -272,8 +273,9 @@ class EngineCore:
             self._finish(sequence, FinishReason.LENGTH)
 
     def _is_full(self, sequence: Sequence) -> bool:
-        is_long_enough = sequence.num_output_tokens >= sequence.request.sampling.max_new_tokens
-        return is_long_enough or sequence.num_tokens >= self.config.max_model_len
+        request, num_tokens = sequence.request, sequence.num_tokens
+        most = len(request.prompt_token_ids) + request.sampling.max_new_tokens
+        return num_tokens >= min(most, self.config.max_model_len)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self.scheduler.finish(sequence, reason)

@@ -265,6 +265,8 @@ class Scheduler:
         """Let sequences draft with the tokens and blocks that nobody else wants in this step."""
         chunks = step.chunks()
         lengths = self._draft_lengths.of([chunk for _, chunk in chunks], self._config)
+        if not any(lengths):
+            return
         for (unit, chunk), wanted in zip(chunks, lengths, strict=True):
             room = min(step.num_tokens_left, self._config.max_model_len - chunk.stop)
             for num_drafts, others in less_and_less(chunk.sequence, wanted, room):
@@ -328,7 +330,11 @@ class Scheduler:
         to grow into, so that it is not admitted only to be preempted.
         """
         if unit.prefix_keys is None:
-            unit.prefix_keys = [self._reusable_keys(sequence) for sequence in unit.sequences]
+            salt = unit.request.prefix_salt
+            unit.prefix_keys = [
+                self._blocks.prefix_keys(s.token_ids[: s.num_reusable_at_most], salt)
+                for s in unit.sequences
+            ]
         tables = [self._blocks.match_keys(k, unit.request.depth) for k in unit.prefix_keys]
         needed = sum(self._blocks.num_blocks_for(s.num_tokens) for s in unit.sequences)
         num_source_tokens = 0 if source else len(unit.request.source_token_ids)
@@ -350,19 +356,6 @@ class Scheduler:
             source, num_source_tokens = sequence.source_table, 0
         unit.prefix_keys = None
         return True
-
-    def _reusable_keys(self, sequence: Sequence) -> list[bytes]:
-        """Keys of the blocks that it need not compute itself.
-
-        The output at its last token gives the next one; the output before a prompt token that is
-        still to be scored gives that token's log-probability.
-        """
-        request = sequence.request
-        stop = min(sequence.num_tokens - 1, sequence.num_exact_at_most)
-        first = request.first_position_with_logprobs
-        if first is not None and first + len(request.scored) < len(request.prompt_token_ids):
-            stop = first + len(request.scored) - 1
-        return self._blocks.prefix_keys(sequence.token_ids[:stop], request.prefix_salt)
 
     def _note_admission(self, unit: Unit) -> None:
         if unit.was_admitted:
