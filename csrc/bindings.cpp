@@ -6,6 +6,7 @@
 #include "cpu/block.h"
 #include "cpu/coded_tokens.h"
 #include "cpu/dense.h"
+#include "cpu/gate_odds.h"
 #include "cpu/head_statistics.h"
 #include "cpu/heads.h"
 #include "cpu/packed_attention.h"
@@ -56,6 +57,12 @@ void linear_activation(int threads, Address x, int64_t tokens, const Matrix& wei
   product(threads, x, tokens, weight, bias, out, dtype, [&](float* numbers, int64_t count) {
     kernels().activate(numbers, nullptr, static_cast<Activation>(activation), count);
   });
+}
+
+void foretell(int threads, Address normed, int64_t rows, const Linear& up, const Linear& down,
+              Address thresholds, Address by_entropy, Address out) {
+  Release nogil;
+  gate_odds(threads, at(normed), rows, up, down, {at(thresholds), at<bool>(by_entropy)}, at(out));
 }
 
 void norm(int threads, Address x, const Norm& norm, Address out, int64_t rows, int64_t size,
@@ -337,6 +344,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("contrast_tokens", &choose_contrast);
   m.def("shared_head_tokens", &choose_shared);
   m.def("sample_tokens", &sample);
+  m.def("gate_odds", &foretell);
   m.def("linear", &linear);
   m.def("linear_activation", &linear_activation);
   m.def("norm", &norm);

@@ -178,6 +178,16 @@ def rough_head_sums(
     tokens: int,
     numbers: int,
 ) -> None: ...
+def gate_odds(
+    threads: int,
+    normed: int,
+    rows: int,
+    up: Linear,
+    down: Linear,
+    thresholds: int,
+    by_entropy: int,
+    out: int,
+) -> None: ...
 def head_tokens(
     threads: int, hidden: int, dtype: int, rows: int, weight: Matrix, bias: int, choice: Choice
 ) -> None: ...

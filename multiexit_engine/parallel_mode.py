@@ -47,6 +47,10 @@ class Parallel:
         gate_chance: the least chance of being sure enough, as probes beside the model give it, at
             which "confidence" tests a position at all; others stay. Above 0, below 1; None tests
             all. ``multiexit train gates`` makes the probes.
+        gate_gain: with ``gate_chance``, what the tests of an answer at a layer must be expected to
+            spare: the sum over the positions to be tested of chance times layers above. Where it is
+            less, none of them is tested there. None: vocab_size / hidden_size, about what
+            reading the head costs beside the layers; 0 tests for any gain.
 
     Source: Li et al. 2022, arXiv:2210.13304, and ELMER's code; ``refine`` follows the schedule of
         Mask-Predict, Ghazvininejad et al. 2019, arXiv:1904.09324, section 4.
@@ -61,6 +65,7 @@ class Parallel:
     refine: int = 0
     gate_bias: bool = True
     gate_chance: float | None = None
+    gate_gain: float | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -78,6 +83,7 @@ class Parallel:
         if not self.gate_bias and self.exit != "confidence":
             raise reject("Parallel.gate_bias", False, "True unless exit='confidence'")
         self._check_chance()
+        self._check_gain()
         if not is_int(self.refine) or self.refine < 0:
             raise reject("Parallel.refine", self.refine, "a number of passes, 0 or more")
         if self.refine and self.exit == "soft":
@@ -132,6 +138,15 @@ class Parallel:
             raise reject("Parallel.gate_chance", chance, "None unless exit='confidence'")
         if not is_finite(chance) or not 0 < chance < 1:
             raise reject("Parallel.gate_chance", chance, "a number above 0 and below 1, or None")
+
+    def _check_gain(self) -> None:
+        gain = self.gate_gain
+        if gain is None:
+            return
+        if self.gate_chance is None:
+            raise reject("Parallel.gate_gain", gain, "None without gate_chance")
+        if not is_finite(gain) or gain < 0:
+            raise reject("Parallel.gate_gain", gain, "a number of layers, 0 or more, or None")
 
     def _check_layers(self) -> None:
         layers = self.layers

@@ -132,8 +132,8 @@ def test_every_mode_survives_its_command_line_form(mode):
             ),
         ),
         (
-            "parallel:confidence,threshold=1,gate_chance=0.25",
-            Parallel("confidence", threshold=1, gate_chance=0.25),
+            "parallel:confidence,threshold=1,gate_chance=0.25,gate_gain=0",
+            Parallel("confidence", threshold=1, gate_chance=0.25, gate_gain=0),
         ),
         ("parallel:prescribed,layers=3", Parallel("prescribed", layers=(3,))),
         ("self_speculative:6", SelfSpeculative(6)),

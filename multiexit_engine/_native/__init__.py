@@ -11,7 +11,13 @@ from multiexit_engine._native.coded_heads import (
     coded_head_tokens,
     rough_head_sums,
 )
-from multiexit_engine._native.dense import layer_norm, linear, linear_activation, rms_norm
+from multiexit_engine._native.dense import (
+    gate_odds,
+    layer_norm,
+    linear,
+    linear_activation,
+    rms_norm,
+)
 from multiexit_engine._native.heads import (
     contrast_heads,
     contrast_tokens,
@@ -33,6 +39,7 @@ __all__ = [
     "contrast_tokens",
     "decoder_blocks",
     "embed",
+    "gate_odds",
     "head_logits",
     "head_statistics",
     "head_tokens",

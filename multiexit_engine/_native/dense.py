@@ -43,6 +43,33 @@ def linear_activation(x: Tensor, weight: Weight, bias: Tensor | None, kind: str)
     return out
 
 
+def gate_odds(
+    normed: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    thresholds: Tensor,
+    by_entropy: Tensor,
+) -> Tensor:
+    """See ``multiexit_engine.ops.gate_odds``."""
+    normed, thresholds, by_entropy = (
+        part.contiguous() for part in (normed, thresholds, by_entropy)
+    )
+    out = torch.empty(len(normed))
+    _C.gate_odds(
+        torch.get_num_threads(),
+        normed.data_ptr(),
+        len(normed),
+        _C.Linear(matrix(up), up_bias.data_ptr()),
+        _C.Linear(matrix(down), down_bias.data_ptr()),
+        thresholds.data_ptr(),
+        by_entropy.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See ``multiexit_engine.ops.layer_norm``."""
     return _norm(x, weight, bias, eps)

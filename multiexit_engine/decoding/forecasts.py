@@ -1,4 +1,4 @@
-"""Whether an exact test is worth making, by a forecast of what it would find.
+"""Whether exact tests are worth making, by forecasts of what they would find.
 
 Knows the measures of ``Parallel`` and their scales; nothing of models, or of how forecasts learn.
 """
@@ -12,14 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multiexit_engine.layers.gate_probes import Forecast
+from multiexit_engine.config import ModelConfig
 from multiexit_engine.parallel_mode import Parallel
 from multiexit_engine.transfer import to_device
 
 # beyond these a measure is as good as certain, and its scale would have no end
 _LEAST_ENTROPY = 1e-3
 _GREATEST_LOG_PROB = -1e-4
-_LOG2_E = math.log2(math.e)
+# Chances are added up as whole numbers of so many: sums that no order changes.
+_ONE = 1 << 16
 
 
 class GateRules(NamedTuple):
@@ -30,19 +31,22 @@ class GateRules(NamedTuple):
         by_entropy: bool, whether the measure is the entropy.
         least: float32, log-odds of the least chance at which the row is tested; -inf for rows that
             are tested in any case.
+        gains: int64, ``least_gain`` of the row's mode.
     """
 
     thresholds: Tensor
     by_entropy: Tensor
     least: Tensor
+    gains: Tensor
 
     @classmethod
-    def of(cls, modes: Sequence[Parallel], device: torch.device) -> GateRules:
+    def of(cls, modes: Sequence[Parallel], config: ModelConfig, device: torch.device) -> GateRules:
         """Of the mode of each row."""
         return cls(
             to_device([gate_threshold(mode) for mode in modes], device, torch.float32),
             to_device([mode.measure == "entropy" for mode in modes], device, torch.bool),
             to_device([gate_least(mode) for mode in modes], device, torch.float32),
+            to_device([least_gain(mode, config) for mode in modes], device, torch.int64),
         )
 
     def some(self, index: Tensor) -> GateRules:
@@ -50,17 +54,33 @@ class GateRules(NamedTuple):
         return GateRules(*(part.index_select(0, index) for part in self))
 
 
-def are_promising(forecast: Forecast, rules: GateRules) -> Tensor:
-    """[rows] bool: whether each row has its least chance of passing the exact test.
+def rows_to_test(
+    odds: Tensor,
+    rules: GateRules,
+    asked: Tensor | None,
+    owners: Tensor,
+    num_answers: int,
+    num_layers_above: int,
+) -> Tensor:
+    """[rows] bool: those with their least chance of passing, in answers that can expect their gain.
 
-    A function of the row alone. What is no number is not promising.
+    What an answer can expect is the sum over these rows of the chance times the layers above. A
+    function of the answer alone. What is no number is not tested.
+
+    Args:
+        odds: [rows] float32, of ``GateProbes.odds``.
+        rules: of the rows.
+        asked: [rows] bool, those whose mode tests here and that go on; None for all.
+        owners: [rows] int64, the answer of each row.
+        num_answers: there are at most.
+        num_layers_above: layers that a row which leaves here is spared.
     """
-    # Not exp, which on CPUs wakes PyTorch's threads: they spin for a while beside the kernels' own,
-    # and the next layer of 256 rows takes a sixth longer.
-    narrow = torch.exp2(-_LOG2_E * forecast.log_scales)
-    above = (forecast.centres - rules.thresholds[:, None]) * narrow
-    log_odds = torch.where(rules.by_entropy, -above[:, 1], above[:, 0])
-    return log_odds >= rules.least
+    kept = odds >= rules.least
+    if asked is not None:
+        kept = kept & asked
+    chances = (odds.sigmoid() * _ONE).long().masked_fill(~kept, 0)
+    sums = chances.new_zeros(num_answers).index_add_(0, owners, chances)
+    return kept & (sums.index_select(0, owners) * num_layers_above >= rules.gains)
 
 
 def foretold(log_probs: Tensor, entropy: Tensor) -> Tensor:
@@ -87,3 +107,11 @@ def gate_least(mode: Parallel) -> float:
     """Log-odds of the least chance at which a mode tests; -inf where it tests in any case."""
     chance = mode.gate_chance
     return -math.inf if chance is None else math.log(chance) - math.log1p(-chance)
+
+
+def least_gain(mode: Parallel, config: ModelConfig) -> int:
+    """Layers of a position that an answer has to expect from its tests at a layer, in 2^-16."""
+    if mode.gate_chance is None:
+        return 0
+    gain = config.vocab_size / config.hidden_size
+    return math.ceil(_ONE * (gain if mode.gate_gain is None else mode.gate_gain))

@@ -13,6 +13,7 @@ from multiexit_engine.checkpoint import TensorLoader
 from multiexit_engine.checkpoint.probes import GATE_PROBES, ProbeWeights
 from multiexit_engine.config import ModelConfig
 from multiexit_engine.layers.probes import Probes, probe_outputs
+from multiexit_engine.ops import gate_odds
 
 
 class Forecast(NamedTuple):
@@ -35,16 +36,18 @@ class GateProbes(Probes):
     def __init__(self, config: ModelConfig, loader: TensorLoader) -> None:
         super().__init__(GATE_PROBES, config, loader)
 
-    def forecast(self, layer: int, normed: Tensor) -> Forecast:
-        """What the head would say after a layer that was required before.
+    def odds(self, layer: int, normed: Tensor, thresholds: Tensor, by_entropy: Tensor) -> Tensor:
+        """[rows] float32: log-odds that rows pass the test after a layer that was required before.
 
         Exact up to rounding; with the CPU kernels a row's numbers do not depend on the others.
 
         Args:
             layer: 1-based.
             normed: [rows, hidden] after the model's final norm.
+            thresholds: [rows] float32, on the scale of the forecasts.
+            by_entropy: [rows] bool, whether a row's measure is the entropy.
         """
-        return probe_forecast(self.of(layer), normed)
+        return gate_odds(normed, *self.of(layer), thresholds, by_entropy)
 
 
 def probe_forecast(probe: ProbeWeights, normed: Tensor) -> Forecast:

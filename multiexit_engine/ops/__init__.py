@@ -26,6 +26,7 @@ from multiexit_engine.ops.exit_rows import (
     rows_asked,
     rows_beyond,
 )
+from multiexit_engine.ops.gate_odds import gate_odds
 from multiexit_engine.ops.heads import HeadStatistics, head_logits, head_statistics
 from multiexit_engine.ops.kv import rotate_and_write_kv, write_kv
 from multiexit_engine.ops.linear import linear, linear_activation
@@ -102,6 +103,7 @@ __all__ = [
     "decoder_blocks",
     "device_kind",
     "embed",
+    "gate_odds",
     "gated_activation",
     "gumbel_noise",
     "head_logits",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.config import ModelConfig
-from multiexit_engine.decoding.forecasts import GateRules, gate_least, gate_threshold
+from multiexit_engine.decoding.forecasts import GateRules, gate_least, gate_threshold, least_gain
 from multiexit_engine.parallel_mode import Parallel
 from multiexit_engine.runtime.packed import Packed
 
@@ -87,7 +87,7 @@ class AnswerMemory:
         self._inputs = Packed(
             [
                 *((name, torch.int64, tokens) for name in ("tokens", "places", "source_owners")),
-                ("owners", torch.int64, rows),
+                *((name, torch.int64, rows) for name in ("owners", "gains")),
                 ("first_rows", torch.int64, starts),
                 ("source_starts", torch.int32, starts),
                 ("starts", torch.int32, starts),
@@ -153,7 +153,7 @@ class AnswerMemory:
             arrays[name][...] = False
         for place, row in enumerate(rows):
             if row is not None:
-                _fill(arrays, place, row)
+                _fill(arrays, place, row, self._config)
         self._inputs.send(_TURN, "tested_plain", self._num_mark_bytes)
 
     def fetch(self) -> None:
@@ -175,14 +175,16 @@ class AnswerMemory:
 
     def gate_rules(self, rows: slice) -> GateRules:
         """What some rows ask of forecasts."""
-        return GateRules(*(self.inputs[n][rows] for n in ("forecasts", "by_entropy", "least")))
+        names = "forecasts", "by_entropy", "least", "gains"
+        return GateRules(*(self.inputs[name][rows] for name in names))
 
 
-def _fill(arrays: dict[str, Any], place: int, row: AnswerRow) -> None:
+def _fill(arrays: dict[str, Any], place: int, row: AnswerRow, config: ModelConfig) -> None:
     mode = row.mode
     arrays["thresholds"][place] = mode.threshold or 0.0
     arrays["forecasts"][place] = gate_threshold(mode)
     arrays["least"][place] = gate_least(mode)
+    arrays["gains"][place] = least_gain(mode, config)
     arrays["by_entropy"][place] = mode.measure == "entropy"
     arrays["is_soft"][place] = mode.exit == "soft"
     arrays["computed"][place] = True

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multiexit_engine.decoding.forecasts import are_promising
+from multiexit_engine.decoding.forecasts import rows_to_test
 from multiexit_engine.decoding.parallel import is_sure
 from multiexit_engine.layers.exit_heads import HeadOperands
 from multiexit_engine.models.elmer import ElmerModel
@@ -185,8 +185,7 @@ class AnswerPieces:
             operands = self._model.predict(memory.states[rows])
             is_open = goes_on
             if span.is_probed:
-                forecast = self._model.gates.forecast(layer, operands.hidden)
-                is_open = goes_on & are_promising(forecast, memory.gate_rules(rows))
+                is_open = self._rows_to_test(layer, operands.hidden, goes_on)
             if span.is_tested:
                 asked = is_open & inputs["tested"][layer][rows]
                 found, sure = self._test(layer, asked, operands)
@@ -200,6 +199,14 @@ class AnswerPieces:
         exit_layers = memory.results["exit_layers"]
         exit_layers[rows] = exit_layers[rows].masked_fill(left, layer)
         memory.goes_on[rows] = goes_on & ~left
+
+    def _rows_to_test(self, layer: int, normed: Tensor, goes_on: Tensor) -> Tensor:
+        """[rows] bool: those of whom probes find it worth while."""
+        memory, rows = self.memory, slice(len(goes_on))
+        rules, above = memory.gate_rules(rows), self._model.config.num_layers - layer
+        odds = self._model.gates.odds(layer, normed, rules.thresholds, rules.by_entropy)
+        owners = memory.inputs["owners"][rows]
+        return rows_to_test(odds, rules, goes_on, owners, memory.num_texts + 1, above)
 
     def _test(
         self, layer: int, asked: Tensor, operands: HeadOperands

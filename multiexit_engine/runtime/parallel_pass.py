@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.certainty import certain_rows, lone_best_tokens
-from multiexit_engine.decoding.forecasts import GateRules, are_promising
+from multiexit_engine.decoding.forecasts import GateRules, rows_to_test
 from multiexit_engine.decoding.parallel import (
     rows_to_refine,
     sure_rows,
     tested_layers,
 )
-from multiexit_engine.layers.rough_heads import exact_best_tokens
+from multiexit_engine.layers.exit_heads import HeadOperands
+from multiexit_engine.layers.rough_heads import FEW_ROWS, exact_best_tokens
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.ops import (
     PackedSources,
@@ -155,9 +156,9 @@ class ParallelBatch:
             sources = sorted({a.source for a, n in zip(self._answers, counts, strict=True) if n})
             modes = self._modes(rows)
             stop = min(self._sure_depth(layer, mode) for mode in modes)
-            if all(mode.gate_chance is not None for mode in modes):
-                # most likely they go on: as many again as have run, in one product
-                stop = max(stop, min(2 * layer, self._num_layers))
+            if layer and all(mode.gate_chance is not None for mode in modes):
+                # most likely they go on: one product for all layers costs less than one for each
+                stop = self._num_layers
             encoded = self._encoded
             if len(sources) < len(self._source_lens):
                 starts = list(accumulate(self._source_lens, initial=0))
@@ -199,11 +200,11 @@ class ParallelBatch:
         self._rows.tested[layer - 1] += len(tested)
         for has_bias in (True, False) if tested else ():
             asked = [row for row in tested if self._mode(row).gate_bias == has_bias]
-            # few rows need the second term, which doubles the time of many
-            for num_terms in (1, 2):
+            # of few rows a second term costs nothing, of many it doubles the time
+            for num_terms in (2,) if len(asked) <= FEW_ROWS else (1, 2):
                 certain, asked = self._certain(asked, num_terms, has_bias=has_bias)
                 left.update(certain)
-            left.update(self._sure(asked) if has_bias else self._sure_unbiased(asked))
+            left.update(self._sure(asked, has_bias=has_bias))
         for row in left:
             self._exit_layers[row] = layer
         return [row for row in rows if row not in left]
@@ -214,11 +215,14 @@ class ParallelBatch:
         if not probed:
             return rows
         normed = self._model.predict(self._states(probed)).hidden
-        rules = self._gate_rules
+        rules, owners = self._gate_rules, self._owners
         if len(probed) < len(self._owner):
-            rules = rules.some(self._index(probed))
-        promising = are_promising(self._model.gates.forecast(layer, normed), rules)
-        held = {row for row, kept in zip(probed, promising.tolist(), strict=True) if not kept}
+            index = self._index(probed)
+            rules, owners = rules.some(index), owners.index_select(0, index)
+        odds = self._model.gates.odds(layer, normed, rules.thresholds, rules.by_entropy)
+        above = self._num_layers - layer
+        kept = rows_to_test(odds, rules, None, owners, len(self._answers), above)
+        held = {row for row, yes in zip(probed, kept.tolist(), strict=True) if not yes}
         return [row for row in rows if row not in held]
 
     def _certain(
@@ -230,66 +234,54 @@ class ParallelBatch:
         """
         if not rows:
             return [], []
-        operands = self._model.predict(self._states(rows))
-        bias = operands.bias if has_bias else None
         reading = self._model.heads.rough.statistics(
-            operands.hidden, operands.weight, bias, num_terms=num_terms
+            *self._gate_operands(rows, has_bias=has_bias), num_terms=num_terms
         )
         if reading is None:
             return [], rows
-        found, errors = reading
         modes = [self._mode(row) for row in rows]
         thresholds = [mode.threshold for mode in modes if mode.threshold is not None]
-        is_sure, is_unsure = certain_rows(
-            found, errors, [mode.measure for mode in modes], thresholds
-        )
-        verdicts = list(zip(rows, is_sure.tolist(), is_unsure.tolist(), strict=True))
-        sure = [row for row, yes, _ in verdicts if yes]
-        if sure:
-            is_told = is_sure & lone_best_tokens(found, errors)
-            tells = has_bias or operands.bias is None
-            told = self._take_told(rows, is_told.tolist(), found.tokens) if tells else set()
-            self._untested += [row for row in sure if row not in told]
-        return sure, [row for row, yes, no in verdicts if not yes and not no]
+        is_sure, is_unsure = certain_rows(*reading, [mode.measure for mode in modes], thresholds)
+        is_told = is_sure & lone_best_tokens(*reading)
+        sure = self._let_go(rows, is_sure, is_told, reading.found.tokens, has_bias=has_bias)
+        is_open = (~is_sure & ~is_unsure).tolist()
+        return sure, [row for row, left in zip(rows, is_open, strict=True) if left]
 
-    def _take_told(self, rows: list[int], is_told: list[bool], tokens: Tensor) -> set[int]:
-        """Keep tokens of rows whose probabilities nobody asks for; gives those rows."""
+    def _sure(self, rows: list[int], *, has_bias: bool) -> list[int]:
+        """Those of the rows that leave by their exact logits."""
+        if not rows:
+            return []
+        found = head_statistics(*self._gate_operands(rows, has_bias=has_bias))
+        is_sure = sure_rows(found, [self._mode(row) for row in rows])
+        return self._let_go(rows, is_sure, is_sure, found.tokens, has_bias=has_bias)
+
+    def _gate_operands(self, rows: list[int], *, has_bias: bool) -> HeadOperands:
+        operands = self._model.predict(self._states(rows))
+        return operands if has_bias else operands._replace(bias=None)
+
+    def _let_go(
+        self, rows: list[int], is_sure: Tensor, is_told: Tensor, tokens: Tensor, *, has_bias: bool
+    ) -> list[int]:
+        """The sure rows, of which those told have their tokens, if logits without bias tell any.
+
+        Log-probabilities come from one product for all, whoever let a row go: bits of a result do
+        not depend on what codes make of it.
+        """
+        sure = [row for row, yes in zip(rows, is_sure.tolist(), strict=True) if yes]
+        tells = has_bias or not self._model.heads.has_bias
         places = [
             place
-            for place, (row, told) in enumerate(zip(rows, is_told, strict=True))
-            if told and not self._answers[self._owner[row]].has_log_probs
+            for place, (row, told) in enumerate(zip(rows, is_told.tolist(), strict=True))
+            if told and tells and not self._answers[self._owner[row]].has_log_probs
         ]
-        if not places:
-            return set()
         taken = [rows[place] for place in places]
-        self._token_ids[self._index(taken)] = tokens[self._index(places)]
-        return set(taken)
-
-    def _sure(self, rows: list[int]) -> list[int]:
-        """Those of the rows whose own prediction is sure enough, which gives their tokens."""
-        if not rows:
-            return []
-        index = self._index(rows)
-        found = head_statistics(*self._model.predict(self._states(rows)))
-        is_sure = sure_rows(found, [self._mode(row) for row in rows])
-        self._token_ids[index] = torch.where(is_sure, found.tokens, self._token_ids[index])
-        log_probs = found.log_probs.to(self._log_probs.dtype)
-        self._log_probs[index] = torch.where(is_sure, log_probs, self._log_probs[index])
-        return [row for row, sure in zip(rows, is_sure.tolist(), strict=True) if sure]
-
-    def _sure_unbiased(self, rows: list[int]) -> list[int]:
-        """As ``_sure`` by logits without their bias, which gives no tokens."""
-        if not rows:
-            return []
-        operands = self._model.predict(self._states(rows))
-        found = head_statistics(operands.hidden, operands.weight)
-        is_sure = sure_rows(found, [self._mode(row) for row in rows])
-        sure = [row for row, is_sure in zip(rows, is_sure.tolist(), strict=True) if is_sure]
-        self._untested += sure
+        if places:
+            self._token_ids[self._index(taken)] = tokens[self._index(places)]
+        self._untested += set(sure) - set(taken)
         return sure
 
     def _read_untested(self) -> None:
-        """The tokens of all rows that left without an exact test.
+        """The tokens of all rows that left without a test that told them.
 
         One product for those that need log-probabilities, too, and one for the others.
         """
@@ -323,7 +315,12 @@ class ParallelBatch:
     def _gate_rules(self) -> GateRules:
         """Of all rows."""
         modes = [self._mode(row) for row in range(len(self._owner))]
-        return GateRules.of(modes, self._hidden.device)
+        return GateRules.of(modes, self._model.config, self._hidden.device)
+
+    @cached_property
+    def _owners(self) -> Tensor:
+        """[rows] int64, the answer of each row."""
+        return self._index(self._owner)
 
     def _prescribed(self, row: int) -> int | None:
         mode = self._mode(row)

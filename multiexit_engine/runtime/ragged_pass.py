@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multiexit_engine.decoding.forecasts import are_promising
+from multiexit_engine.decoding.forecasts import rows_to_test
 from multiexit_engine.decoding.parallel import is_sure, tested_layers
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.ops import (
@@ -139,7 +139,9 @@ class RaggedBatch(ParallelBatch):
         """[rows] bool: those that go on and that probes do not hold back from a test."""
         if layer not in self._probed_layers:
             return goes_on
-        return goes_on & are_promising(self._model.gates.forecast(layer, normed), self._gate_rules)
+        rules, above = self._gate_rules, self._num_layers - layer
+        odds = self._model.gates.odds(layer, normed, rules.thresholds, rules.by_entropy)
+        return rows_to_test(odds, rules, goes_on, self._owners, len(self._answers), above)
 
     def _read_unread(self, is_unread: Tensor) -> None:
         """The tokens of all rows that left without a test of the logits that give them."""

@@ -15,9 +15,9 @@ from tests.golden.test_elmer_golden import FOLDER
 
 UNCUT = SamplingParams(ignore_eos=True)
 MODES = [
-    Parallel("confidence", "max_prob", 0.3, length=11, gate_chance=0.25),
-    Parallel("confidence", "max_prob", 0.45, length=9, gate_chance=0.6),
-    Parallel("confidence", "entropy", 2.5, length=8, gate_chance=0.1, gate_bias=False),
+    Parallel("confidence", "max_prob", 0.3, length=11, gate_chance=0.25, gate_gain=0),
+    Parallel("confidence", "max_prob", 0.45, length=9, gate_chance=0.6, gate_gain=3.5),
+    Parallel("confidence", "entropy", 2.5, length=8, gate_chance=0.1, gate_gain=8, gate_bias=False),
     Parallel("confidence", "entropy", 2.0, layers=(3, 1), length=12, gate_chance=0.5),
 ]
 MIXED = [
@@ -25,7 +25,7 @@ MIXED = [
     Parallel("soft", length=11),
     replace(MODES[1], refine=1),
     replace(MODES[3], length=(7, 12)),
-    replace(MODES[0], gate_chance=None),
+    replace(MODES[0], gate_chance=None, gate_gain=None),
 ]
 
 
@@ -55,7 +55,11 @@ def plain_answer(folder, engine, source, mode):
             logits = normed @ weight.T
             leaves = torch.full((length,), layer == len(model.blocks))
             if layer < len(model.blocks) and layer in (mode.layers or range(1, 9)):
-                asked = stays & (plain_chances(folder, layer, normed, mode) >= mode.gate_chance)
+                chances = plain_chances(folder, layer, normed, mode)
+                asked = stays & (chances >= mode.gate_chance)
+                gain = model.config.vocab_size / model.config.hidden_size
+                gain = gain if mode.gate_gain is None else mode.gate_gain
+                asked &= chances[asked].sum() * (len(model.blocks) - layer) >= gain
                 gate = (logits + bias if mode.gate_bias else logits).softmax(-1)
                 entropy, best = torch.special.entr(gate).sum(-1), gate.amax(-1)
                 by_entropy = mode.measure == "entropy"
@@ -79,7 +83,7 @@ def test_answers_and_tests_are_those_of_the_rule_as_it_is_told(probed, gated, mo
     assert [b - a for a, b in zip(before, after, strict=True)] == [
         tested.count(layer) for layer in range(1, 5)
     ]
-    ungated = replace(mode, gate_chance=None)
+    ungated = replace(mode, gate_chance=None, gate_gain=None)
     results(gated, SOURCES, ungated)
     all_tests = sum(gated.stats().tested_rows_per_layer) - sum(after)
     assert 0 < len(tested) < all_tests
@@ -121,7 +125,7 @@ def test_nobody_is_tested_for_what_nobody_can_reach(gated, measure, threshold):
 
 
 def test_all_are_tested_for_what_everybody_reaches(gated):
-    mode = Parallel("confidence", "max_prob", 0.0, length=9, gate_chance=0.99)
+    mode = Parallel("confidence", "max_prob", 0.0, length=9, gate_chance=0.99, gate_gain=26)
     assert {layer for _, exits in results(gated, SOURCES, mode) for layer in exits} == {1}
 
 
@@ -178,6 +182,32 @@ def test_a_chance_lies_between_none_and_certain(chance):
         Parallel("confidence", threshold=1.0, gate_chance=chance)
 
 
+@pytest.mark.parametrize("gain", [-1, float("inf"), "x", True])
+def test_a_gain_is_a_number_of_layers(gain):
+    with pytest.raises(ValueError, match="gate_gain.*a number of layers, 0 or more, or None"):
+        Parallel("confidence", threshold=1.0, gate_chance=0.5, gate_gain=gain)
+
+
+def test_a_gain_needs_chances():
+    with pytest.raises(ValueError, match="gate_gain.*None without gate_chance"):
+        Parallel("confidence", threshold=1.0, gate_gain=1.0)
+
+
+def test_answers_that_can_expect_less_than_their_gain_are_not_tested(gated):
+    mode = Parallel("confidence", "max_prob", 0.3, length=11, gate_chance=0.25, gate_gain=0)
+    before = sum(gated.stats().tested_rows_per_layer)
+    results(gated, SOURCES, mode)
+    tested = sum(gated.stats().tested_rows_per_layer) - before
+    results(gated, SOURCES, replace(mode, gate_gain=8.0))
+    fewer = sum(gated.stats().tested_rows_per_layer) - before - tested
+    assert 0 < fewer < tested
+    before = gated.stats().tested_rows_per_layer
+    # 11 positions have at most three layers above each
+    found = results(gated, SOURCES, replace(mode, gate_gain=34.0))
+    assert gated.stats().tested_rows_per_layer == before
+    assert found == results(gated, SOURCES, Parallel(length=11))
+
+
 def test_only_confidence_has_gates():
     with pytest.raises(ValueError, match="gate_chance.*None unless exit='confidence'"):
         Parallel("none", gate_chance=0.5)
@@ -189,7 +219,7 @@ def test_the_demo_model_has_probes():
     mode = Parallel("confidence", threshold=0.5, length=1.1, gate_chance=0.25)
     found, exact = (
         demo.generate(verse, decoding=each)[0].outputs[0]
-        for each in (mode, replace(mode, gate_chance=None))
+        for each in (mode, replace(mode, gate_chance=None, gate_gain=None))
     )
     assert found.text == exact.text
     assert sum(demo.stats().tested_rows_per_layer) > 0

@@ -203,6 +203,19 @@ def test_exact_tests_read_only_rows_that_rough_ones_leave_open(monkeypatch, roug
     assert found[0][1][4] == 1 and exact_rows == [1]
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_log_probabilities_do_not_depend_on_whether_codes_decide(backend, rough_heads):
+    own = Engine.from_pretrained(GOLDEN, dtype="float32", backend=backend)
+    mode, asked = Parallel("confidence", "max_prob", 0.5, length=11), SamplingParams(logprobs=0)
+    found = []
+    for is_rough in (True, False):
+        rough_heads(is_rough)
+        outputs = own.generate(SOURCES, asked, mode)
+        found.append([each.logprob for o in outputs for entry in o.outputs[0].logprobs
+                      for each in entry.values()])  # fmt: skip
+    assert found[0] == found[1]
+
+
 def test_the_test_that_lets_a_row_go_tells_its_token(monkeypatch, rough_heads):
     rough_heads(True)
     elmer = Engine.from_pretrained(GOLDEN, dtype="float32")

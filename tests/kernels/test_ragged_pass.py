@@ -82,8 +82,10 @@ def test_probes_hold_back_the_same_rows_as_on_the_host(device, waits, tmp_path):
     engine = Engine.from_pretrained(folder, device=device, **options)
     reference = Engine.from_pretrained(folder, backend="reference", **options)
     modes = [
-        Parallel("confidence", "max_prob", 0.3, length=6, gate_chance=0.25),
-        Parallel("confidence", "entropy", 2.5, length=7, gate_bias=False, gate_chance=0.5),
+        Parallel("confidence", "max_prob", 0.3, length=6, gate_chance=0.25, gate_gain=0),
+        Parallel(
+            "confidence", "entropy", 2.5, length=7, gate_bias=False, gate_chance=0.5, gate_gain=4
+        ),
         Parallel("confidence", "max_prob", 0.3, layers=(1, 2), length=5),
     ]
     with rehearsal(device):
