@@ -16,7 +16,6 @@ from torch import Tensor
 
 from multiexit_engine.checkpoint import Checkpoint, open_checkpoint, text_decoder
 from multiexit_engine.config import BackendName, EngineConfig, ModelConfig, VocabularyProjectionMode
-from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.models.registry import build_model
 from multiexit_engine.outputs import (
@@ -36,9 +35,10 @@ from multiexit_engine.runtime.intake import Intake, Prompt, as_prompts, one_for_
 from multiexit_engine.runtime.parallel_intake import ParallelIntake
 from multiexit_engine.runtime.progress import run_all
 from multiexit_engine.runtime.report import followed_text, request_output
-from multiexit_engine.runtime.scoring import ScoreItem, as_items, score_output, scored_text, windows
+from multiexit_engine.runtime.scoring import ScoreItem, as_items, run_scored, scored_text, windows
 from multiexit_engine.runtime.settings import make_engine_config
 from multiexit_engine.runtime.streaming import Feeds, stream_request
+from multiexit_engine.runtime.warm_prompts import warm_prompts
 
 _Reported = TypeVar("_Reported")
 
@@ -161,11 +161,24 @@ class Engine:
             engine.warm_up()
         return engine
 
-    def warm_up(self, decoding: DecodingMode | None = None) -> None:
-        """Capture the steps of a mode, or of the engine's; ValueError without graphs."""
+    def warm_up(
+        self,
+        decoding: DecodingMode | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] = (),
+    ) -> None:
+        """Capture the steps of a mode, or the engine's, before any of its requests comes.
+
+        ``sampling`` is what some ask for besides greedy or drawn tokens: penalties, biases, bans,
+        a grammar, ``logprobs``; of its values only these matter. Reads prompts of several lengths,
+        too, which ``stats`` counts. ValueError without graphs.
+        """
         if not self.config.cuda_graphs:
             raise ValueError("warm_up captures CUDA graphs: give cuda_graphs=True as well")
-        self._core.warm_up(*self._intake.mode_and_depth(decoding))
+        mode, depth = self._intake.mode_and_depth(decoding)
+        wanted = [sampling] if isinstance(sampling, SamplingParams) else list(sampling)
+        for prompt, own in warm_prompts(mode, wanted, self.config.max_model_len - 1):
+            self.generate(prompt, own, mode, progress=False)
+        self._core.warm_up(mode, depth, wanted)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -262,17 +275,7 @@ class Engine:
             ]
             for text, mode in zip(texts, modes, strict=True)
         ]
-        requests = [request for part in parts for request in part]
-        run_all(self._core, requests, progress)
-        for request in requests:
-            self._core.forget(request.request_id)
-        for request in requests:
-            if request.error is not None:
-                raise RequestFailed(request.error)
-        return [
-            score_output(text, [token for request in part for token in request.scored])
-            for text, part in zip(texts, parts, strict=True)
-        ]
+        return run_scored(self._core, texts, parts, progress)
 
     def logits(self, prompt: Prompt, decoding: DecodingMode | None = None) -> Tensor:
         """[tokens, vocab] float32 scores of a mode at every position of a prompt.

@@ -20,7 +20,7 @@ from multiexit_engine.decoding.beam import BeamSearch
 from multiexit_engine.decoding.plan import resolve_mode
 from multiexit_engine.ops import use_backend
 from multiexit_engine.outputs import CANDIDATE_BOUNDS, EngineStats, FinishReason
-from multiexit_engine.params import DecodingMode
+from multiexit_engine.params import DecodingMode, SamplingParams
 from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
 from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
 from multiexit_engine.runtime.exit_readings import ExitReadings, join_readings
@@ -103,10 +103,10 @@ class EngineCore:
             self._fail(self.requests[request_id], reason)
         return self._update(output)
 
-    def warm_up(self, mode: DecodingMode, depth: int) -> None:
-        """Capture what steps in a mode will replay that runs so many layers."""
+    def warm_up(self, mode: DecodingMode, depth: int, sampling: list[SamplingParams]) -> None:
+        """Capture what steps in a mode will replay that runs so many layers; see ``Core``."""
         with self._backend():
-            self.runner.warm_up(mode, depth)
+            self.runner.warm_up(mode, depth, sampling)
 
     def prompt_scores(self, request: Request) -> Tensor:
         """[tokens, vocab] float32 raw scores of a scoring request, run alone to its end.

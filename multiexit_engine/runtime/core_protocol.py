@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from multiexit_engine.outputs import EngineStats
-from multiexit_engine.params import DecodingMode
+from multiexit_engine.params import DecodingMode, SamplingParams
 from multiexit_engine.request import Request, Sequence
 from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
 from multiexit_engine.runtime.exit_readings import ExitReadings
@@ -43,8 +43,14 @@ class Core(Protocol):
     def step(self) -> list[Request]:
         """Run one step; returns the requests that it changed, finished ones included."""
 
-    def warm_up(self, mode: DecodingMode, depth: int) -> None:
-        """Capture what steps in a mode will replay that runs so many layers."""
+    def warm_up(self, mode: DecodingMode, depth: int, sampling: list[SamplingParams]) -> None:
+        """Capture what steps in a mode will replay that runs so many layers.
+
+        Args:
+            mode: the mode.
+            depth: the layers.
+            sampling: what requests ask for besides greedy tokens and draws.
+        """
 
     def prompt_scores(self, request: Request) -> Tensor:
         """[positions, vocab] float32 raw scores of a request that is run alone."""

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
-from multiexit_engine.decoding.exits import gives_tokens
 from multiexit_engine.decoding.plan import (
     ExitPlan,
     ExitPlanner,
     HeadGroup,
     plan_segments,
-    target_mode,
 )
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.ops.best_tokens import MOST_LISTED
-from multiexit_engine.params import Contrast, DecodingMode, EarlyExit, Exit, Original
+from multiexit_engine.params import (
+    Contrast,
+    DecodingMode,
+    EarlyExit,
+    Exit,
+    Original,
+    SamplingParams,
+)
 from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.chosen_rows import Choice, Coming, direct_choices
 from multiexit_engine.runtime.decode_memory import MAX_GROUPS, DecodeMemory
@@ -46,13 +50,13 @@ from multiexit_engine.runtime.plain_rows import (
     edits_of,
     head_wishes,
     lists_best,
-    min_candidates,
     num_edits_at_most,
 )
 from multiexit_engine.runtime.state_rows import StateRows
 from multiexit_engine.runtime.step_clock import StepClock
-from multiexit_engine.runtime.wished_tokens import HeadWishes, WishedTokens
-from multiexit_engine.transfer import to_device, wait_for
+from multiexit_engine.runtime.warm_steps import WarmUp
+from multiexit_engine.runtime.wished_tokens import WishedTokens
+from multiexit_engine.transfer import to_device
 
 PLAIN = (Original, Exit, Contrast)
 # Rows of the decode memory: so many for each sequence, and some for long drafts of few. The last
@@ -86,6 +90,7 @@ class DecodeSteps:
         self._exit_states = states
         self._chooser = chooser
         self._planner = ExitPlanner(model.config)
+        self._config = config
         self._device = config.device
         self._memory = DecodeMemory(
             MOST_ROUNDS * config.max_batch_size + SPARE_ROWS,
@@ -188,34 +193,10 @@ class DecodeSteps:
         clock.mark()
         return LaunchedStep(batch, coming, clock, self._device)
 
-    def warm_up(self, mode: DecodingMode, depth: int) -> None:
-        """Run every piece of steps in one mode once, on padding, so that all are captured.
-
-        Args:
-            mode: whose heads are loaded.
-            depth: layers that it runs.
-        """
-        mode = target_mode(mode)
-        if isinstance(mode, EarlyExit):
-            self._exit_steps.warm_up(mode, self._pieces.sizes, self._send_padding)
-            wait_for(self._device)
-            return
-        plan = self._planner.plan([mode])
-        for size in self._pieces.sizes:
-            self._send_padding(size, size)
-            segments = plan_segments([depth] * size, plan.rows_at)
-            for bound in self._pieces.bounds:
-                self._pieces.run_layers(segments, bound, size)
-            if isinstance(mode, PLAIN) and gives_tokens(mode):
-                group = replace(plan.groups[0], rows=tuple(range(size)))
-                for are_listed, are_narrowed in product((False, True), repeat=2):
-                    wishes = HeadWishes(are_narrowed, min_candidates(mode) != 1)
-                    self._pieces.choose([group], size, are_listed, wishes)
-        wait_for(self._device)
-
-    def _send_padding(self, num_own: int, size: int) -> None:
-        wait_for(self._device)
-        self._memory.send(self._turn, [None] * num_own, [None] * (size - num_own), [[]])
+    def warm_up(self, mode: DecodingMode, depth: int, sampling: Sequence[SamplingParams]) -> None:
+        """Run every piece of steps in one mode once; see ``WarmUp``."""
+        parts = self._memory, self._edits, self._pieces, self._drafter, self._exit_steps
+        WarmUp(self._model.config, self._config, *parts).run(mode, depth, sampling)
 
     def _by_kind(self, rows: Sequence[LogitRow]) -> tuple[list[LogitRow], list[LogitRow]]:
         """The rows whose tokens are chosen in pieces by heads that are known, and by others."""

@@ -204,22 +204,25 @@ class ExitSteps:
         self._pieces.run_layers([below[-1], *(stop for stop in stops if stop > below[-1])], *what)
         self._pieces.keep(stops[-1], size, num_own)
 
-    def warm_up(self, mode: EarlyExit, sizes: Sequence[int], send: SendPadding) -> None:
+    def warm_up(
+        self, mode: EarlyExit, num_own: int, wishes: Sequence[HeadWishes], send: SendPadding
+    ) -> None:
         """Run every piece of steps in one mode once, on padding.
 
         Args:
             mode: the mode.
-            sizes: numbers of rows that get a token.
+            num_own: rows that get a token.
+            wishes: what some of them may want besides the best token.
             send: fills so many rows of the decode memory with padding.
         """
         layers = {mode: self._layers_of(mode)}
         stops = sorted((looked_at(layers) | {self._config.num_layers}) - {0})
         most = self._memory.spare_row
-        for num_own in sizes:
-            for size in sorted({min(num_own + waiting, most) for waiting in WAITING_ROWS}):
-                send(num_own, size)
-                self._exits.send(0, [ExitRow(0)] * size)
-                self._run_once(mode, stops, size, num_own)
+        for size in sorted({min(num_own + waiting, most) for waiting in WAITING_ROWS}):
+            send(num_own, size)
+            self._exits.send(0, [ExitRow(0)] * size)
+            for own in ([None], wishes):
+                self._run_once(mode, stops, size, num_own, own)
 
     def begin(self) -> None:
         """Get ready for ends of prompts, where no rows are run here."""
@@ -261,15 +264,22 @@ class ExitSteps:
 
         return Coming(step.rows, None, read)
 
-    def _run_once(self, mode: EarlyExit, stops: Sequence[int], size: int, num_own: int) -> None:
+    def _run_once(
+        self,
+        mode: EarlyExit,
+        stops: Sequence[int],
+        size: int,
+        num_own: int,
+        wishes: Sequence[HeadWishes | None],
+    ) -> None:
         layers, has_waiting = {mode: self._layers_of(mode)}, size > num_own
-        for wishes in (None, HeadWishes(), HeadWishes(are_narrowed=True)):
-            has_copied = has_waiting and mode.kv == "copy"
-            ways = exit_ways(layers, has_waiting, has_copied, wishes is not None)
-            for bound in self._pieces.bounds:
-                self._pieces.run_layers([0, *stops], ways, size, num_own, bound)
-                self._pieces.keep(stops[-1], size, num_own)
-            self._pieces.choose(num_own, ways, wishes)
+        has_copied = has_waiting and mode.kv == "copy"
+        ways = exit_ways(layers, has_waiting, has_copied, wishes[0] is not None)
+        for bound in self._pieces.bounds:
+            self._pieces.run_layers([0, *stops], ways, size, num_own, bound)
+        self._pieces.keep(stops[-1], size, num_own)
+        for each in wishes:
+            self._pieces.choose(num_own, ways, each)
 
     def _layers_of(self, mode: DecodingMode) -> frozenset[int]:
         assert isinstance(mode, EarlyExit), "only these choose"

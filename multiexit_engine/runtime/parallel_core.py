@@ -18,7 +18,7 @@ from multiexit_engine.decoding.parallel import collapse_words, num_kept, tested_
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.ops import use_backend
 from multiexit_engine.outputs import EngineStats, FinishReason
-from multiexit_engine.params import DecodingMode, Parallel
+from multiexit_engine.params import DecodingMode, Parallel, SamplingParams
 from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
 from multiexit_engine.runtime.answer_pieces import AnswerPieces
 from multiexit_engine.runtime.answers import Answer, LayerRows
@@ -113,8 +113,8 @@ class ParallelCore:
         self.num_steps += 1
         return requests
 
-    def warm_up(self, mode: DecodingMode, depth: int) -> None:
-        """Capture what passes in a mode will replay; all of them run ``depth`` layers."""
+    def warm_up(self, mode: DecodingMode, depth: int, sampling: list[SamplingParams]) -> None:
+        """Capture what passes in a mode will replay, whatever requests ask for; see ``Core``."""
         assert self._pieces is not None, "asked for where something is captured"
         assert isinstance(mode, Parallel), "the intake allows nothing else"
         with torch.inference_mode(), self._backend():

@@ -8,6 +8,7 @@ of how many pay.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -81,10 +82,7 @@ class PieceDrafter:
         have_drafted()
         _, first_item = rounds.items[0]
         mode, depth = _drafting(first_item), first_item.sequence.request.depth
-        batch = rounds.sizes[0]
-        above = sorted({depth, *(at for at in layers if at > mode.draft_exit)})
-        spans = _spans(mode.draft_exit, above, rounds.num_rows)
-        self._pieces.run_layers(spans, rounds.num_keys, batch)
+        self._check(mode, depth, rounds, rounds.num_keys, layers)
 
     def draft(
         self, rounds: Rounds, layers: Collection[int], places: Mapping[Place, int], first: int
@@ -97,14 +95,54 @@ class PieceDrafter:
             places: the rows of positions.
             first: of the rounds to run; those before it have come to the exit.
         """
-        mode, last = _drafting(rounds.items[0][1]), len(rounds.sizes) - 1
-        below = sorted({mode.draft_exit, *(at for at in layers if at < mode.draft_exit)})
+        mode = _drafting(rounds.items[0][1])
+        choose = partial(self._draft, mode, rounds, places)
+        self._run_below(mode, rounds, rounds.num_keys, layers, first, choose)
+
+    def even_rounds(self, num_rows: int, count: int) -> Rounds:
+        """So many rounds, of so many rows each, of nobody."""
+        sizes = (num_rows,) * count
+        return Rounds((), sizes, sizes, self._pieces.size(num_rows * count))
+
+    def warm_up(
+        self, mode: SelfSpeculative, depth: int, rounds: Rounds, layers: Collection[int]
+    ) -> None:
+        """Run all pieces of such rounds once, on padding, for every bound of keys."""
+        choose = partial(self._draft_directly, mode, rounds)
+        for bound in self._pieces.bounds:
+            self._run_below(mode, rounds, bound, layers, 0, choose)
+            self._check(mode, depth, rounds, bound, layers)
+
+    def _run_below(
+        self,
+        mode: SelfSpeculative,
+        rounds: Rounds,
+        num_keys: int,
+        layers: Collection[int],
+        first: int,
+        choose: Callable[[int], None],
+    ) -> None:
+        """Run rounds up to the exit; ``choose`` finds the drafts of all but the last of them."""
+        below, last = _stops(0, mode.draft_exit, layers), len(rounds.sizes) - 1
         for number, (start, count) in enumerate(zip(rounds.starts, rounds.counts, strict=True)):
             if number >= first:
                 spans = _spans(0, below, count)
-                self._pieces.run_layers(spans, rounds.num_keys, rounds.sizes[0], start)
+                self._pieces.run_layers(spans, num_keys, rounds.sizes[0], start)
             if number < last:
-                self._draft(mode, rounds, number, places)
+                choose(number)
+
+    def _check(
+        self,
+        mode: SelfSpeculative,
+        depth: int,
+        rounds: Rounds,
+        num_keys: int,
+        layers: Collection[int],
+    ) -> None:
+        """Run all rounds together from the exit on."""
+        above = _stops(mode.draft_exit, depth, layers)
+        spans = _spans(mode.draft_exit, above, rounds.num_rows)
+        self._pieces.run_layers(spans, num_keys, rounds.sizes[0])
 
     def drafts(
         self, rounds: Rounds, places: Mapping[Place, int], turn: int
@@ -119,9 +157,8 @@ class PieceDrafter:
         }
 
     def _draft(
-        self, mode: SelfSpeculative, rounds: Rounds, number: int, places: Mapping[Place, int]
+        self, mode: SelfSpeculative, rounds: Rounds, places: Mapping[Place, int], number: int
     ) -> None:
-        vocab = draft_vocab(mode, self._config.vocab_size)
         exit_mode = Exit(mode.draft_exit)
         rows = [
             LogitRow(
@@ -135,13 +172,18 @@ class PieceDrafter:
             if item.num_drafts > number
         ]
         if all(map(self._chooser.is_direct, rows)):
-            start, size = rounds.starts[number], rounds.sizes[number]
-            self._pieces.draft(Head(mode.draft_exit), vocab, start, size, rounds.sizes[0])
+            self._draft_directly(mode, rounds, number)
             return
+        vocab = draft_vocab(mode, self._config.vocab_size)
         states = StateRows(self._pieces.states(mode.draft_exit), places)
         for part in self._chooser.draft_slices(rows):
             part.keep(mode.draft_exit, states)
             self._put(part.rows, self._chooser.drafts(part, vocab), places)
+
+    def _draft_directly(self, mode: SelfSpeculative, rounds: Rounds, number: int) -> None:
+        vocab = draft_vocab(mode, self._config.vocab_size)
+        start, size = rounds.starts[number], rounds.sizes[number]
+        self._pieces.draft(Head(mode.draft_exit), vocab, start, size, rounds.sizes[0])
 
     def _put(self, rows: Sequence[LogitRow], tokens: Tensor, places: Mapping[Place, int]) -> None:
         index = to_device([places[row.item, row.position] for row in rows], tokens.device)
@@ -152,6 +194,11 @@ def _drafting(item: ScheduledSequence) -> SelfSpeculative:
     mode = item.sequence.request.decoding
     assert isinstance(mode, SelfSpeculative), "only these have drafts"
     return mode
+
+
+def _stops(start: int, stop: int, layers: Collection[int]) -> list[int]:
+    """The layers to stop after between two, at the second and where outputs are kept."""
+    return sorted({stop, *(at for at in layers if start < at < stop)})
 
 
 def _spans(start: int, stops: Sequence[int], num_rows: int) -> list[Segment]:

@@ -18,7 +18,7 @@ from multiexit_engine.decoding.depth_policy import DepthPolicy
 from multiexit_engine.decoding.plan import ExitPlanner, plan_segments
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.params import DecodingMode, EarlyExit
+from multiexit_engine.params import DecodingMode, EarlyExit, SamplingParams
 from multiexit_engine.runtime.alternatives import (
     alternative_rows,
     slots_of_accepted,
@@ -89,10 +89,10 @@ class ModelRunner:
             return self._decode.launch(batch, before)
 
     @torch.inference_mode()
-    def warm_up(self, mode: DecodingMode, depth: int) -> None:
+    def warm_up(self, mode: DecodingMode, depth: int, sampling: Sequence[SamplingParams]) -> None:
         """Capture what steps in a mode will replay that runs so many layers."""
         assert self._decode is not None, "nothing is captured on a CPU"
-        self._decode.warm_up(mode, depth)
+        self._decode.warm_up(mode, depth, sampling)
 
     def finish(self, step: LaunchedStep) -> StepOutput:
         """Wait for a launched step."""

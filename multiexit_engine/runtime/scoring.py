@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, cast
 
+from multiexit_engine.errors import RequestFailed
 from multiexit_engine.outputs import ScoreOutput
-from multiexit_engine.request import ScoredToken
+from multiexit_engine.request import Request, ScoredToken
+from multiexit_engine.runtime.core_protocol import Core
 from multiexit_engine.runtime.intake import Intake, Prompt
+from multiexit_engine.runtime.progress import run_all
 
 ScoreItem: TypeAlias = Prompt | tuple[Prompt, Prompt]
 
@@ -106,6 +109,30 @@ def windows(
         found.append(Window(list(token_ids[start:end]), place - start))
         place = end
     return found
+
+
+def run_scored(
+    core: Core,
+    texts: Sequence[ScoredText],
+    parts: Sequence[Sequence[Request]],
+    progress: bool | None,
+) -> list[ScoreOutput]:
+    """The log-probabilities of texts, each of which is scored by one or more requests.
+
+    Raises:
+        RequestFailed: a contrast function or the model's numbers failed.
+    """
+    requests = [request for part in parts for request in part]
+    run_all(core, requests, progress)
+    for request in requests:
+        core.forget(request.request_id)
+    for request in requests:
+        if request.error is not None:
+            raise RequestFailed(request.error)
+    return [
+        score_output(text, [token for request in part for token in request.scored])
+        for text, part in zip(texts, parts, strict=True)
+    ]
 
 
 def score_output(text: ScoredText, scored: Sequence[ScoredToken]) -> ScoreOutput:
