@@ -26,7 +26,8 @@ def listed_decoder_blocks(
 ) -> Tensor:
     """See ``multiexit_engine.ops.listed_blocks``. Eight launches a pre-norm block.
 
-    Five more where some rows only give keys and values, and two more with norms of heads.
+    Five more where some rows only give keys and values, two more with norms of heads, and one
+    more with quantized weights.
     """
     states = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     span = _Span(states, kv_cache, batch, listed)
@@ -55,10 +56,7 @@ class _Span(ListedStream):
         attention, copied = block.attention, self._copied
         assert copied is not None, "there are such rows"
         read = self.before(block, block.attention_norm, copied)
-        first = attention.widths[0]
-        weight = attention.qkv.weight[first:]
-        bias = None if attention.qkv.bias is None else attention.qkv.bias[first:]
-        fused = product(read, weight, bias, listed=copied)
+        fused = product(read, *attention.key_value_operands(), listed=copied)
         parts = torch.split(fused, attention.widths[1:], dim=1)
         key, value = (part.view(len(part), -1, attention.head_dim) for part in parts)
         if attention.key_norm is not None:
@@ -85,17 +83,18 @@ class _Span(ListedStream):
     def _stored(self, read: Tensor, attention: Any) -> Tensor:
         """[rows, heads, head_dim] queries; keys and values are written."""
         qkv, turn = attention.qkv, self._turn(attention)
-        if attention.query_norm is None:
+        if attention.query_norm is None and isinstance(qkv.weight, Tensor):
             caches = self._kv_cache.key(attention.layer), self._kv_cache.value(attention.layer)
             slots = Slots(*caches, self._batch.slot_mapping)
             return store_qkv(read, qkv.weight, qkv.bias, None, slots, turn, listed=self.rows)
         fused = product(read, qkv.weight, qkv.bias, listed=self.rows)
         parts = torch.split(fused, attention.widths, dim=1)
         query, key, value = (part.view(len(part), -1, attention.head_dim) for part in parts)
-        query, key = (
-            rms_norm(heads, own.weight, own.eps)
-            for heads, own in ((query, attention.query_norm), (key, attention.key_norm))
-        )
+        if attention.query_norm is not None:
+            query, key = (
+                rms_norm(heads, own.weight, own.eps)
+                for heads, own in ((query, attention.query_norm), (key, attention.key_norm))
+            )
         return place(query, key, value, self._slots(attention, self.rows), turn)
 
     def _slots(self, attention: Any, listed: RowList) -> Slots:

@@ -15,7 +15,7 @@ from multiexit_engine.ops.attention import paged_attention
 from multiexit_engine.ops.biased_attention import biased_paged_attention
 from multiexit_engine.ops.kv import rotate_and_write_kv, write_kv
 from multiexit_engine.ops.linear import linear
-from multiexit_engine.quantization import row_span
+from multiexit_engine.quantization import Weight, row_span
 
 
 class SelfAttention(nn.Module):
@@ -58,6 +58,12 @@ class SelfAttention(nn.Module):
         self.query_norm = query_norm
         self.key_norm = key_norm
 
+    def key_value_operands(self) -> tuple[Weight, Tensor | None]:
+        """The rows of the projection that give keys and values, and their bias."""
+        first = self.widths[0]
+        bias = None if self.qkv.bias is None else self.qkv.bias[first:]
+        return row_span(self.qkv.weight, first, sum(self.widths)), bias
+
     def write_kv(
         self, hidden: Tensor, kv_cache: PagedKVCache, positions: Tensor, slot_mapping: Tensor
     ) -> None:
@@ -69,12 +75,10 @@ class SelfAttention(nn.Module):
             positions: [tokens] int64, 0-based in each sequence.
             slot_mapping: [tokens] int64, ``block * block_size + offset``.
         """
-        first, *widths = self.widths
-        weight = row_span(self.qkv.weight, first, sum(self.widths))
-        bias = None if self.qkv.bias is None else self.qkv.bias[first:]
+        fused = linear(hidden, *self.key_value_operands())
         key, value = (
             part.view(len(hidden), -1, self.head_dim)
-            for part in torch.split(linear(hidden, weight, bias), widths, dim=-1)
+            for part in torch.split(fused, self.widths[1:], dim=-1)
         )
         if self.key_norm is not None:
             key = self.key_norm(key)

@@ -39,6 +39,7 @@ PRODUCTS = {
 }  # fmt: skip
 
 
+LISTED_CODES = {"LISTED": True, "HAS_BIAS": True, "HAS_RESIDUAL": True}
 # what stands before attention, per family: width of a head, the rest
 QKV = {
     "gpt2": (64, {"NORM": "layer", "ROTARY": False, "HAS_BIAS": True, "SPLITS": 16}),
@@ -68,8 +69,13 @@ def layers(dtype: torch.dtype, overlap: bool) -> Iterator[_Item]:
         for bits, group in ((8, 32), (8, 64), (4, 32), (4, 64)):
             codes = {"BITS": bits, "GROUP": group, "SPLITS": 16, "STAGES": products.CODE_STAGES}
             yield _product(f"product rows={rows} int{bits}-g{group}", rows, dtype, codes | begins)
+            name = f"product rows={rows} listed int{bits}-g{group}"
+            yield _product(name, rows, dtype, codes | LISTED_CODES | begins)
         numbers = {"BITS": 8, "GROUP": 0, "SPLITS": 16, "STAGES": products.FLOAT_STAGES}
         yield _product(f"product rows={rows} fp8", rows, dtype, numbers | begins)
+        yield _product(
+            f"product rows={rows} listed fp8", rows, dtype, numbers | LISTED_CODES | begins
+        )
         for name, (head_dim, has) in QKV.items():
             norm = has["NORM"] if is_normed else "none"
             yield _qkv(

@@ -31,14 +31,15 @@ def folder(tmp_path_factory):
     return save_gpt2(tmp_path_factory.mktemp("gpt2"), num_layers=4, num_heads=2, exits=(1, 2, 4))
 
 
-def opened(folder, device, backend):
+def opened(folder, device, backend, quantization=None):
     options = {"dtype": "float32", "max_model_len": 64, "max_batch_size": 4}
+    options["quantization"] = quantization
     return Engine.from_pretrained(folder, device=device, backend=backend, **options)
 
 
-def launching(folder, device):
+def launching(folder, device, quantization=None):
     """An engine whose steps are launched as on a GPU; pieces are called again, not captured."""
-    engine = opened(folder, device, "native")
+    engine = opened(folder, device, "native", quantization)
     runner = engine._core.runner
     kept = runner.kv_cache, runner._states, runner._chooser
     pieces = Graphs((2, 4), 64, capture=lambda call: call)
@@ -80,6 +81,35 @@ def test_drafts_beside_early_exits_give_the_choices_of_the_reference(folder, dev
         found = told(engine, GREEDY, modes)
     assert found[0] == told(opened(folder, device, "reference"), GREEDY, modes)[0]
     assert engine.stats().num_drafted_tokens
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_quantized_weights_give_the_choices_of_the_reference(folder, name, device):
+    engine = launching(folder, device, name)
+    with rehearsal(device):
+        found = told(engine, GREEDY)
+    wanted = told(opened(folder, device, "reference", name), GREEDY)
+    assert found[0] == wanted[0]
+    for one, other in zip(found[1], wanted[1], strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
+def test_layers_above_the_exit_of_all_rows_read_no_code(folder, bytes_read):
+    engine = launching(folder, "cpu", "int8")
+    names = ["attention.qkv", "attention.output", "mlp.up", "mlp.down"]
+    codes = [
+        [block.get_submodule(name).weight.codes for name in names] for block in engine._model.blocks
+    ]
+    with rehearsal("cpu"):
+        engine.add_request(PROMPTS[0], GREEDY, EarlyExit(0.0))
+        engine.step()
+        before = [[bytes_read(each) for each in own] for own in codes]
+        engine.step()
+    after = [[bytes_read(each) for each in own] for own in codes]
+    read = [[b - a for a, b in zip(*each, strict=True)] for each in zip(before, after, strict=True)]
+    assert read[0] == [each.nbytes for each in codes[0]]
+    assert read[1:] == [[0] * 4] * 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
