@@ -72,9 +72,11 @@ class Oracle:
         return choices
 
 
-def prompts_of(engine: Engine, count: int, *, is_real: bool) -> list[list[int]]:
+def prompts_of(
+    engine: Engine, count: int, *, is_real: bool, seed: int | None = None
+) -> list[list[int]]:
     """Different prompts of some 32 tokens: text where the model knows any."""
-    draw = random.Random(count)
+    draw = random.Random(count if seed is None else seed)
     if is_real:
         return [
             engine.tokenizer(TEXTS[i % len(TEXTS)])["input_ids"] + [draw.randrange(200, 2000)]

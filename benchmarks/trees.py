@@ -10,7 +10,6 @@ than a neighbour on the machine does. With ``--oracle`` acceptances are simulate
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from checkpoints import KEPT_CHECKPOINTS, SHAPES, make_checkpoint
-from exits import TEXTS, Oracle
+from exits import Oracle, prompts_of
 from report import median, show, write_json
 
 from multiexit_engine import Engine, Original, RequestOutput, SamplingParams, SelfSpeculative
@@ -60,16 +59,6 @@ def decode(
     return [outputs[name].outputs[0].token_ids for name in names]
 
 
-def prompts_of(engine: Engine, count: int, seed: int, *, is_real: bool) -> list[list[int]]:
-    """Different prompts of some 32 tokens: text where the model knows any."""
-    draw = random.Random(seed)
-    if is_real:
-        texts = (engine.tokenizer(TEXTS[i % len(TEXTS)])["input_ids"] for i in range(count))
-        return [text + [draw.randrange(200, 2000)] for text in texts]
-    size = engine.model_config.vocab_size
-    return [[draw.randrange(size) for _ in range(32)] for _ in range(count)]
-
-
 def compare(
     engine: Engine,
     modes: dict[str, DecodingMode],
@@ -81,7 +70,7 @@ def compare(
     """One row for each mode, the first of which is plain decoding."""
     steps = {name: Steps() for name in modes}
     for seed in range(rounds):
-        prompts = prompts_of(engine, batch, seed, is_real=oracle is None)
+        prompts = prompts_of(engine, batch, is_real=oracle is None, seed=seed)
         expected: list[list[int]] = []
         for name, mode in modes.items():
             found = decode(engine, prompts, new_tokens, mode, steps[name])
