@@ -22,6 +22,11 @@ from multiexit_engine.train import train_gates
 
 NUM_TRAINING_SOURCES = 192
 UNCUT = SamplingParams(ignore_eos=True)
+# from those that nobody passes to those that all pass after the first layer
+SWEEPS = {
+    "max_prob": [0.5, 0.3, 0.2, 0.18, 0.17, 0.16, 0.15, 0.12, 0.1],
+    "entropy": [7.0, 9.0, 9.2, 9.3, 9.4, 9.5, 9.8, 10.0],
+}
 
 
 def main() -> None:
@@ -32,11 +37,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--measure", default="max_prob")
     parser.add_argument("--chance", type=float, default=0.25)
-    parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=[0.5, 0.3, 0.2, 0.15, 0.12, 0.1]
-    )
+    for measure, thresholds in SWEEPS.items():
+        name = "--" + measure.replace("_", "-")
+        parser.add_argument(name, type=float, nargs="*", default=thresholds, help="thresholds")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -46,7 +50,7 @@ def main() -> None:
     engine = Engine.from_pretrained(options.model, dtype="float32")
     generator = torch.Generator().manual_seed(options.batch)
     sources = torch.randint(3, MASK, (options.batch, SOURCE_LEN), generator=generator).tolist()
-    modes = ways(options.measure, options.thresholds, options.chance)
+    modes = ways({measure: getattr(options, measure) for measure in SWEEPS}, options.chance)
     turns = {
         name: timed(lambda mode=mode: engine.generate(sources, UNCUT, mode))
         for name, mode in modes.items()
@@ -80,7 +84,7 @@ def prepare(folder: Path) -> None:
         print(report)
 
 
-def ways(measure: str, thresholds: list[float], chance: float) -> dict[str, Parallel]:
+def ways(sweeps: dict[str, list[float]], chance: float) -> dict[str, Parallel]:
     """No tests, and for each threshold all tests and those that probes find worth making."""
     forced = Parallel("confidence", "max_prob", ALWAYS, layers=(2,), length=TARGET_LEN)
     found = {
@@ -88,10 +92,12 @@ def ways(measure: str, thresholds: list[float], chance: float) -> dict[str, Para
         "all leave at 2, all tests": forced,
         "all leave at 2, by probes": dataclasses.replace(forced, gate_chance=chance),
     }
-    for threshold in thresholds:
-        exact = Parallel("confidence", measure, threshold, length=TARGET_LEN)
-        found[f"{threshold:g}, all tests"] = exact
-        found[f"{threshold:g}, by probes"] = dataclasses.replace(exact, gate_chance=chance)
+    for measure, thresholds in sweeps.items():
+        for threshold in thresholds:
+            exact = Parallel("confidence", measure, threshold, length=TARGET_LEN)
+            found[f"{measure} {threshold:g}, all tests"] = exact
+            gated = dataclasses.replace(exact, gate_chance=chance)
+            found[f"{measure} {threshold:g}, by probes"] = gated
     return found
 
 

@@ -329,10 +329,17 @@ PYBIND11_MODULE(_C, m) {
       }));
   py::class_<RoughHead>(m, "RoughHead")
       .def(py::init([](Address codes, Address starts, Address scales, Address errors,
-                       int64_t vocab, int64_t columns) {
-        return RoughHead{{at<int8_t>(codes), at<int32_t>(starts), at(scales), vocab, columns},
-                         at(errors)};
-      }));
+                       int64_t vocab, int64_t columns, Address finer_codes,
+                       Address finer_starts, Address finer_scales) {
+             return RoughHead{
+                 {at<int8_t>(codes), at<int32_t>(starts), at(scales), vocab, columns},
+                 at(errors),
+                 {at<int8_t>(finer_codes), at<int32_t>(finer_starts), at(finer_scales), vocab,
+                  columns}};
+           }),
+           py::arg("codes"), py::arg("starts"), py::arg("scales"), py::arg("errors"),
+           py::arg("vocab"), py::arg("columns"), py::arg("finer_codes") = 0,
+           py::arg("finer_starts") = 0, py::arg("finer_scales") = 0);
 
   m.def("head_logits", &project);
   m.def("head_statistics", &measure_head);

@@ -119,7 +119,16 @@ class RoughRows:
 
 class RoughHead:
     def __init__(
-        self, codes: int, starts: int, scales: int, errors: int, vocab: int, columns: int
+        self,
+        codes: int,
+        starts: int,
+        scales: int,
+        errors: int,
+        vocab: int,
+        columns: int,
+        finer_codes: int = 0,
+        finer_starts: int = 0,
+        finer_scales: int = 0,
     ) -> None: ...
 
 class Choice:

@@ -39,6 +39,7 @@ struct RoughRows {
 struct RoughHead {
   CodedMatrix codes;
   const float* errors;  // [padded rows]
+  CodedMatrix finer = {};  // what is to be added to the codes, if there are any
 };
 
 // The tokens of `shared_head_tokens`; -1 where the codes leave it open. Log-probabilities are not

@@ -110,6 +110,13 @@ void multiply_piece(const RoughRows& rows, const RoughHead& rough, const float* 
     const int64_t some = std::min(together, rows.rows - row);
     kernels().coded_product(rows.codes.from(row * rows.terms, columns), some * rows.terms,
                             rough.codes, first, count, nullptr, room, kPiece);
+    if (rough.finer.codes) {
+      float* added = room + kLines * kPiece;
+      kernels().coded_product(rows.codes.from(row * rows.terms, columns), some * rows.terms,
+                              rough.finer, first, count, nullptr, added, kPiece);
+      for (int64_t line = 0; line < some * rows.terms; ++line)
+        kernels().add(added + line * kPiece, room + line * kPiece, count);
+    }
     for (int64_t i = row; i < row + some; ++i) {
       float* own = room + (i - row) * rows.terms * kPiece;
       kernels().sum_blocks({own, rows.terms > 1 ? own + kPiece : nullptr,
@@ -125,12 +132,13 @@ void sum_rows(int threads, const RoughRows& rows, const RoughHead& rough, const 
   Scratch& scratch = Scratch::of_this_thread();
   const int64_t ranks = std::clamp(threads, 1, kMaxThreads), vocab = rough.codes.rows;
   const int64_t blocks = (vocab + kPiece - 1) / kPiece * kBlocksOfPiece;
-  float* rooms = scratch.room(Scratch::kPieces, ranks * kLines * kPiece);
+  const int64_t room_size = (rough.finer.codes ? 2 : 1) * kLines * kPiece;
+  float* rooms = scratch.room(Scratch::kPieces, ranks * room_size);
   float* logits = scratch.room(Scratch::kLogits, rows.rows * vocab);
   float* uppers = scratch.room(Scratch::kUppers, rows.rows * blocks);
   in_chunks(threads, vocab, kPiece, [&](int64_t first, int64_t count, int rank) {
-    multiply_piece(rows, rough, head.bias, first, count, rooms + rank * kLines * kPiece, logits,
-                   uppers, blocks);
+    multiply_piece(rows, rough, head.bias, first, count, rooms + rank * room_size, logits, uppers,
+                   blocks);
   });
   const Inputs inputs(threads, rows.hidden, rows.rows, head.weight);
   in_chunks(threads, rows.rows, 1, [&](int64_t row, int64_t, int) {

@@ -67,7 +67,13 @@ def coded_head_tokens(
 
 
 def rough_head_sums(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, states: Any, head: Any, bounds: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    states: Any,
+    head: Any,
+    bounds: Any,
+    finer: Any = None,
 ) -> RoughSums:
     """See ``multiexit_engine.ops.rough_head_sums``."""
     hidden, shift = hidden.float().contiguous(), vector(bias)
@@ -76,7 +82,7 @@ def rough_head_sums(
     _C.rough_head_sums(
         torch.get_num_threads(),
         _rough_rows(hidden, states, bounds),
-        _rough_head(states, head),
+        _rough_head(states, head, finer),
         _C.Linear(matrix(weight), address(shift)),
         head.mean.data_ptr(),
         tokens.data_ptr(),
@@ -98,12 +104,13 @@ def _rough_rows(hidden: Tensor, states: Any, bounds: Any) -> _C.RoughRows:
     )
 
 
-def _rough_head(states: Any, head: Any) -> _C.RoughHead:
+def _rough_head(states: Any, head: Any, finer: Any = None) -> _C.RoughHead:
     return _C.RoughHead(
         head.codes.data_ptr(),
         head.starts.data_ptr(),
         head.scales.data_ptr(),
-        head.errors.data_ptr(),
+        (head if finer is None else finer).errors.data_ptr(),
         head.vocab,
         states.codes.shape[2],
+        *(() if finer is None else map(Tensor.data_ptr, (finer.codes, finer.starts, finer.scales))),
     )

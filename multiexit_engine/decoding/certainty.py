@@ -46,13 +46,11 @@ class _Bounds(NamedTuple):
         lowest: of Z.
         highest: of Z.
         other: what exp(y) of a token that is not near can be at most.
-        entropies: the least and the greatest.
     """
 
     lowest: Tensor
     highest: Tensor
     other: Tensor
-    entropies: tuple[Tensor, Tensor]
 
 
 def certain_rows(
@@ -80,7 +78,7 @@ def certain_rows(
     bounds = _bounds(found, errors)
     kinds = sorted(set(quantities))
     for kind in kinds:
-        low, high = _range_of(kind, found, bounds)
+        low, high = _range_of(kind, found, errors, bounds)
         at_most = kind in ("entropy", "surprise")
         own_sure = high <= limits if at_most else low >= limits
         own_unsure = low > limits if at_most else high < limits
@@ -104,28 +102,39 @@ def _bounds(found: RoughSums, errors: LogitErrors) -> _Bounds:
     error, distance, rest = errors.greatest, errors.distances, found.rest_sum
     rough = found.near_sum + rest
     rounding = _ROUNDING * rough
-    # of the curve of exp, which e widens; nothing is known of rows with errors beyond
-    curve = _exp(error.clamp_max(_MOST_ERROR)) / 2
-    tallest = _exp(found.border.clamp(-1e3, 1e2))
     drift = torch.minimum(found.squares.sqrt() * distance, rest * error)
+    curve, tallest = _curve(errors), _tallest(found)
     bend = curve * torch.minimum(tallest * distance.square(), rest * error.square())
-    lowest, highest = rough - drift - rounding, rough + drift + bend + rounding
-    change = _change_of_drops(found, errors, curve, tallest)
+    # e^0 of the best token is in the sum
+    lowest = (rough - drift - rounding).clamp_min(1 - _ROUNDING)
+    other = _exp((found.border + errors.slacks).clamp(-1e3, 1e2))
+    return _Bounds(lowest, rough + drift + bend + rounding, other)
+
+
+def _entropies(found: RoughSums, errors: LogitErrors, bounds: _Bounds) -> tuple[Tensor, Tensor]:
+    """The least and the greatest."""
+    rough = found.near_sum + found.rest_sum
     centre = (found.near_drops + found.rest_drops) / rough
-    change = change + (2 * centre.abs() + 1) * rounding
-    least = _log(lowest) - centre - change / lowest
-    most = _log(highest) - centre + change / highest
+    change = _change_of_drops(found, errors) + (2 * centre.abs() + 1) * _ROUNDING * rough
+    least = _log(bounds.lowest) - centre - change / bounds.lowest
+    most = _log(bounds.highest) - centre + change / bounds.highest
     # the exact entropy is rounded, too
     least, most = least - _ROUNDING * (1 + least.abs()), most + _ROUNDING * (1 + most.abs())
-    is_small = change < lowest
-    ends = least.where(is_small, -torch.inf), most.where(is_small, torch.inf)
-    other = _exp((found.border + errors.slacks).clamp(-1e3, 1e2))
-    return _Bounds(lowest.clamp_min(1 - _ROUNDING), highest, other, ends)
+    is_small = change < bounds.lowest
+    return least.where(is_small, -torch.inf), most.where(is_small, torch.inf)
 
 
-def _change_of_drops(
-    found: RoughSums, errors: LogitErrors, curve: Tensor, tallest: Tensor
-) -> Tensor:
+def _curve(errors: LogitErrors) -> Tensor:
+    """Half of what e widens the curve of exp by; nothing is known of rows with errors beyond."""
+    return _exp(errors.greatest.clamp_max(_MOST_ERROR)) / 2
+
+
+def _tallest(found: RoughSums) -> Tensor:
+    """What exp(y') of a token that is not near is at most."""
+    return _exp(found.border.clamp(-1e3, 1e2))
+
+
+def _change_of_drops(found: RoughSums, errors: LogitErrors) -> Tensor:
     """How far U can be from 0."""
     error, distance, rest = errors.greatest, errors.distances, found.rest_sum
     turn = 1 - (found.near_drops + found.rest_drops) / (found.near_sum + rest)
@@ -138,15 +147,17 @@ def _change_of_drops(
     border = found.border.clamp_min(-1e3)
     sizes = rest * (border + (border + turn).abs()) - found.rest_drops
     drift = torch.minimum(length * distance, sizes * error)
-    tall = (length + (error + 1) * tallest) * distance.square()
+    tall = (length + (error + 1) * _tallest(found)) * distance.square()
     wide = (sizes + (error + 1) * rest) * error.square()
-    return drift + curve * torch.minimum(tall, wide)
+    return drift + _curve(errors) * torch.minimum(tall, wide)
 
 
-def _range_of(kind: Quantity, found: RoughSums, bounds: _Bounds) -> tuple[Tensor, Tensor]:
+def _range_of(
+    kind: Quantity, found: RoughSums, errors: LogitErrors, bounds: _Bounds
+) -> tuple[Tensor, Tensor]:
     """[rows] float64 each: between what a quantity is."""
     if kind == "entropy":
-        return bounds.entropies
+        return _entropies(found, errors, bounds)
     greatest = bounds.other.clamp_min(1.0)
     lowest, highest = 1 / bounds.highest, greatest / bounds.lowest
     if kind == "margin":

@@ -22,6 +22,8 @@ from multiexit_engine.ops import (
     code_head,
     code_states,
     coded_head_tokens,
+    finer_head,
+    finer_spread,
     head_spread,
     head_tokens,
     logit_bounds,
@@ -44,6 +46,8 @@ CALLS_BETWEEN_TRIALS = 16
 # Of so many rows both terms are multiplied while the head's codes come from memory; of more the
 # second one doubles the time.
 FEW_ROWS = 6
+# The same of tests, which ask no exact logits of most tokens.
+FEW_TESTED = 12
 CODED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -146,6 +150,12 @@ class _Rough:
         assert isinstance(self.weight, Tensor) and self.head is not None, "tests ask codes"
         return head_spread(self.weight, self.head)
 
+    @cached_property
+    def finer(self) -> CodedHead:
+        """Codes of what the codes lack; made when these first leave a test open."""
+        assert isinstance(self.weight, Tensor) and self.head is not None, "tests ask codes"
+        return finer_head(self.weight, self.head)
+
 
 class RoughHeads:
     """The codes of heads, made when they are first asked for: a byte for each of their numbers."""
@@ -192,6 +202,7 @@ class RoughHeads:
         shortlist: int | None = None,
         *,
         num_terms: int | None = None,
+        is_fine: bool = False,
     ) -> RoughReading | None:
         """What codes say of distributions; None where exact logits are the faster way.
 
@@ -201,11 +212,12 @@ class RoughHeads:
             bias: as in ``best_tokens``.
             shortlist: only the first so many tokens count; None: all.
             num_terms: of the states; None for two, the finer ones, where they cost no more.
+            is_fine: whether codes of what the head's codes lack are read, too, as many bytes again.
         """
         head = self.codes(weight)
         if head is None or not self._trial(weight, shortlist).pays:
             return None
-        spread = self._rough(weight).spread
+        rough, finer = self._rough(weight), None
         if shortlist is not None:
             if shortlist * hidden.shape[1] < LEAST_NUMBERS:
                 return None
@@ -213,11 +225,13 @@ class RoughHeads:
         if num_terms is None:
             num_terms = 2 if len(hidden) <= FEW_ROWS else 1
         assert isinstance(weight, Tensor), "quantized heads have no codes"
-        states = code_states(hidden, head, num_terms)
-        found = rough_head_sums(
-            hidden, weight, bias, states, head, logit_bounds(states, head, bias)
-        )
-        return RoughReading(found, logit_errors(states, head, bias, spread))
+        states, spread = code_states(hidden, head, num_terms), rough.spread
+        if is_fine:
+            finer = rough.finer
+            spread = finer_spread(spread, finer)
+        bounds = logit_bounds(states, finer or head, bias)
+        found = rough_head_sums(hidden, weight, bias, states, head, bounds, finer)
+        return RoughReading(found, logit_errors(states, finer or head, bias, spread))
 
     def note_test(self, weight: Weight, shortlist: int | None, *, is_spared: bool) -> None:
         """Tell whether ``statistics`` spared a test the reading of the head."""

@@ -13,6 +13,7 @@ from multiexit_engine.ops.coded_heads import (
     code_head,
     code_hidden,
     code_states,
+    finer_head,
     logit_bounds,
 )
 from multiexit_engine.ops.coded_tokens import coded_head_tokens
@@ -54,6 +55,7 @@ from multiexit_engine.ops.rough_sums import (
     HeadSpread,
     LogitErrors,
     RoughSums,
+    finer_spread,
     head_spread,
     logit_errors,
     rough_head_sums,
@@ -104,6 +106,8 @@ __all__ = [
     "device_kind",
     "embed",
     "gate_odds",
+    "finer_head",
+    "finer_spread",
     "gated_activation",
     "gumbel_noise",
     "head_logits",

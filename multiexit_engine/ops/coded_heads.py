@@ -5,7 +5,8 @@ Knows nothing of who asks, or of what is decided by the numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 
@@ -22,7 +23,7 @@ LANES, GROUP = 16, 4
 _LARGEST = 127
 # Steps of a second term to one of the first: it covers half a step to either side.
 _FINER = 2 * _LARGEST
-_ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 4096
 # Makes up for the rounding of a bound itself.
 _UP = 1 + 2.0**-20
 # The greatest number of each bias: PyTorch's threads would wake to find it for each call.
@@ -117,23 +118,53 @@ def code_head(weight: Tensor) -> CodedHead:
         arXiv:2211.10438, section 4, by the weights alone.
     """
     vocab = weight.shape[0]
-    mean = sum(part.double().sum(0) for part in torch.split(weight, _ROWS_AT_ONCE)) / vocab
+    mean = sum(part.double().sum(0) for part in torch.split(weight, ROWS_AT_ONCE)) / vocab
     mean = torch.as_tensor(mean).float()
     squares = sum(
-        (part - mean).double().square_().sum(0) for part in torch.split(weight, _ROWS_AT_ONCE)
+        (part - mean).double().square_().sum(0) for part in torch.split(weight, ROWS_AT_ONCE)
     )
     columns = (torch.as_tensor(squares) / vocab).sqrt().float()
     columns.masked_fill_(columns == 0, 1.0)
     parts, norms = [], []
-    for part in torch.split(weight, _ROWS_AT_ONCE):
+    for part in torch.split(weight, ROWS_AT_ONCE):
         parts.append(code_hidden((part - mean) / columns))
         norms.append((part / columns).double().norm(dim=1))
+    return _coded_head(parts, columns, mean, float(torch.cat(norms).max()) * _UP, 0.0)
+
+
+def finer_head(weight: Tensor, head: CodedHead) -> CodedHead:
+    """The nearest codes of what a matrix's codes lack: added to them they stand for its rows.
+
+    Its errors and sizes are those of the sums of both.
+    """
+    parts = []
+    for part, coded in zip(
+        torch.split(weight, ROWS_AT_ONCE), decoded_rows(head, ROWS_AT_ONCE), strict=True
+    ):
+        rows = (part - head.mean) / head.columns
+        found = code_hidden(rows - coded[: len(part), : part.shape[1]])
+        # of what is rounded here the rows' own length bounds the size
+        parts.append(replace(found, norms=rows.double().norm(dim=1)))
+    return _coded_head(parts, head.columns, head.mean, head.norm, head.size)
+
+
+def decoded_rows(head: CodedHead, count: int) -> Iterator[Tensor]:
+    """[count, padded hidden_size] float32, of so many rows at once, a multiple of 16."""
+    scales = torch.split(head.scales, count)
+    for codes, scale in zip(torch.split(head.codes, count // LANES), scales, strict=True):
+        yield codes.transpose(1, 2).flatten(2).flatten(0, 1).float() * scale[:, None]
+
+
+def _coded_head(
+    parts: Sequence[CodedHidden], columns: Tensor, mean: Tensor, norm: float, least_size: float
+) -> CodedHead:
+    """Of the codes of the rows, of which ``norms`` are what rounding goes by."""
+    vocab = sum(len(part.codes) for part in parts)
     signed = [(part.codes[:, 0].to(torch.int16) - 128).to(torch.int8) for part in parts]
     codes = _padded(torch.cat(signed), LANES)
     own_norms = torch.cat([part.norms for part in parts])
     # the difference and the quotient are rounded, too
     errors = torch.cat([part.errors for part in parts]) + 2.0**-22 * own_norms
-    size = float((own_norms + errors).max())
     starts = -128 * codes.sum(1, dtype=torch.int32)
     turned = codes.view(-1, LANES, codes.shape[1] // GROUP, GROUP).transpose(1, 2)
     return CodedHead(
@@ -144,8 +175,8 @@ def code_head(weight: Tensor) -> CodedHead:
         F.pad((errors * _UP).float(), (0, codes.shape[0] - vocab)),
         mean,
         vocab,
-        float(torch.cat(norms).max()) * _UP,
-        size,
+        norm,
+        max(float((own_norms + errors).max()), least_size),
     )
 
 
@@ -199,8 +230,9 @@ def logit_bounds(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> L
 
     With h = h' + e and w = w' + f, less what all rows have in common, the logits differ by
     e.w' + h.f, so by Cauchy-Schwarz by no more than |e| |w'| + |h| |f|. The rest is rounding: of n
-    products and sums in float32, at most n 2^-23 |h| |w|, and of the steps that follow, in either.
-    What all have in common is h times the mean row.
+    products and sums in float32, which the kernels make in eight lanes at least, no more than
+    (n / 8 + 16) 2^-23 |h| |w|, and of the steps that follow, in either. What all have in common is
+    h times the mean row.
     """
     coding = (hidden.errors + hidden.norms * 2.0**-23) * head.size
     slacks = coding + logit_roundings(hidden, head, bias)
@@ -211,7 +243,7 @@ def logit_roundings(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -
     """[rows] float64: of ``logit_bounds`` what does not come from codes."""
     columns = hidden.codes.shape[-1]
     size = hidden.norms * (head.norm + head.size) + _greatest(bias)
-    return columns * 2.0**-23 * hidden.norms * head.norm + size * 2.0**-20 + 1e-4
+    return (columns / 8 + 16) * 2.0**-23 * hidden.norms * head.norm + size * 2.0**-20 + 1e-4
 
 
 def rough_logits(hidden: CodedHidden, head: CodedHead, bias: Tensor | None) -> Tensor:

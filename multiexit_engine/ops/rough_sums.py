@@ -15,6 +15,7 @@ from multiexit_engine.ops.coded_heads import (
     CodedHead,
     CodedHidden,
     LogitBounds,
+    decoded_rows,
     logit_bounds,
     logit_roundings,
     rough_logits,
@@ -101,11 +102,9 @@ def head_spread(weight: Tensor, head: CodedHead) -> HeadSpread:
     if vocab * size**2 > MOST_PRODUCTS:
         return whole
     sums = torch.zeros(2, size, size, dtype=torch.float64)
-    blocks = torch.split(head.codes, _ROWS_AT_ONCE // head.codes.shape[2])
-    scales = torch.split(head.scales, _ROWS_AT_ONCE)
-    for part, codes, scale in zip(torch.split(weight, _ROWS_AT_ONCE), blocks, scales, strict=True):
-        rows = codes.transpose(1, 2).flatten(2).flatten(0, 1)[: len(part), :size]
-        coded = rows.float() * scale[: len(part), None]
+    parts = torch.split(weight, _ROWS_AT_ONCE)
+    for part, rows in zip(parts, decoded_rows(head, _ROWS_AT_ONCE), strict=True):
+        coded = rows[: len(part), :size]
         missing = (part - head.mean) / head.columns - coded
         sums[0] += missing.T @ missing
         sums[1] += coded.T @ coded
@@ -117,6 +116,12 @@ def head_spread(weight: Tensor, head: CodedHead) -> HeadSpread:
         for value, norm in zip(greatest, whole, strict=True)
     ]
     return HeadSpread(*(min(pair) for pair in zip(found, whole, strict=True)))
+
+
+def finer_spread(spread: HeadSpread, finer: CodedHead) -> HeadSpread:
+    """Of a head whose spread is known, with its finer codes added."""
+    missing = float(finer.errors.double().norm())
+    return HeadSpread(missing, spread.codes + spread.missing + missing)
 
 
 def logit_errors(
@@ -154,6 +159,7 @@ def rough_head_sums(
     states: CodedHidden,
     head: CodedHead,
     bounds: LogitBounds,
+    finer: CodedHead | None = None,
 ) -> RoughSums:
     """Sums over distributions of rough logits, but exact ones of the tokens that count most.
 
@@ -168,6 +174,7 @@ def rough_head_sums(
         states: codes of ``hidden`` for the head.
         head: codes of the first ``head.vocab`` rows of ``weight``.
         bounds: of the rough logits.
+        finer: of ``finer_head``, added to the head, with the errors of the sum; or None.
 
     Returns:
         RoughSums; NaN where a number is none, and of rows with more than 2048 near tokens.
@@ -175,8 +182,10 @@ def rough_head_sums(
     Source: products of 8-bit codes on both sides, Dettmers et al. 2022, arXiv:2208.07339, section
         2.1, by row.
     """
-    logits = rough_logits(states, head, bias)
-    uppers = logits + bounds.reaches[:, None] * head.errors[: head.vocab]
+    logits, errors = rough_logits(states, head, bias), head.errors
+    if finer is not None:
+        logits, errors = logits + rough_logits(states, finer, None), finer.errors
+    uppers = logits + bounds.reaches[:, None] * errors[: head.vocab]
     near = uppers >= _borders(uppers)[:, None]
     exact = head_logits(hidden, weight[: head.vocab], bias).double()
     exact = exact.masked_fill(~near, -torch.inf)

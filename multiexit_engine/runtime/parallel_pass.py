@@ -23,7 +23,7 @@ from multiexit_engine.decoding.parallel import (
     tested_layers,
 )
 from multiexit_engine.layers.exit_heads import HeadOperands
-from multiexit_engine.layers.rough_heads import FEW_ROWS, exact_best_tokens
+from multiexit_engine.layers.rough_heads import FEW_TESTED, exact_best_tokens
 from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.ops import (
     PackedSources,
@@ -200,9 +200,8 @@ class ParallelBatch:
         self._rows.tested[layer - 1] += len(tested)
         for has_bias in (True, False) if tested else ():
             asked = [row for row in tested if self._mode(row).gate_bias == has_bias]
-            # of few rows a second term costs nothing, of many it doubles the time
-            for num_terms in (2,) if len(asked) <= FEW_ROWS else (1, 2):
-                certain, asked = self._certain(asked, num_terms, has_bias=has_bias)
+            for is_fine in (False, True):
+                certain, asked = self._certain(asked, has_bias=has_bias, is_fine=is_fine)
                 left.update(certain)
             left.update(self._sure(asked, has_bias=has_bias))
         for row in left:
@@ -226,7 +225,7 @@ class ParallelBatch:
         return [row for row in rows if row not in held]
 
     def _certain(
-        self, rows: list[int], num_terms: int, *, has_bias: bool
+        self, rows: list[int], *, has_bias: bool, is_fine: bool
     ) -> tuple[list[int], list[int]]:
         """Rows that leave whatever rough logits lack, and those of which these do not tell.
 
@@ -235,7 +234,9 @@ class ParallelBatch:
         if not rows:
             return [], []
         reading = self._model.heads.rough.statistics(
-            *self._gate_operands(rows, has_bias=has_bias), num_terms=num_terms
+            *self._gate_operands(rows, has_bias=has_bias),
+            num_terms=2 if is_fine or len(rows) <= FEW_TESTED else 1,
+            is_fine=is_fine,
         )
         if reading is None:
             return [], rows

@@ -10,7 +10,7 @@ from tests.ops.test_rough_head_sums import SHAPES, coded, operands
 
 @SHAPES
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("num_terms", [1, 2])
+@pytest.mark.parametrize("num_terms", [1, 2, 3])
 def test_equal_the_reference(isa, rows, vocab, size, has_bias, num_terms):
     hidden, weight, bias = operands(rows, vocab, size)
     bias = bias if has_bias else None
@@ -31,7 +31,7 @@ def test_the_greatest_codes_do_not_overflow(isa):
     torch.testing.assert_close(found.best, wanted, atol=0, rtol=2e-5)
 
 
-@pytest.mark.parametrize("num_terms", [1, 2])
+@pytest.mark.parametrize("num_terms", [1, 2, 3])
 def test_bits_do_not_depend_on_threads_or_other_rows(isa, threads, num_terms):
     hidden, weight, bias = operands(70, 3001, 48)
     whole, _ = coded(hidden, weight, bias, rough_head_sums, num_terms)

@@ -10,6 +10,8 @@ from multiexit_engine.decoding.gates import reading_of
 from multiexit_engine.ops import (
     code_head,
     code_states,
+    finer_head,
+    finer_spread,
     head_spread,
     head_statistics,
     logit_bounds,
@@ -33,8 +35,13 @@ def operands(rows, vocab, size, spread=3.0):
 
 
 def coded(hidden, weight, bias, op=rough_head_sums, num_terms=1, has_spread=True):
-    """What codes say of rows, and how far that may be off."""
+    """What codes say of rows, and how far that may be off; 3 terms stand for finer codes, too."""
     head = code_head(weight)
+    if num_terms == 3:
+        states, finer = code_states(hidden, head, 2), finer_head(weight, head)
+        found = op(hidden, weight, bias, states, head, logit_bounds(states, finer, bias), finer)
+        spread = finer_spread(head_spread(weight, head), finer)
+        return found, logit_errors(states, finer, bias, spread)
     states = code_states(hidden, head, num_terms)
     spread = head_spread(weight, head) if has_spread else None
     found = op(hidden, weight, bias, states, head, logit_bounds(states, head, bias))
@@ -68,6 +75,23 @@ def test_no_logit_is_further_off_than_its_bound(rows, vocab, size, num_terms, ou
     assert (reach.amax(1) <= errors.greatest * (1 + 1e-12)).all()
     assert (missing.norm(dim=1) <= errors.distances).all()
     assert (missing.norm(dim=1) <= logit_errors(states, head, bias).distances).all()
+
+
+@SHAPES
+def test_no_logit_is_further_off_the_finer_codes_than_their_bound(rows, vocab, size):
+    hidden, weight, bias = operands(rows, vocab, size)
+    weight[:, 1] = 30 * weight[:, 1] + 1
+    head = code_head(weight)
+    finer, states = finer_head(weight, head), code_states(hidden, head, 2)
+    bounds = logit_bounds(states, finer, bias)
+    common = hidden.double() @ head.mean.double()
+    rough = decoded(head, states) + decoded(finer, states) + common[:, None]
+    missing = (rough - hidden.double() @ weight.double().T).abs()
+    reach = bounds.reaches.double()[:, None] * finer.errors[:vocab].double()
+    assert (missing <= reach + bounds.slacks[:, None]).all()
+    spread = finer_spread(head_spread(weight, head), finer)
+    assert (missing.norm(dim=1) <= logit_errors(states, finer, bias, spread).distances).all()
+    assert finer.errors[:vocab].max() <= head.errors[:vocab].max() / 50
 
 
 def test_a_spread_is_little_more_than_the_greatest_singular_value():
@@ -160,15 +184,15 @@ def test_rows_far_from_the_threshold_are_certain():
     assert certain_rows(*found, ["max_prob"] * 8, [0.9] * 8)[1].all()
 
 
-def test_two_terms_leave_fewer_rows_open_than_one_and_the_spread_more_so():
+def test_two_terms_the_spread_and_finer_codes_leave_fewer_rows_open():
     hidden, weight, bias = operands(200, 4031, 48, 1.5)
     median = float(head_statistics(hidden, weight, bias).entropy.median())
     num_open = []
-    for num_terms, has_spread in ((1, False), (1, True), (2, True)):
+    for num_terms, has_spread in ((1, False), (1, True), (2, True), (3, True)):
         found = coded(hidden, weight, bias, num_terms=num_terms, has_spread=has_spread)
         sure, unsure = certain_rows(*found, ["entropy"] * 200, [median] * 200)
         num_open.append(int((~sure & ~unsure).sum()))
-    assert num_open[0] > num_open[1] > num_open[2] > 0
+    assert num_open[0] > num_open[1] > num_open[2] > num_open[3]
 
 
 @pytest.mark.parametrize("vocab", [100, 3000])
