@@ -132,7 +132,7 @@ class TokenChooser:
         failed = {requests[place].request_id for place in failures}
         places = [place for place in range(len(part.rows)) if place not in failures]
         own = [place for place in places if not requests[place].is_beam_search]
-        tokens = self._choose_tokens(part, own, scores, allowed) if own else None
+        tokens = self._choose_tokens(part.rows, own, scores, allowed) if own else None
         beams = [
             self._choose_beams(part, group, scores)
             for group in _by_request(part.rows, places)
@@ -155,6 +155,10 @@ class TokenChooser:
         if tokens is None:
             return Coming([], None, read)
         return Coming(tokens.rows, tokens.tokens, read)
+
+    def choose_from(self, rows: list[LogitRow], scores: Tensor) -> Coming[Choice]:
+        """What rows, none of them a beam, give whose [rows, vocab] scores are there already."""
+        return self._choose_tokens(rows, [*range(len(rows))], scores, self._allowed(rows))
 
     def drafts(self, part: LogitSlice, num_tokens: int) -> Tensor:
         """[rows] int64 tokens on the device, for rows of one exit that are never reported.
@@ -268,12 +272,12 @@ class TokenChooser:
 
     def _choose_tokens(
         self,
-        part: LogitSlice,
+        among: Sequence[LogitRow],
         places: list[int],
         scores: Tensor,
         allowed: list[Tensor | None],
     ) -> Coming[Choice]:
-        rows = [part.rows[place] for place in places]
+        rows = [among[place] for place in places]
         copies = [_num_choices(row) for row in rows]
         source = [i for i, count in zip(places, copies, strict=True) for _ in range(count)]
         wanted = [
@@ -293,7 +297,7 @@ class TokenChooser:
             choices = looked_at_choices(rows, copies, found, own_scores, logprobs)
             return list(zip(rows, choices, strict=True))
 
-        return Coming([part.rows[place] for place in source], tokens, read)
+        return Coming([among[place] for place in source], tokens, read)
 
     def _choose_beams(
         self, part: LogitSlice, places: list[int], scores: Tensor

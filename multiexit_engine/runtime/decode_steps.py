@@ -167,7 +167,7 @@ class DecodeSteps:
             looked = layers if early is None else {*layers, *early.layers}
             self._run_chunks(batch, chunks, looked, places, targets)
         batch_size = rounds.sizes[0] if rounds.items else self._pieces.size(len(rows) or 1)
-        chosen = plain if early is None else [*plain, *early.rows]
+        chosen = plain if early is None else [*plain, *early.wishing]
         edits = self._edits.send(turn, edits_of(chosen, places))
         if edits.num_edits:
             self._pieces.note_latest(batch_size)
@@ -176,8 +176,7 @@ class DecodeSteps:
             self._pieces.choose(groups, batch_size, are_listed, wishes)
         choices = [self._choose_looking(part, places) for part in slices]
         if early is not None:
-            self._exit_steps.choose(early, turn, num_ends, edits)
-            choices.append(self._exit_steps.coming(early, turn, places))
+            choices.append(self._exit_steps.choose(early, turn, places, num_ends, edits))
         self._memory.fetch(turn, are_told=any(map(lists_best, chosen)))
         coming = ComingStep(
             [*([self._plain_choices(plain, places)] if plain else []), *choices],

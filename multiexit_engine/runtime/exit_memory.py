@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from multiexit_engine.modes import EarlyExit
 from multiexit_engine.ops.exit_rows import MEASURES, ExitProgress, ExitRules, RowPaths
@@ -118,8 +119,8 @@ class ExitMemory:
         names = "owners", "joins", "depths", "flags"
         return RowPaths(*(self.inputs[name][rows] for name in names))
 
-    def progress(self, rows: slice) -> ExitProgress:
-        """Of some rows, in place."""
+    def progress(self, rows: Tensor | slice) -> ExitProgress:
+        """Of some rows; of a slice in place."""
         results = self._results.on_device
         streaks, is_read, passed = self._counts[:, rows]
         left, values = results["left"][rows], results["values"][rows]

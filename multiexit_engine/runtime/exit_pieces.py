@@ -35,6 +35,7 @@ from multiexit_engine.runtime.exit_memory import ExitMemory
 from multiexit_engine.runtime.exit_tokens import ExitTokens
 from multiexit_engine.runtime.graphs import Pieces
 from multiexit_engine.runtime.wished_tokens import HeadWishes
+from multiexit_engine.transfer import to_device
 
 _OF_HEADS = sum(1 << place for place, kind in enumerate(MEASURES[:4]))
 _SIMILARITY, _PROBE = (1 << MEASURES.index(kind) for kind in ("similarity", "probe"))
@@ -187,6 +188,11 @@ class ExitPieces:
             self._ask(rows, layer, question, ways.keeps_heads)
         exits = [layer for layer, _ in ways.questions]
         self._tokens.choose(rows, exits, ways.keeps_heads, wishes)
+
+    def scores(self, rows: Sequence[int], ways: ExitWays) -> Tensor:
+        """[rows, vocab] float32: raw scores of rows by the exits that they chose."""
+        own = to_device(rows, self._kv_cache.device)
+        return self._tokens.scores(own, [layer for layer, _ in ways.questions])
 
     def _run(self, span: _Span) -> None:
         """Run a span of layers on those of the first rows that go on, and ask the exit behind."""

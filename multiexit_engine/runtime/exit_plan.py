@@ -28,6 +28,7 @@ class ExitStep:
     Attributes:
         rows: that do.
         wishing: those of them that want more than the best token.
+        looking: those that want their whole distributions.
         layout: of the rows that run.
         rounds: the rows that get a token each.
         layers_of: of each of their modes the layers at which it asks.
@@ -37,6 +38,7 @@ class ExitStep:
 
     rows: Sequence[LogitRow]
     wishing: Sequence[LogitRow]
+    looking: Sequence[LogitRow]
     layout: ExitLayout
     rounds: Rounds
     layers_of: Mapping[EarlyExit, frozenset[int]]
@@ -62,7 +64,7 @@ class ExitStep:
             self.layers_of,
             has_waiting=bool(self.layout.joins),
             has_copied=any(index in copied for index, _ in self.layout.joins),
-            has_wishes=bool(self.wishing),
+            has_wishes=bool(self.wishing or self.looking),
         )
 
     def wishes(self, edits: EditRoom) -> HeadWishes | None:

@@ -104,7 +104,7 @@ class ExitSteps:
     def fits(self, batch: ScheduledBatch, rounds: Rounds, num_ends: int, most_edits: int) -> bool:
         """Whether the device can decide about the rows of a step that choose their exit.
 
-        Rows that are computed again, or score, or want their whole distributions, are the host's.
+        Rows that are computed again, or score, are the host's.
         Arguments as for ``step``, and how many edits there is room for.
         """
         step = self.step(batch, rounds, num_ends)
@@ -114,8 +114,7 @@ class ExitSteps:
         return (
             not any(map(_returns, choosing))
             and not target_rows(enumerate(choosing))
-            and all(self._chooser.is_direct(row, fused=True) for row in step.rows)
-            and num_edits_at_most(step.rows) <= most_edits
+            and num_edits_at_most(step.wishing) <= most_edits
             and step.layout.num_rows + num_ends <= self._memory.spare_row
         )
 
@@ -139,9 +138,11 @@ class ExitSteps:
         layout = exit_layout(choosing, rounds.num_rows, room, self._most_waiting)
         modes = {row.mode for row in rows if isinstance(row.mode, EarlyExit)}
         layers = {mode: self._layers_of(mode) for mode in modes}
-        wishing = [row for row in rows if not self._chooser.takes_best(row)]
+        looking = [row for row in rows if not self._chooser.is_direct(row, fused=True)]
+        known = set(map(id, looking))
+        wishing = [r for r in rows if id(r) not in known and not self._chooser.takes_best(r)]
         last, drafting = self._config.num_layers, draft_exit(rounds.items)
-        return ExitStep(rows, wishing, layout, rounds, layers, last, drafting)
+        return ExitStep(rows, wishing, looking, layout, rounds, layers, last, drafting)
 
     def waiting_rows(self, step: ExitStep) -> dict[int, DecodeRow]:
         """What the decode memory has to know of the rows that wait."""
@@ -228,12 +229,20 @@ class ExitSteps:
         """Get ready for ends of prompts, where no rows are run here."""
         self._exits.begin()
 
-    def choose(self, step: ExitStep, turn: int, num_ends: int, edits: EditRoom) -> None:
+    def choose(
+        self,
+        step: ExitStep,
+        turn: int,
+        places: Mapping[Place, int],
+        num_ends: int,
+        edits: EditRoom,
+    ) -> Coming[Choice]:
         """Choose the tokens of these rows, and fetch what became of them.
 
         Args:
             step: the step.
             turn: which twin of the memory.
+            places: the rows of all positions.
             num_ends: rows behind all others.
             edits: the room of what is done to scores.
         """
@@ -243,9 +252,21 @@ class ExitSteps:
             self._pieces.choose(own, step.ways, wishes)
         if any(row.item not in dict(step.rounds.items) for row in step.rows):
             self._pieces.choose_at_ends(slice(first, first + num_ends), step.ways, wishes)
+        looked = None
+        if step.looking:
+            rows = [places[row.item, row.position] for row in step.looking]
+            scores = self._pieces.scores(rows, step.ways)
+            looked = self._chooser.choose_from([*step.looking], scores)
         self._exits.fetch(turn)
+        return self._coming(step, turn, places, looked)
 
-    def coming(self, step: ExitStep, turn: int, places: Mapping[Place, int]) -> Coming[Choice]:
+    def _coming(
+        self,
+        step: ExitStep,
+        turn: int,
+        places: Mapping[Place, int],
+        looked: Coming[Choice] | None,
+    ) -> Coming[Choice]:
         """What the rows give, once they were waited for."""
         own = [places[row.item, row.position] for row in step.rows]
         running = dict(step.rounds.items)
@@ -260,7 +281,11 @@ class ExitSteps:
                     entries = waits_after(row.sequence, row.position, left, is_completed)
                     output.waiting[row.sequence] = entries
             told = self._memory.told(turn, own) if any(map(lists_best, step.rows)) else ()
-            return direct_choices(decided, tokens, logprobs, told)
+            found = direct_choices(decided, tokens, logprobs, told)
+            choices = dict(zip(map(id, step.rows), found, strict=True))
+            for row, choice in looked.read(output) if looked is not None else ():
+                choices[id(row)] = choices[id(row)][0], choice
+            return [*choices.values()]
 
         return Coming(step.rows, None, read)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multiexit_engine.layers.exit_heads import Head, HeadOperands
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.ops import compact_rows, listed_head_statistics
+from multiexit_engine.ops import compact_rows, head_logits, listed_head_statistics
 from multiexit_engine.ops.exit_rows import ExitProgress
 from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.runtime.decode_memory import DecodeMemory
@@ -49,7 +49,7 @@ class ExitTokens:
         # what the head of the exit that a row left at reads of it
         self._read: Tensor | None = None
 
-    def keep(self, rows: slice, which: Tensor, hidden: Tensor) -> None:
+    def keep(self, rows: Tensor | slice, which: Tensor, hidden: Tensor) -> None:
         """Keep what heads read of those rows that just left.
 
         Args:
@@ -89,8 +89,21 @@ class ExitTokens:
         for name, numbers in results.items():
             self._memory.results[name][rows] = numbers
 
+    def scores(self, rows: Tensor, exits: Sequence[int]) -> Tensor:
+        """[rows, vocab] float32: raw scores of rows, what heads read of them having been kept.
+
+        Args:
+            rows: [rows] int64, of the memory, which have gone as far as they go.
+            exits: layers at which some may have left.
+        """
+        parts = self._by_matrix(rows, exits, True, self._exits.progress(rows))
+        scores = head_logits(*parts[0][0])
+        for head, is_here in parts[1:]:
+            scores = torch.where(is_here[:, None], head_logits(*head), scores)
+        return scores
+
     def _by_matrix(
-        self, rows: slice, exits: Sequence[int], are_kept: bool, progress: ExitProgress
+        self, rows: Tensor | slice, exits: Sequence[int], are_kept: bool, progress: ExitProgress
     ) -> list[tuple[HeadOperands, Tensor]]:
         """Each matrix with what it reads of all rows, and [rows] bool: whose head it is."""
         original = self._heads.original

@@ -55,6 +55,38 @@ def test_edits_masks_and_logprobs_are_those_of_the_host(kind, request):
         engine._scheduler.check_integrity()
 
 
+LOOKING = [
+    SamplingParams(**WARM, typical_p=0.8),
+    SamplingParams(**COUNTED, logprobs=25, repetition_penalty=1.4),
+    SamplingParams(**COUNTED),
+    SamplingParams(**WARM, top_k=0, typical_p=0.9, presence_penalty=0.5, logprobs=3),
+    WISHES[1],
+]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shared"])
+def test_rows_that_want_whole_distributions_get_those_of_their_exits(kind, request):
+    folder = request.getfixturevalue(kind)
+    wanted = on_cpu(folder).generate(PROMPTS, LOOKING, MODES)
+    assert len(exits(wanted)) > 1
+    with on_device(folder, cuda_graphs=(2, 4, 8)) as (engine, _):
+        steps = are_launched(engine)
+        assert_same(engine.generate(PROMPTS, LOOKING, MODES), wanted)
+        assert all(steps)
+
+
+def test_several_texts_of_a_prompt_choose_their_exits_as_on_the_cpu(folder):
+    sampling = [SamplingParams(**WARM, n=3), SamplingParams(**COUNTED)]
+    wanted = on_cpu(folder).generate(PROMPTS[:2], sampling, MODES[:2])
+    with on_device(folder) as (engine, device):
+        steps = are_launched(engine)
+        found = engine.generate(PROMPTS[:2], sampling, MODES[:2])
+        assert all(steps)
+    for one, other in zip(found, wanted, strict=True):
+        told = [[(o.token_ids, o.exit_layers) for o in each.outputs] for each in (one, other)]
+        assert told[0] == told[1]
+
+
 def test_wishes_of_some_rows_are_nothing_to_others(folder):
     """Rows of other modes, with edits of their own, go ahead of the host until exits are chosen."""
     modes = [EarlyExit(0.3), Original(), EarlyExit(0.85, "similarity"), Original()]
