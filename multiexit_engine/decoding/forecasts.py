@@ -115,3 +115,8 @@ def least_gain(mode: Parallel, config: ModelConfig) -> int:
         return 0
     gain = config.vocab_size / config.hidden_size
     return math.ceil(_ONE * (gain if mode.gate_gain is None else mode.gate_gain))
+
+
+def can_gain(mode: Parallel, config: ModelConfig, num_rows: int, num_layers_above: int) -> bool:
+    """Whether so many positions of an answer could be tested if each were certain to leave."""
+    return num_rows * num_layers_above * _ONE >= least_gain(mode, config)

@@ -156,6 +156,11 @@ class _Rough:
         assert isinstance(self.weight, Tensor) and self.head is not None, "tests ask codes"
         return finer_head(self.weight, self.head)
 
+    @cached_property
+    def finer_spread(self) -> HeadSpread:
+        """Of both codes together; PyTorch's threads would wake to find it for each test."""
+        return finer_spread(self.spread, self.finer)
+
 
 class RoughHeads:
     """The codes of heads, made when they are first asked for: a byte for each of their numbers."""
@@ -227,8 +232,7 @@ class RoughHeads:
         assert isinstance(weight, Tensor), "quantized heads have no codes"
         states, spread = code_states(hidden, head, num_terms), rough.spread
         if is_fine:
-            finer = rough.finer
-            spread = finer_spread(spread, finer)
+            finer, spread = rough.finer, rough.finer_spread
         bounds = logit_bounds(states, finer or head, bias)
         found = rough_head_sums(hidden, weight, bias, states, head, bounds, finer)
         return RoughReading(found, logit_errors(states, finer or head, bias, spread))

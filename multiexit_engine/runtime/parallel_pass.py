@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.certainty import certain_rows, lone_best_tokens
-from multiexit_engine.decoding.forecasts import GateRules, rows_to_test
+from multiexit_engine.decoding.forecasts import GateRules, can_gain, rows_to_test
 from multiexit_engine.decoding.parallel import (
     rows_to_refine,
     sure_rows,
@@ -110,7 +110,7 @@ class ParallelBatch:
 
     def _next_stop(self, layer: int, rows: list[int]) -> int:
         """The next layer, from 1-based ``layer`` on, after which rows may leave or are fed back."""
-        return min(self._sure_depth(layer, mode, to_next=True) for mode in self._modes(rows))
+        return self._sure_depth(layer, rows, to_next=True)
 
     def _run(self, span: range, rows: list[int], *, is_attended: bool) -> None:
         """Advance ``rows`` by some layers; all others of their answers give keys and values."""
@@ -154,9 +154,8 @@ class ParallelBatch:
         cross = self._cross
         if cross is None or layer >= cross.stop:
             sources = sorted({a.source for a, n in zip(self._answers, counts, strict=True) if n})
-            modes = self._modes(rows)
-            stop = min(self._sure_depth(layer, mode) for mode in modes)
-            if layer and all(mode.gate_chance is not None for mode in modes):
+            stop = self._sure_depth(layer, rows)
+            if layer and all(mode.gate_chance is not None for mode in self._modes(rows)):
                 # most likely they go on: one product for all layers costs less than one for each
                 stop = self._num_layers
             encoded = self._encoded
@@ -168,19 +167,25 @@ class ParallelBatch:
             cross = self._cross = _Cross(keys_values, layer, stop, sources)
         return cross
 
-    def _sure_depth(self, layer: int, mode: Parallel, *, to_next: bool = False) -> int:
-        """The layer that an answer is certain to reach, from 0-based ``layer`` on.
+    def _sure_depth(self, layer: int, rows: list[int], *, to_next: bool = False) -> int:
+        """The layer that all answers are certain to reach, from 0-based ``layer`` on.
 
-        With ``to_next`` where its next row leaves, or all are fed back, before that.
+        With ``to_next`` where the next row leaves, or all are fed back, before that.
         """
+        counts = enumerate(self._counts(rows))
+        return min(self._depth_of(i, layer, n, to_next=to_next) for i, n in counts if n)
+
+    def _depth_of(self, i: int, layer: int, num_rows: int, *, to_next: bool) -> int:
+        """``_sure_depth`` of an answer of which so many rows go on."""
+        mode, last = self._answers[i].mode, self._num_layers
         if mode.exit == "soft" and to_next:
             return layer + 1
         if mode.exit == "prescribed" and mode.layers is not None:
             # the deepest row of an answer needs them all
             deeper = [each for each in mode.layers if each > layer]
             return min(deeper) if to_next else max(deeper)
-        tested = tested_layers(mode, self._num_layers)
-        return min((k for k in tested if k > layer), default=self._num_layers)
+        config, later = self._model.config, [k for k in self._tested[i] if k > layer]
+        return min((k for k in later if can_gain(mode, config, num_rows, last - k)), default=last)
 
     def _modes(self, rows: list[int]) -> list[Parallel]:
         """Of the answers that rows belong to."""

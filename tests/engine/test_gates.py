@@ -8,6 +8,7 @@ import torch
 
 from multiexit_engine import EarlyExit, Engine, Parallel, SamplingParams
 from multiexit_engine.checkpoint.probes import GATE_PROBES, read_probes, write_probes
+from multiexit_engine.layers.gate_probes import GateProbes
 from multiexit_engine.ops import PackedSources, PackedTexts
 from tests.engine.test_parallel import SOURCES, results
 from tests.gate_probes import plain_chances, save_probed_elmer
@@ -206,6 +207,19 @@ def test_answers_that_can_expect_less_than_their_gain_are_not_tested(gated):
     found = results(gated, SOURCES, replace(mode, gate_gain=34.0))
     assert gated.stats().tested_rows_per_layer == before
     assert found == results(gated, SOURCES, Parallel(length=11))
+
+
+def test_probes_are_not_asked_where_all_positions_together_cannot_gain(gated, monkeypatch):
+    asked, odds = [], GateProbes.odds
+    monkeypatch.setattr(
+        GateProbes,
+        "odds",
+        lambda self, layer, *rest: asked.append(layer) or odds(self, layer, *rest),
+    )
+    # 11 positions have 33, 22 and 11 layers above them
+    mode = Parallel("confidence", "max_prob", 1.1, length=11, gate_chance=0.25, gate_gain=12)
+    results(gated, SOURCES[:1], mode)
+    assert asked == [1, 2]
 
 
 def test_only_confidence_has_gates():
