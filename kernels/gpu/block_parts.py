@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multiexit_engine.kernels.matrices import Matrix
 from multiexit_engine.kernels.norms import norm as norm_rows
-from multiexit_engine.kernels.products import Matrix, Norm, product
+from multiexit_engine.kernels.products import Norm, product
 from multiexit_engine.kernels.row_lists import RowList
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from multiexit_engine.kernels.attention import attend_paged
 from multiexit_engine.kernels.block_parts import PartNorm, added, inner, inner_matrix
+from multiexit_engine.kernels.matrices import Matrix
 from multiexit_engine.kernels.norms import rms_norm
-from multiexit_engine.kernels.products import Matrix, Norm, product
+from multiexit_engine.kernels.products import Norm, product
 from multiexit_engine.kernels.qkv import Slots, Turn, place, store_qkv
 
 

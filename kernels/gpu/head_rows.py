@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.kernels.head_edits import PackedEdits
+from multiexit_engine.kernels.matrices import Matrix, stored
 
 
 class Upper(NamedTuple):
     """The head: ``hidden @ weight.T + bias``."""
 
     hidden: Tensor
-    weight: Tensor
+    weight: Matrix
     bias: Tensor | None
 
 
@@ -75,17 +76,18 @@ class Lower(NamedTuple):
 
     Attributes:
         hidden: [rows, width]; whatever it is in rows without lower head.
-        weight: [vocab, width] of one lower head.
+        weight: [vocab, width] of one lower head; all heads are stored alike.
         alpha: [rows] float32.
         least: [rows] int64, or None for 1 in every row.
-        table: [lower heads, 2] int64: address of each one's weight, and whether its logits have the
-            bias; None where all rows have the head ``weight``.
+        table: [lower heads, 3] int64: address of each one's weight, whether its logits have the
+            bias, and the address of its scales, if there are some; None where all rows have the
+            head ``weight``.
         groups: [rows] int32: which of these heads a row has, -1 for none; None as the table.
         num_candidates: [rows] int32 that takes the sizes of plausible sets, or None.
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Matrix
     alpha: Tensor
     least: Tensor | None = None
     table: Tensor | None = None
@@ -120,16 +122,14 @@ def lower_of(
     first = contrasted[0].lower_weight
     if len(groups) == 1 and bias is None and is_plain:
         return Lower(groups[0].lower_hidden, first, alpha, least)
-    heads = {
-        (group.lower_weight.data_ptr(), group.lower_bias is not None): None for group in contrasted
-    }
+    heads = {_addresses(group): None for group in contrasted}
     places = {head: place for place, head in enumerate(heads)}
     parts, named, start = [], [], 0
     for group in groups:
         place, own = -1, hidden[start : start + group.num_rows]
         if group.lower_weight is not None:
             own = group.lower_hidden
-            place = places[group.lower_weight.data_ptr(), group.lower_bias is not None]
+            place = places[_addresses(group)]
         parts.append(own)
         named.append((place, group.num_rows))
         start += group.num_rows
@@ -137,9 +137,16 @@ def lower_of(
     return Lower(torch.cat(parts), first, alpha, least, table, rows)
 
 
+def _addresses(group: Any) -> tuple[int, bool, int]:
+    """A row of ``Lower.table``."""
+    own = stored(group.lower_weight)
+    scales = 0 if own.scales is None else own.scales.data_ptr()
+    return own.numbers.data_ptr(), group.lower_bias is not None, scales
+
+
 @functools.lru_cache(maxsize=256)
-def _table(heads: tuple[tuple[int, bool], ...], device: torch.device) -> Tensor:
-    """[heads, 2] int64. Kept, so that a step copies nothing to the device that it had before."""
+def _table(heads: tuple[tuple[int, bool, int], ...], device: torch.device) -> Tensor:
+    """[heads, 3] int64. Kept, so that a step copies nothing to the device that it had before."""
     return torch.tensor(heads, dtype=torch.int64, device=device)
 
 

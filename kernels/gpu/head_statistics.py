@@ -17,6 +17,7 @@ from multiexit_engine.kernels.head_lists import first_best
 from multiexit_engine.kernels.head_tiles import best_of, head_logits_tile
 from multiexit_engine.kernels.heads import head_config
 from multiexit_engine.kernels.launch import options
+from multiexit_engine.kernels.matrices import Matrix, stored
 from multiexit_engine.kernels.row_lists import RowList, rows_at
 
 _NO_TOKEN = tl.constexpr(2147483647)
@@ -34,14 +35,14 @@ class HeadStatistics(NamedTuple):
 
 
 def head_statistics(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, shortlist: int | None = None
+    hidden: Tensor, weight: Matrix, bias: Tensor | None = None, shortlist: int | None = None
 ) -> HeadStatistics:
     """See ``multiexit_engine.ops.heads``. Two launches; scratch of 20 bytes a row and tile."""
     return _statistics(hidden, weight, bias, shortlist, None)
 
 
 def listed_head_statistics(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, listed: RowList
+    hidden: Tensor, weight: Matrix, bias: Tensor | None, listed: RowList
 ) -> HeadStatistics:
     """See ``multiexit_engine.ops.row_lists``. Two launches."""
     return _statistics(hidden, weight, bias, None, listed)
@@ -49,7 +50,7 @@ def listed_head_statistics(
 
 def _statistics(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None,
     shortlist: int | None,
     listed: RowList | None,
@@ -64,16 +65,17 @@ def _statistics(
     numbers = torch.empty(_NUM_FIELDS, rows, dtype=torch.float32, device=device)
     which = (None, None) if listed is None else (listed.rows, listed.count)
     if rows:
-        config = head_config(rows, hidden.dtype)
+        config, own = head_config(rows, hidden.dtype), stored(weight)
         num_tiles = triton.cdiv(vocab, config.block_v)
         shape = (_NUM_FIELDS, rows, num_tiles)
         fields = torch.empty(shape, dtype=torch.float32, device=device)
         best = torch.empty(shape[1:], dtype=torch.int32, device=device)
         statistics_kernel[(triton.cdiv(rows, config.block_r), num_tiles)](
-            hidden, weight, bias, fields, best, *which, rows, vocab, width,
-            LISTED=listed is not None, EVEN=width % config.block_k == 0,
-            HAS_BIAS=bias is not None, BLOCK_V=config.block_v, BLOCK_R=config.block_r,
-            BLOCK_K=config.block_k, STAGES=config.num_stages,
+            hidden, own.numbers, own.scales, bias, fields, best, *which, rows, vocab, width,
+            *own.strides, **own.constants, LISTED=listed is not None,
+            EVEN=width % config.block_k == 0, HAS_BIAS=bias is not None,
+            BLOCK_V=config.block_v, BLOCK_R=config.block_r, BLOCK_K=config.block_k,
+            STAGES=own.stages(config.num_stages),
             **options(config.num_warps, config.max_registers),
         )  # fmt: skip
         statistics_finish_kernel[(rows,)](
@@ -87,6 +89,7 @@ def _statistics(
 def statistics_kernel(
     hidden_ptr,
     head_weight_ptr,
+    scale_ptr,
     bias_ptr,
     tile_stat_ptr,
     tile_token_ptr,
@@ -95,6 +98,10 @@ def statistics_kernel(
     num_rows,
     vocab,
     width,
+    code_stride,
+    num_groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     LISTED: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -119,8 +126,9 @@ def statistics_kernel(
     rows, row_mask = rows_at(places, row_ptr, count_ptr, num_rows, LISTED)
     entry_mask = entries < vocab
     logits = head_logits_tile(
-        hidden_ptr, head_weight_ptr, bias_ptr, rows, row_mask, entries, entry_mask,
-        width, EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+        hidden_ptr, head_weight_ptr, scale_ptr, bias_ptr, rows, row_mask, entries, entry_mask,
+        width, code_stride, num_groups, BITS, GROUP,
+        EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
     )  # fmt: skip
     top, token, _ = best_of(logits, logits, entries)  # [BLOCK_R]
     second = tl.max(tl.where(entries[:, None] == token[None, :], float("-inf"), logits), 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from multiexit_engine.kernels.code_tiles import multiplied_codes, multiplied_e4m3
 from multiexit_engine.kernels.head_lists import is_narrowed
 from multiexit_engine.kernels.noise import gumbel
 
@@ -15,7 +16,7 @@ _NO_TOKEN = tl.constexpr(2147483647)
 
 
 @triton.jit
-def tile_logits(
+def _plain_logits(
     hidden_ptr,
     weight_ptr,
     rows,
@@ -70,15 +71,45 @@ def tile_logits(
 
 
 @triton.jit
+def tile_logits(
+    hidden_ptr, weight_ptr, scale_ptr, rows, row_mask, entries, entry_mask,
+    width, code_stride, num_groups, BITS: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_V, BLOCK_R] float32 products; masked entries are not read and give 0.
+
+    BITS and GROUP say how the matrix is stored, as for ``product_kernel``.
+    """
+    if BITS == 0:
+        logits = _plain_logits(
+            hidden_ptr, weight_ptr, rows, row_mask, entries, entry_mask,
+            width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+        )  # fmt: skip
+    elif GROUP == 0:
+        logits = multiplied_e4m3(
+            hidden_ptr, weight_ptr, scale_ptr, rows, row_mask, entries, entry_mask,
+            0, width, code_stride, width, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+        )  # fmt: skip
+    else:
+        logits = multiplied_codes(
+            hidden_ptr, weight_ptr, scale_ptr, rows, row_mask, entries, entry_mask,
+            0, width, width, code_stride, num_groups, width,
+            BITS, GROUP, BLOCK_V, BLOCK_R, STAGES,
+        )  # fmt: skip
+    return logits
+
+
+@triton.jit
 def head_logits_tile(
-    hidden_ptr, weight_ptr, bias_ptr, rows, row_mask, entries, entry_mask,
-    width, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_V: tl.constexpr,
+    hidden_ptr, weight_ptr, scale_ptr, bias_ptr, rows, row_mask, entries, entry_mask,
+    width, code_stride, num_groups, BITS: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_V, BLOCK_R] float32 logits; -inf of masked entries."""
     logits = tile_logits(
-        hidden_ptr, weight_ptr, rows, row_mask, entries, entry_mask,
-        width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+        hidden_ptr, weight_ptr, scale_ptr, rows, row_mask, entries, entry_mask,
+        width, code_stride, num_groups, BITS, GROUP, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
     )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + entries, mask=entry_mask, other=0.0)  # [BLOCK_V]
@@ -97,27 +128,36 @@ def best_of(keys, values, entries):
 
 @triton.jit
 def _lower_logits(
-    lower_ptr, lower_table_ptr, num_lowers, group, live, keep, bias_ptr, rows, entries,
-    width, EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_V: tl.constexpr,
+    lower_ptr, like_ptr, scale_ptr, lower_table_ptr, num_lowers, group, live, keep, bias_ptr,
+    rows, entries, width, code_stride, num_groups, BITS: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_V, BLOCK_R] logits of each row's own lower head, right where ``keep`` says so.
 
-    A head is read only for tiles in which one of its own rows has a candidate.
+    A head is read only for tiles in which one of its own rows has a candidate. All are stored as
+    the upper head is, of whose numbers and scales ``like_ptr`` and ``scale_ptr`` tell the types.
     """
     lower = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
     for which in range(num_lowers):
         mine = live & (group == which)
         if tl.max(mine.to(tl.int32), 0) > 0:
-            address = tl.load(lower_table_ptr + 2 * which)
-            weight_ptr = address.to(tl.pointer_type(lower_ptr.dtype.element_ty), bitcast=True)
+            address = tl.load(lower_table_ptr + 3 * which)
+            weight_ptr = address.to(tl.pointer_type(like_ptr.dtype.element_ty), bitcast=True)
+            own_scale_ptr = scale_ptr
+            if BITS > 0:
+                address = tl.load(lower_table_ptr + 3 * which + 2)
+                own_scale_ptr = address.to(
+                    tl.pointer_type(scale_ptr.dtype.element_ty), bitcast=True
+                )
             wanted = tl.max((keep & mine[None, :]).to(tl.int32), 1) > 0
             product = tile_logits(
-                lower_ptr, tl.multiple_of(weight_ptr, 16), rows, mine, entries, wanted,
-                width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+                lower_ptr, tl.multiple_of(weight_ptr, 16), own_scale_ptr, rows, mine, entries,
+                wanted, width, code_stride, num_groups, BITS, GROUP,
+                EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
             )  # fmt: skip
             if HAS_BIAS:
-                is_biased = tl.load(lower_table_ptr + 2 * which + 1)
+                is_biased = tl.load(lower_table_ptr + 3 * which + 1)
                 bias = tl.load(bias_ptr + entries, mask=wanted & (is_biased > 0), other=0.0)
                 product += bias.to(tl.float32)[:, None]
             lower = tl.where(mine[None, :], product, lower)
@@ -128,9 +168,11 @@ def _lower_logits(
 def head_kernel(
     upper_ptr,
     upper_weight_ptr,
+    scale_ptr,
     bias_ptr,
     lower_ptr,
     lower_weight_ptr,
+    lower_scale_ptr,
     lower_table_ptr,
     group_ptr,
     alpha_ptr,
@@ -154,6 +196,10 @@ def head_kernel(
     num_lowers,
     vocab,
     width,
+    code_stride,
+    num_groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CONTRAST: tl.constexpr,
@@ -172,7 +218,9 @@ def head_kernel(
     Writes for each row and tile the statistics (max, sum of exp, best key, its logit) and the best
     token. With CONTRAST the best key is that of the tokens that cannot be plausible; the others,
     the candidates, are listed with their logit and their contrast score. With MIXED each row has
-    a lower head of its own, by its place in the table of addresses, or none (-1). With EDITED
+    a lower head of its own, by its place in the table of addresses (of numbers and scales, and
+    between them whether there is a bias), or none (-1). BITS and GROUP tell how all heads are
+    stored, as for ``product_kernel``. With EDITED
     tokens whose scores will be edited are listed as well, and those not allowed are never best;
     both are bits, of which a tile has one word for each row. With NARROWED rows that draw from a
     part of their tokens get all their logits in scratch, keys without noise of tokens that are
@@ -201,8 +249,9 @@ def head_kernel(
         )
 
     logits = head_logits_tile(
-        upper_ptr, upper_weight_ptr, bias_ptr, rows, row_mask, entries, entry_mask,
-        width, EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+        upper_ptr, upper_weight_ptr, scale_ptr, bias_ptr, rows, row_mask, entries, entry_mask,
+        width, code_stride, num_groups, BITS, GROUP,
+        EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
     )  # fmt: skip
     if CONTRAST:
         # not before the product: its clamp would be computed there, waiting ahead of the weights
@@ -261,14 +310,17 @@ def head_kernel(
                 if tl.max(live.to(tl.int32), 0) > 0:
                     if MIXED:
                         lower = _lower_logits(
-                            lower_ptr, lower_table_ptr, num_lowers, group, live, keep, bias_ptr,
-                            rows, entries, width, EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+                            lower_ptr, upper_weight_ptr, scale_ptr, lower_table_ptr,
+                            num_lowers, group, live, keep, bias_ptr, rows, entries, width,
+                            code_stride, num_groups, BITS, GROUP,
+                            EVEN, HAS_BIAS, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
                         )  # fmt: skip
                     else:
                         lower = tile_logits(
-                            lower_ptr, lower_weight_ptr, rows, row_mask,
+                            lower_ptr, lower_weight_ptr, lower_scale_ptr, rows, row_mask,
                             entries, tl.max(keep.to(tl.int32), 1) > 0,
-                            width, EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
+                            width, code_stride, num_groups, BITS, GROUP,
+                            EVEN, BLOCK_V, BLOCK_R, BLOCK_K, STAGES,
                         )  # fmt: skip
                     tl.store(candidate_score_ptr + slots, logits - lower, mask=live[None, :])
                 kept = keep

@@ -32,6 +32,7 @@ from multiexit_engine.kernels.head_rows import (
 )
 from multiexit_engine.kernels.head_tiles import head_kernel
 from multiexit_engine.kernels.launch import kept_scratch, options, overlaps_launches
+from multiexit_engine.kernels.matrices import Matrix, Stored, stored
 
 # Rows of one launch: bounds the scratch of the candidates and the registers of a tile.
 MAX_ROWS = 64
@@ -75,7 +76,7 @@ def head_config(rows: int, dtype: torch.dtype) -> HeadConfig:
 
 
 def mixed_config(rows: int, dtype: torch.dtype, has_all: bool = False) -> HeadConfig:
-    """``head_config`` of rows with lower heads of their own, or whose scores or draws are changed.
+    """``head_config`` of rows with lower heads of their own, with changes, or beside codes.
 
     Which need more registers. Of 8 warps one program fits a multiprocessor with 168 as with 255;
     float32 is cut alike for all rows, and spills under triton 3.6 with fewer.
@@ -83,6 +84,12 @@ def mixed_config(rows: int, dtype: torch.dtype, has_all: bool = False) -> HeadCo
     config = head_config(rows, dtype)
     is_large = has_all or config.num_warps == 8 or dtype == torch.float32
     return config._replace(max_registers=255 if is_large else 168)
+
+
+def stages_for(weight: Stored, config: HeadConfig, dtype: torch.dtype) -> int:
+    """Loads in flight; beside codes float32 rows that have all changes leave registers for two."""
+    is_full = dtype == torch.float32 and config.max_registers == 255
+    return 2 if is_full and weight.group else weight.stages(config.num_stages)
 
 
 def finish_config(edited: bool, narrowed: bool, told: bool) -> dict[str, int]:
@@ -94,7 +101,7 @@ def finish_config(edited: bool, narrowed: bool, told: bool) -> dict[str, int]:
 
 def head_tokens(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None,
     temperature: Tensor,
     seeds: Tensor,
@@ -106,9 +113,9 @@ def head_tokens(
 
 def contrast_tokens(
     upper_hidden: Tensor,
-    upper_weight: Tensor,
+    upper_weight: Matrix,
     lower_hidden: Tensor,
-    lower_weight: Tensor,
+    lower_weight: Matrix,
     alpha: Tensor,
     temperature: Tensor,
     seeds: Tensor,
@@ -126,7 +133,7 @@ def contrast_tokens(
 
 def shared_head_tokens(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None,
     groups: Sequence[Any],
     alpha: Tensor,
@@ -199,8 +206,9 @@ def _choose_part(
     is_mixed = lower is not None and lower.groups is not None
     edits, narrowing, best = changes
     is_changed = any(changes.kinds.values())
+    own = stored(upper.weight)
     config = head_config(rows, upper.hidden.dtype)
-    if is_mixed or is_changed:
+    if is_mixed or is_changed or own.bits:
         has_all = is_mixed and edits is not None and (narrowing or best) is not None
         config = mixed_config(rows, upper.hidden.dtype, has_all)
     num_tiles = triton.cdiv(vocab, config.block_v)
@@ -214,16 +222,21 @@ def _choose_part(
         lists = torch.empty(rows, num_tiles, dtype=torch.int32, device=device)
         pairs = torch.empty(2, rows, num_tiles * config.block_v, dtype=torch.float32, device=device)
         candidates = (running, count.view(torch.int32), lists, pairs[0], pairs[1])
-    below: tuple[Tensor | None, ...] = (upper.hidden, upper.weight, None, None)
+    below: tuple[Tensor | None, ...] = (upper.hidden, own.numbers, own.scales, None, None)
     alpha = listing = drawing.temperature
     if lower is not None:
         alpha = listing = lower.alpha
         if lower.least is not None:
             # alpha 0 lists every token, as the least number of candidates is known at the end only
             listing = alpha.masked_fill(lower.least != 1, 0.0)
-        below = (lower.hidden, lower.weight, lower.table, lower.groups)
+        lower_own = stored(lower.weight)
+        lower_parts = lower_own.numbers, lower_own.scales
+        below = (lower.hidden, *lower_parts, lower.table, lower.groups)
     head_kernel[(triton.cdiv(rows, config.block_r), num_tiles)](
-        *upper,
+        upper.hidden,
+        own.numbers,
+        own.scales,
+        upper.bias,
         *below,
         listing,
         *drawing,
@@ -237,6 +250,8 @@ def _choose_part(
         0 if lower is None or lower.table is None else lower.table.shape[0],
         vocab,
         width,
+        *own.strides,
+        **own.constants,
         EVEN=width % config.block_k == 0,
         HAS_BIAS=upper.bias is not None,
         CONTRAST=lower is not None,
@@ -245,7 +260,7 @@ def _choose_part(
         BLOCK_V=config.block_v,
         BLOCK_R=config.block_r,
         BLOCK_K=config.block_k,
-        STAGES=config.num_stages,
+        STAGES=stages_for(own, config, upper.hidden.dtype),
         OVERLAP=overlap,
         **options(config.num_warps, config.max_registers),
     )

@@ -10,7 +10,7 @@ same order on the same instruction, and which program adds the parts of a sum de
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from multiexit_engine.kernels.activations import FORMS
 from multiexit_engine.kernels.launch import kept_scratch, options
+from multiexit_engine.kernels.matrices import Matrix, stored
 from multiexit_engine.kernels.norms import NORM_ROWS, norm
 from multiexit_engine.kernels.overlap import fetched, overlapped
 from multiexit_engine.kernels.product_tiles import product_kernel
@@ -35,26 +36,6 @@ _MIN_SPLIT = 256
 _STEP = 128
 _MAX_SPLITS = 16
 _KEPT_TICKETS = 16 * _PROGRAMS
-
-
-# Loads in flight of codes, of which a step has few.
-CODE_STAGES = 8
-# The same of numbers of 8 bits, whose steps are those of plain matrices and half as many bytes.
-FLOAT_STAGES = 6
-
-
-class Codes(Protocol):
-    """A quantized matrix, as ``multiexit_engine.quantization`` describes it."""
-
-    codes: Tensor
-    scales: Tensor
-    quantization: Any
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-
-Matrix = Tensor | Codes
 
 
 class Norm(NamedTuple):
@@ -258,21 +239,16 @@ def _launch(
     ahead: Matrix | None,
 ) -> None:
     rows, width = x.shape
-    if isinstance(weight, Tensor):
-        how = cut(x, weight.shape[0], weight.dtype, gated, listed is not None)
-        stored, scales, bits, group = weight, None, 0, 0
-    else:
-        how = cut(x, weight.shape[0], x.dtype, gated, listed is not None)
-        how.constants["STAGES"] = CODE_STAGES if weight.quantization.group_size else FLOAT_STAGES
-        stored, scales = weight.codes, weight.scales
-        bits, group = weight.quantization.bits, weight.quantization.group_size
+    own = stored(weight)
+    dtype = x.dtype if own.bits else own.numbers.dtype
+    how = cut(x, weight.shape[0], dtype, gated, listed is not None)
+    how.constants["STAGES"] = own.stages(how.constants["STAGES"])
     gain, shift, eps = norm_before or (None, None, 0.0)
     product_kernel[how.grid](
-        x, stored, scales, bias, gain, shift, residual, output, how.partial, how.ticket,
+        x, own.numbers, own.scales, bias, gain, shift, residual, output, how.partial, how.ticket,
         *((None, None) if listed is None else (listed.rows, listed.count)),
         *fetched(ahead, x.device), rows, output.shape[1], width, how.step, x.stride(0),
-        stored.stride(0), 0 if scales is None else scales.stride(0), eps,
-        LISTED=listed is not None, BITS=bits, GROUP=group,
+        *own.strides, eps, LISTED=listed is not None, **own.constants,
         NORM=norm_kind(norm_before), FORM=FORMS[activation] if activation else "none", GATED=gated,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         **how.constants, **how.options, **overlapped(x.device),

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.kernels.kv import write_kv
+from multiexit_engine.kernels.matrices import Matrix
 from multiexit_engine.kernels.overlap import fetched, overlapped
-from multiexit_engine.kernels.products import MAX_ROWS, Matrix, Norm, cut, norm_kind, product, ready
+from multiexit_engine.kernels.products import MAX_ROWS, Norm, cut, norm_kind, product, ready
 from multiexit_engine.kernels.qkv_tiles import qkv_kernel
 from multiexit_engine.kernels.rotary import rotate_and_write_kv
 from multiexit_engine.kernels.row_lists import RowList

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multiexit_engine.ops.operands import is_dense, is_plain, is_streamable
+from multiexit_engine.ops.operands import is_dense_or_coded, is_plain, is_streamable
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.quantization import QuantizedWeight, Weight, as_tensor, first_rows
 
@@ -127,7 +127,9 @@ head_statistics.backend(
     "triton",
     "multiexit_engine.kernels.head_statistics:head_statistics",
     device="cuda",
-    supports=lambda hidden, weight, bias=None, shortlist=None: is_dense(hidden, weight),
+    supports=lambda hidden, weight, bias=None, shortlist=None: is_dense_or_coded(
+        [hidden], [weight]
+    ),
 )
 head_statistics.backend(
     "cpu",

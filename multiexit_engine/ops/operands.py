@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +51,19 @@ def is_dense(*matrices: Weight) -> bool:
         len(tensors) == len(matrices)
         and len({m.dtype for m in tensors}) == 1
         and all(m.is_contiguous() and m.dtype in _DTYPES for m in tensors)
+    )
+
+
+def is_dense_or_coded(states: Sequence[Tensor], matrices: Sequence[Weight]) -> bool:
+    """Whether the fused heads of GPUs read operands: matrices all dense, or all quantized alike."""
+    coded = [m for m in matrices if isinstance(m, QuantizedWeight)]
+    if not coded:
+        return is_dense(*states, *matrices)
+    return (
+        len(coded) == len(matrices)
+        and len({m.quantization for m in coded}) == 1
+        and all(m.codes.is_contiguous() and m.scales.is_contiguous() for m in coded)
+        and is_dense(*states)
     )
 
 

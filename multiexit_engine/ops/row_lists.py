@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multiexit_engine.ops.heads import HeadStatistics, head_statistics
 from multiexit_engine.ops.linear import linear
-from multiexit_engine.ops.operands import is_dense, is_plain
+from multiexit_engine.ops.operands import is_dense, is_dense_or_coded, is_plain
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.quantization import Weight
 
@@ -123,5 +123,5 @@ listed_head_statistics.backend(
     "triton",
     "multiexit_engine.kernels.head_statistics:listed_head_statistics",
     device="cuda",
-    supports=lambda hidden, weight, bias, listed: is_dense(hidden, weight),
+    supports=lambda hidden, weight, bias, listed: is_dense_or_coded([hidden], [weight]),
 )

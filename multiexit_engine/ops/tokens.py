@@ -18,7 +18,13 @@ from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
 from multiexit_engine.ops.edits import TokenEdits, edited_scores
 from multiexit_engine.ops.heads import head_logits
 from multiexit_engine.ops.narrowing import Narrowing, narrowed_scores
-from multiexit_engine.ops.operands import are_rows, fits_ring, is_dense, is_plain, is_streamable
+from multiexit_engine.ops.operands import (
+    are_rows,
+    fits_ring,
+    is_dense_or_coded,
+    is_plain,
+    is_streamable,
+)
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.ops.sampling import gumbel_noise
 from multiexit_engine.quantization import Weight
@@ -221,7 +227,7 @@ def drawn_tokens(
 
 
 def _head_streams(hidden: Tensor, weight: Weight, *_: object, **__: object) -> bool:
-    return is_dense(hidden, weight)
+    return is_dense_or_coded([hidden], [weight])
 
 
 def _heads_stream(
@@ -232,7 +238,7 @@ def _heads_stream(
     *_: object,
     **__: object,
 ) -> bool:
-    return is_dense(upper_hidden, upper_weight, lower_hidden, lower_weight)
+    return is_dense_or_coded([upper_hidden, lower_hidden], [upper_weight, lower_weight])
 
 
 def _head_fits_ring(hidden: Tensor, weight: Weight, *_: object, **__: object) -> bool:
@@ -283,8 +289,8 @@ def lower_weights(groups: Sequence[RowGroup]) -> list[Weight]:
     return [group.lower_weight for group in groups if group.lower_weight is not None]
 
 
-def _lower_operands(groups: Sequence[RowGroup]) -> list[Weight]:
-    return [part for group in groups for part in group[1:3] if part is not None]
+def _lower_states(groups: Sequence[RowGroup]) -> list[Tensor]:
+    return [group.lower_hidden for group in groups if group.lower_hidden is not None]
 
 
 head_tokens.backend(
@@ -319,7 +325,7 @@ shared_head_tokens.backend(
     "multiexit_engine.kernels.heads:shared_head_tokens",
     device="cuda",
     supports=lambda hidden, weight, bias, groups, *_, **__: (
-        is_dense(hidden, weight, *_lower_operands(groups))
+        is_dense_or_coded([hidden, *_lower_states(groups)], [weight, *lower_weights(groups)])
         # of the lower logits' bias kernels know that of the upper ones only
         and all(g.lower_bias is None or g.lower_bias is bias for g in groups)
     ),

@@ -11,7 +11,41 @@ import torch
 from multiexit_engine.kernels import head_finish, head_statistics, head_tiles
 from multiexit_engine.kernels import heads as configs
 from multiexit_engine.kernels.launch import options
+from multiexit_engine.kernels.matrices import Stored
 from tests.kernels.shipped import DTYPES, Shipped
+
+
+class Kept(NamedTuple):
+    """How heads are stored: the type of codes, their bits, and the columns that share a scale."""
+
+    codes: str
+    bits: int
+    group: int
+
+    @property
+    def matrix(self) -> Stored:
+        return Stored(torch.empty(0), None, self.bits, self.group)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {**self.matrix.constants, **({} if self.bits else {"scale_ptr": None})}
+
+    @property
+    def types(self) -> dict[str, str]:
+        if not self.bits:
+            return {}
+        weights = "upper_weight_ptr", "lower_weight_ptr", "head_weight_ptr"
+        scales = "scale_ptr", "lower_scale_ptr"
+        return dict.fromkeys(weights, self.codes) | dict.fromkeys(scales, "*bf16")
+
+    def __str__(self) -> str:
+        return f"bits={self.bits} group={self.group}"
+
+
+# Plain, int8, int4, fp8.
+PLAIN = Kept("", 0, 0)
+CODED = (Kept("*i8", 8, 32), Kept("*u8", 4, 32), Kept("*u8", 8, 0))
+
 
 # What a head whose rows have no lower heads of their own does without.
 MIXED = ("lower_table_ptr", "group_ptr")
@@ -61,17 +95,23 @@ def heads(overlap: bool) -> Iterator[Shipped]:
             for kind in HEADS:
                 yield _head(rows, dtype, kind, overlap)
             yield from (_statistics(rows, dtype, is_listed) for is_listed in (True, False))
+        for rows, kept in product((1, 32, 64), CODED):
+            for kind in (HEADS[0], HEADS[1], HeadKind("own", *BOTH[1:] * 3)):
+                yield _head(rows, dtype, kind, overlap, kept)
+            yield _statistics(rows, dtype, is_listed=True, kept=kept)
     yield from _finishes(overlap)
 
 
-def _head(rows: int, dtype: torch.dtype, kind: HeadKind, overlap: bool) -> Shipped:
+def _head(
+    rows: int, dtype: torch.dtype, kind: HeadKind, overlap: bool, kept: Kept = PLAIN
+) -> Shipped:
     """The tiles of a head, its rows contrasted with no lower head, with one, or each with its own.
 
     Where each row has its own the heads have a bias, which takes more registers than none.
     """
     lowers, edited, narrowed, told = kind
     config = configs.head_config(rows, dtype)
-    if lowers == "own" or any(kind.flags.values()):
+    if lowers == "own" or any(kind.flags.values()) or kept.bits:
         config = configs.mixed_config(rows, dtype, kind.has_all)
     unused: dict[str, Any] = {
         "no": dict.fromkeys(("bias_ptr", "lower_ptr", "lower_weight_ptr", *MIXED)),
@@ -79,11 +119,13 @@ def _head(rows: int, dtype: torch.dtype, kind: HeadKind, overlap: bool) -> Shipp
         "own": {},
     }[lowers]
     return Shipped(
-        f"head rows={rows} {kind}",
+        f"head rows={rows} {kind} {kept}",
         head_tiles.head_kernel,
         dtype,
         {
+            **kept.constants,
             **unused,
+            **({} if kept.bits and lowers == "one" else {"lower_scale_ptr": None}),
             **({} if edited else {"edited_ptr": None, "allowed_ptr": None}),
             **({} if narrowed else dict.fromkeys(NARROWING)),
             **({} if told else {"asked_ptr": None}),
@@ -95,20 +137,22 @@ def _head(rows: int, dtype: torch.dtype, kind: HeadKind, overlap: bool) -> Shipp
             "BLOCK_V": config.block_v,
             "BLOCK_R": config.block_r,
             "BLOCK_K": config.block_k,
-            "STAGES": config.num_stages,
+            "STAGES": configs.stages_for(kept.matrix, config, dtype),
             "OVERLAP": overlap,
         },
         options(config.num_warps, config.max_registers),
+        kept.types,
     )
 
 
-def _statistics(rows: int, dtype: torch.dtype, is_listed: bool) -> Shipped:
+def _statistics(rows: int, dtype: torch.dtype, is_listed: bool, kept: Kept = PLAIN) -> Shipped:
     config = configs.head_config(rows, dtype)
     return Shipped(
-        f"statistics rows={rows} listed={is_listed}",
+        f"statistics rows={rows} listed={is_listed} {kept}",
         head_statistics.statistics_kernel,
         dtype,
         {
+            **kept.constants,
             "bias_ptr": None,
             **({} if is_listed else {"row_ptr": None, "count_ptr": None}),
             "LISTED": is_listed,
@@ -117,9 +161,10 @@ def _statistics(rows: int, dtype: torch.dtype, is_listed: bool) -> Shipped:
             "BLOCK_V": config.block_v,
             "BLOCK_R": config.block_r,
             "BLOCK_K": config.block_k,
-            "STAGES": config.num_stages,
+            "STAGES": kept.matrix.stages(config.num_stages),
         },
         options(config.num_warps, config.max_registers),
+        kept.types,
     )
 
 

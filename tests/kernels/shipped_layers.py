@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from multiexit_engine.kernels import norms, product_tiles, products, qkv_tiles, rotary
+from multiexit_engine.kernels import matrices, norms, product_tiles, products, qkv_tiles, rotary
 from multiexit_engine.kernels.launch import options
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -67,11 +67,11 @@ def layers(dtype: torch.dtype, overlap: bool) -> Iterator[_Item]:
             if "NORM" not in has or is_normed:
                 yield _product(f"product rows={rows} {name}", rows, dtype, has | begins)
         for bits, group in ((8, 32), (8, 64), (4, 32), (4, 64)):
-            codes = {"BITS": bits, "GROUP": group, "SPLITS": 16, "STAGES": products.CODE_STAGES}
+            codes = {"BITS": bits, "GROUP": group, "SPLITS": 16, "STAGES": matrices.CODE_STAGES}
             yield _product(f"product rows={rows} int{bits}-g{group}", rows, dtype, codes | begins)
             name = f"product rows={rows} listed int{bits}-g{group}"
             yield _product(name, rows, dtype, codes | LISTED_CODES | begins)
-        numbers = {"BITS": 8, "GROUP": 0, "SPLITS": 16, "STAGES": products.FLOAT_STAGES}
+        numbers = {"BITS": 8, "GROUP": 0, "SPLITS": 16, "STAGES": matrices.FLOAT_STAGES}
         yield _product(f"product rows={rows} fp8", rows, dtype, numbers | begins)
         yield _product(
             f"product rows={rows} listed fp8", rows, dtype, numbers | LISTED_CODES | begins

@@ -229,11 +229,13 @@ def test_grammars_are_masks_inside_the_kernels(folder, device, launched):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "int4-g64", "fp8"])
-def test_quantized_weights_give_the_ids_of_the_reference(folder, name, device):
+def test_quantized_weights_give_the_ids_of_the_reference(folder, name, device, launched):
+    """Their heads are read by the fused kernels, too."""
     with rehearsal(device):
         found = ids(
             on_kernels(folder, device, quantization=name), PROMPTS[:2], MIXED[1:3], max_new_tokens=2
         )
+    assert "head_kernel" in launched
     engine = Engine.from_pretrained(
         folder, device="cpu", dtype="float32", backend="reference", quantization=name
     )
