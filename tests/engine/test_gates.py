@@ -211,11 +211,12 @@ def test_answers_that_can_expect_less_than_their_gain_are_not_tested(gated):
 
 def test_probes_are_not_asked_where_all_positions_together_cannot_gain(gated, monkeypatch):
     asked, odds = [], GateProbes.odds
-    monkeypatch.setattr(
-        GateProbes,
-        "odds",
-        lambda self, layer, *rest: asked.append(layer) or odds(self, layer, *rest),
-    )
+
+    def noted(self, layer, *rest):
+        asked.append(layer)
+        return odds(self, layer, *rest)
+
+    monkeypatch.setattr(GateProbes, "odds", noted)
     # 11 positions have 33, 22 and 11 layers above them
     mode = Parallel("confidence", "max_prob", 1.1, length=11, gate_chance=0.25, gate_gain=12)
     results(gated, SOURCES[:1], mode)
