@@ -48,6 +48,25 @@ class HeadPlan(ctypes.Structure):
     ]
 
 
+def loaded(path: Path) -> ctypes.CDLL:
+    """A build; raises ImportError where there is none, or one of other sources than these."""
+    if not path.exists():
+        raise ImportError(
+            f"the CUDA kernels are not built ({path.name} is missing): install with "
+            "MULTIEXIT_CUDA=1 where nvcc is, see docs/gpu.md"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(f"the CUDA kernels do not load: {error}") from error
+    found = library.multiexit_cuda_interface()
+    if found != INTERFACE:
+        raise ImportError(
+            f"{path.name} has interface {found}, these sources have {INTERFACE}: build it anew"
+        )
+    return library
+
+
 class Library:
     """The functions of one build."""
 
@@ -57,20 +76,7 @@ class Library:
         Raises:
             ImportError: there is none at ``path``, or it is of other sources than these.
         """
-        if not path.exists():
-            raise ImportError(
-                f"the CUDA kernels are not built ({path.name} is missing): install with "
-                "MULTIEXIT_CUDA=1 where nvcc is, see docs/gpu.md"
-            )
-        try:
-            self._library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise ImportError(f"the CUDA kernels do not load: {error}") from error
-        found = self._library.multiexit_cuda_interface()
-        if found != INTERFACE:
-            raise ImportError(
-                f"{path.name} has interface {found}, these sources have {INTERFACE}: build it anew"
-            )
+        self._library = loaded(path)
         self._library.multiexit_cuda_error.restype = c_char_p
         self._library.multiexit_head_tokens.argtypes = [
             ctypes.POINTER(HeadCall),
