@@ -22,7 +22,7 @@ SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").g
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off"
 # g++ 12 finds uninitialized values in its own AVX-512 headers
 WARNINGS = "-Wall -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
-CUDA_SOURCE = "csrc/cuda/heads.cu"
+CUDA_SOURCES = ["csrc/cuda/graphs.cu", "csrc/cuda/heads.cu"]
 CUDA_LIBRARY = "multiexit_engine._cuda.libmultiexit_cuda"
 # Code of a capability runs on later ones of the same generation: sm_80 on 86 and 89, sm_100 on 103.
 CUDA_CAPABILITIES = ("80", "90", "100", "120")
@@ -62,7 +62,7 @@ def nvcc_command(nvcc, capabilities, target):
         *CUDA_FLAGS.split(),
         *(f"-gencode=arch=compute_{each},code=sm_{each}" for each in capabilities),
         f"-gencode=arch=compute_{last},code=compute_{last}",
-        *("-o", str(target), CUDA_SOURCE),
+        *("-o", str(target), *CUDA_SOURCES),
     ]
 
 
@@ -134,7 +134,7 @@ class BuildWithNinja(build_ext):
 
 extensions = [Extension("multiexit_engine._C", sources=SOURCES, optional=True)]
 if cuda_capabilities():
-    extensions.append(Extension(CUDA_LIBRARY, sources=[CUDA_SOURCE]))
+    extensions.append(Extension(CUDA_LIBRARY, sources=CUDA_SOURCES))
 
 setup(
     ext_modules=extensions,

@@ -149,6 +149,7 @@ class EngineConfig:
         quantization: of the weight matrices; None for ``dtype``.
         cuda_graphs: numbers of rows that decode steps are captured for; none: they run from Python.
         async_scheduling: launch a step before the tokens of the last one are known.
+        conditional_nodes: captured layers are passed over on the device where nobody is left.
     """
 
     device: torch.device
@@ -164,3 +165,4 @@ class EngineConfig:
     quantization: Quantization | None = None
     cuda_graphs: tuple[int, ...] = ()
     async_scheduling: bool = False
+    conditional_nodes: bool = False

@@ -95,6 +95,7 @@ class Engine:
         cuda_graphs: bool | Sequence[int] | str = False,
         warm_up: bool = False,
         async_scheduling: bool = False,
+        conditional_nodes: bool = False,
         revision: str | None = None,
         seed: int = 0,
     ) -> Engine:
@@ -103,12 +104,10 @@ class Engine:
         Args:
             model: a local folder, a hub id, or "demo" or "demo-elmer", which ship with the package.
             device: "auto" takes a CUDA device if there is one, else the CPU.
-            dtype: "auto" takes the checkpoint's own; on a CPU float16 becomes float32, and so does
-                bfloat16 where the CPU has no instructions for it. Else "float32", "bfloat16",
-                "float16" or a torch dtype.
-            backend: "reference" runs every op in plain PyTorch; "native" demands the fast kernels
-                and fails where there are none; "auto" takes those of the CPU where they are built,
-                and the reference on CUDA.
+            dtype: "auto" takes the checkpoint's own; on a CPU float32 for float16, and for bfloat16
+                where it has no instructions for it. Else "float32", "bfloat16", "float16", a dtype.
+            backend: "reference" runs every op in plain PyTorch; "native" takes the fast kernels or
+                fails; "auto" takes the CPU's where they are built, and the reference on CUDA.
             decoding: mode of the requests that name none; by default the model's own head, with
                 ELMER's decoder one pass, with feedback where the checkpoint has it.
             vocab_projection_mode: how exits project, for checkpoints that do not say.
@@ -126,6 +125,7 @@ class Engine:
                 "1,2,4". CUDA, decoder-only models and ELMER's decoder; docs/gpu.md.
             warm_up: capture at the start, for the mode ``decoding``, not when first needed.
             async_scheduling: launch a step before the last one's tokens are known; likewise.
+            conditional_nodes: graphs pass over layers without rows (MULTIEXIT_CUDA=1); docs/gpu.md.
             revision: of a hub id.
             seed: of requests that bring none.
 
@@ -155,6 +155,7 @@ class Engine:
             quantization=quantization,
             cuda_graphs=cuda_graphs,
             async_scheduling=async_scheduling,
+            conditional_nodes=conditional_nodes,
         )
         engine = cls(opened, config, decoding)
         if warm_up:

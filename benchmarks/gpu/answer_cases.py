@@ -17,6 +17,7 @@ from nar import MASK, SOURCE_LEN, autoregressive, modes, save
 from report import alternate, median
 from transformers import BartConfig, BartForConditionalGeneration
 
+from benchmarks.gpu.step_cases import CONDITIONAL
 from benchmarks.gpu.timing import DEVICE, sized
 
 LAYERS, WIDTH, VOCAB = sized((6, 768, 50265), (2, 32, 50265))
@@ -45,6 +46,10 @@ def measure() -> list[dict[str, Any]]:
         engines = {"engine": Engine.from_pretrained(folder, **kept)}
         if DEVICE == "cuda":
             engines["captured"] = Engine.from_pretrained(folder, **kept, cuda_graphs=ROWS)
+            if any(CONDITIONAL.values()):
+                engines["captured, conditional nodes"] = Engine.from_pretrained(
+                    folder, **kept, cuda_graphs=ROWS, **CONDITIONAL
+                )
     model = model.to(DEVICE, sized(torch.bfloat16, torch.float32))
     return [
         {"batch": batch, "way": way, "us": 1e6 * median(seconds)}
@@ -61,7 +66,7 @@ def _turns(engines: dict[str, Any], model: Any, batch: int) -> dict[str, Callabl
     sampling, lists, there = SamplingParams(ignore_eos=True), sources.tolist(), sources.to(DEVICE)
     turns = {"transformers greedy": _timed(lambda: autoregressive(model, there, 1))}
     for kind, engine in engines.items():
-        if kind == "captured" and batch > CAPTURED_BATCH:
+        if kind.startswith("captured") and batch > CAPTURED_BATCH:
             continue
         for name, mode in modes().items():
             if mode.layers is None or max(mode.layers) <= LAYERS:

@@ -28,8 +28,12 @@ def measure() -> list[dict[str, Any]]:
     """Microseconds of a step of GPT-2-medium's shape, exits at a quarter and at half its layers."""
     rows = []
     with step_cases.checkpoint() as folder:
-        for way in ("device", "host"):
-            engine = step_cases.new_engine(folder, step_cases.WAYS["graphs"], _exits())
+        graphs = step_cases.WAYS["graphs"]
+        ways = {"device": graphs, "host": graphs}
+        if any(step_cases.CONDITIONAL.values()):
+            ways["device, conditional nodes"] = graphs | step_cases.CONDITIONAL
+        for way, options in ways.items():
+            engine = step_cases.new_engine(folder, options, _exits())
             simulate(engine, _exits()[:-1])
             if way == "host":
                 _leave_to_the_host(engine)

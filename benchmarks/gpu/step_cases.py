@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.timing import DEVICE, sized
+from multiexit_engine._cuda.library import PATH
 from multiexit_engine.kernels.overlap import one_after_the_other
 
 LAYERS, EXIT = sized((24, 12), (2, 1))
@@ -30,6 +31,8 @@ WAYS = {
     "graphs": sized({"cuda_graphs": True}, {}),
     "graphs, ahead": sized({"cuda_graphs": True, "async_scheduling": True}, {}),
 }
+# the device passes over layers that nobody is left for; where the CUDA kernels are built
+CONDITIONAL = sized({"conditional_nodes": PATH.exists()}, {})
 # what the launches of a block do for each other is left out
 APART = "graphs, launches one after the other"
 

@@ -11,8 +11,8 @@
 namespace multiexit::cuda {
 namespace {
 
-// Raised with every change of head_call.h.
-constexpr int kInterface = 1;
+// Raised with every change of head_call.h and graph_call.h.
+constexpr int kInterface = 2;
 
 enum Error : int {
   kRows = -1,

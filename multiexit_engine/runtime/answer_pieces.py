@@ -26,6 +26,7 @@ from multiexit_engine.ops import (
 )
 from multiexit_engine.ops.heads import HeadStatistics
 from multiexit_engine.runtime.answer_memory import AnswerMemory
+from multiexit_engine.runtime.graph_parts import only_if
 from multiexit_engine.runtime.graphs import Call, Pieces
 
 
@@ -136,8 +137,9 @@ class AnswerPieces:
         before = compact_rows(memory.goes_on).before[inputs["first_rows"]]
         is_read = before[1:] > before[:-1]
         listed = compact_rows(is_read[inputs["source_owners"][rows]])
-        found = self._model.cross_span(memory.encoded[rows], range(start, stop), listed)
-        memory.keys_values(stop - start)[rows] = found
+        with only_if(listed.count):
+            found = self._model.cross_span(memory.encoded[rows], range(start, stop), listed)
+            memory.keys_values(stop - start)[rows] = found
 
     def _run_layers(self, span: AnswerSpan) -> None:
         memory, inputs, rows = self.memory, self.memory.inputs, slice(span.size)
@@ -151,13 +153,14 @@ class AnswerPieces:
             inputs["source_starts"][starts],
             texts.rows.before[inputs["first_rows"][starts]],
         )
-        memory.states[rows] = self._model.run_ragged(
-            memory.states[rows],
-            range(span.start, span.stop),
-            texts,
-            sources,
-            is_attended=span.is_attended,
-        )
+        with only_if(texts.rows.count):
+            memory.states[rows] = self._model.run_ragged(
+                memory.states[rows],
+                range(span.start, span.stop),
+                texts,
+                sources,
+                is_attended=span.is_attended,
+            )
         # as the host counts: nobody makes keys for a self-attention that is known
         keyed = slice(span.start + span.is_attended, span.stop)
         memory.results["computed"][span.start : span.stop] = texts.rows.count

@@ -11,7 +11,8 @@ from multiexit_engine.runtime.answer_pieces import AnswerPieces
 from multiexit_engine.runtime.core import EngineCore
 from multiexit_engine.runtime.detokenizer import Tokenizer
 from multiexit_engine.runtime.draft_lengths import DraftLengths
-from multiexit_engine.runtime.graphs import Graphs, capture_on
+from multiexit_engine.runtime.graph_parts import new_capture
+from multiexit_engine.runtime.graphs import Graphs
 from multiexit_engine.runtime.parallel_core import ParallelCore
 from multiexit_engine.runtime.runner import ModelRunner
 from multiexit_engine.runtime.scheduler import Scheduler
@@ -47,7 +48,7 @@ def parallel_core(
     if not config.cuda_graphs:
         return ParallelCore(config, model, tokenizer)
     most_tokens = max(config.max_model_len, SHORT_SOURCES)
-    graphs = Graphs(config.cuda_graphs, most_tokens, capture_on(config.device))
+    graphs = Graphs(config.cuda_graphs, most_tokens, new_capture(config))
     memory = AnswerMemory(
         graphs.sizes[-1],
         graphs.bounds[-1],

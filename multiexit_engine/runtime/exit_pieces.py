@@ -33,6 +33,7 @@ from multiexit_engine.runtime.decode_memory import DecodeMemory
 from multiexit_engine.runtime.decode_pieces import DecodePieces
 from multiexit_engine.runtime.exit_memory import ExitMemory
 from multiexit_engine.runtime.exit_tokens import ExitTokens
+from multiexit_engine.runtime.graph_parts import only_if
 from multiexit_engine.runtime.graphs import Pieces
 from multiexit_engine.runtime.wished_tokens import HeadWishes
 from multiexit_engine.transfer import to_device
@@ -206,10 +207,17 @@ class ExitPieces:
         listed = ListedRows(
             running, copied if span.has_copied else None, paths.owners, self._spare_slot
         )
-        hidden = self._model.run_listed(hidden, start, stop, self._kv_cache, forward, listed)
-        self._rows.states_after(stop, hidden)[rows] = hidden
+        counts = [each.count for each in (listed.running, listed.copied) if each is not None]
+        # whoever left keeps the state in which it did
+        with only_if(*counts, otherwise=partial(self._put, stop, rows, hidden)):
+            self._put(stop, rows, self._model.run_listed(
+                hidden, start, stop, self._kv_cache, forward, listed
+            ))  # fmt: skip
         if span.question is not None:
             self._ask(slice(span.num_own), stop, span.question, span.keeps_heads)
+
+    def _put(self, layer: int, rows: slice, hidden: Tensor) -> None:
+        self._rows.states_after(layer, hidden)[rows] = hidden
 
     def _enter(self, rows: slice, has_waiting: bool) -> Tensor:
         """[rows, hidden]: the embeddings of new rows, and the states of those that waited."""

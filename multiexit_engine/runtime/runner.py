@@ -31,7 +31,8 @@ from multiexit_engine.runtime.drafting import Drafter, Drafts
 from multiexit_engine.runtime.early_exits import EarlyExits, EarlyRows
 from multiexit_engine.runtime.exit_readings import ExitReadings, read_exits
 from multiexit_engine.runtime.flight import Flight
-from multiexit_engine.runtime.graphs import Eager, Graphs, Pieces, capture_on
+from multiexit_engine.runtime.graph_parts import new_capture
+from multiexit_engine.runtime.graphs import Eager, Graphs, Pieces
 from multiexit_engine.runtime.handing_out import hand_out, hand_out_scores
 from multiexit_engine.runtime.launched_step import LaunchedStep
 from multiexit_engine.runtime.logit_rows import LogitRow, all_rows, choice_rows, target_rows
@@ -232,7 +233,7 @@ def _decode_steps(
         return None
     pieces: Pieces = Eager()
     if config.cuda_graphs:
-        capture = capture_on(config.device)
+        capture = new_capture(config)
         pieces = Graphs(config.cuda_graphs, config.max_model_len, capture)
     return DecodeSteps(model, kv_cache, states, chooser, config, pieces)
 

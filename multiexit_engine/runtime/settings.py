@@ -13,6 +13,7 @@ from multiexit_engine.config import BackendName, EngineConfig, ModelConfig
 from multiexit_engine.errors import BackendUnavailable
 from multiexit_engine.ops import Op
 from multiexit_engine.quantization import Quantization
+from multiexit_engine.runtime.graph_parts import graph_library
 from multiexit_engine.runtime.graphs import ANSWER_SIZES, MOST_ANSWER_ROWS, graph_sizes
 from multiexit_engine.runtime.memory import num_kv_blocks
 
@@ -37,6 +38,7 @@ def make_engine_config(
     quantization: str | None,
     cuda_graphs: bool | Sequence[int] | str = False,
     async_scheduling: bool = False,
+    conditional_nodes: bool = False,
 ) -> EngineConfig:
     """The checked limits of an engine on a checkpoint; see ``Engine.from_pretrained``."""
     check_counts(
@@ -72,6 +74,7 @@ def make_engine_config(
         quantization=pick_quantization(quantization, place),
         cuda_graphs=pick_graph_sizes(cuda_graphs, place, checkpoint.config, max_batch_size),
         async_scheduling=pick_async_scheduling(async_scheduling, place, checkpoint.config),
+        conditional_nodes=pick_conditional_nodes(conditional_nodes, cuda_graphs),
     )
 
 
@@ -180,6 +183,15 @@ def check_lists_rows(backend: BackendName, quantization: str | None) -> None:
             "are found at once are captured where kernels list their rows; give backend='native' "
             "and no quantization, or cuda_graphs=False"
         )
+
+
+def pick_conditional_nodes(wanted: bool, cuda_graphs: bool | Sequence[int] | str) -> bool:
+    """Whether graphs have conditional nodes; raises ValueError where they cannot."""
+    if wanted and cuda_graphs is False:
+        raise ValueError("conditional_nodes=True without graphs: give cuda_graphs=True as well")
+    if wanted:
+        graph_library()
+    return wanted
 
 
 def pick_async_scheduling(wanted: bool, device: torch.device, model: ModelConfig) -> bool:

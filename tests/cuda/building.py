@@ -13,6 +13,7 @@ from multiexit_engine._cuda.library import Library
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "heads.cu"
+GRAPHS = ROOT / "csrc" / "cuda" / "graphs.cu"
 GXX = shutil.which("g++")
 NVCC = shutil.which("nvcc")
 HOST_FLAGS = (
@@ -43,7 +44,8 @@ class OnFibers:
 def on_fibers(capability: int, folder: Path) -> OnFibers:
     target = folder / f"libfibers{capability}.so"
     command = [GXX, *HOST_FLAGS.split(), f"-DMULTIEXIT_CAPABILITY={capability}",
-               f"-I{ROOT / 'csrc'}", "-x", "c++", str(SOURCE), "-o", str(target)]  # fmt: skip
+               f"-I{ROOT / 'csrc'}", "-x", "c++", str(SOURCE), str(GRAPHS),
+               "-o", str(target)]  # fmt: skip
     subprocess.run(command, check=True)
     library = Library(target)
     return OnFibers(library, Heads(library))
@@ -58,10 +60,10 @@ class Cubin:
     instructions: set[str]
 
 
-def compiled(capability: int, folder: Path, cuobjdump: Path) -> Cubin:
+def compiled(capability: int, folder: Path, cuobjdump: Path, source: Path = SOURCE) -> Cubin:
     target = folder / f"{capability}.cubin"
     command = [NVCC, "-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}",
-               f"-arch=sm_{capability}", "-cubin", "-o", str(target), str(SOURCE)]  # fmt: skip
+               f"-arch=sm_{capability}", "-cubin", "-o", str(target), str(source)]  # fmt: skip
     subprocess.run(command, check=True)
     usage, code = (
         subprocess.run([cuobjdump, flag, target], capture_output=True, text=True, check=True)

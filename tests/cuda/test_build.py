@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from multiexit_engine._cuda.library import HeadCall, Library
+from multiexit_engine._cuda.library import HeadCall, Library, loaded
 from tests.cuda.building import NVCC, ROOT
 
 
@@ -39,3 +39,5 @@ def test_the_kernels_are_built_for_the_capabilities_asked_for(tmp_path):
     call = HeadCall(rows=7, vocab=16, width=16, number_type=1)
     with pytest.raises(ValueError, match="rows must be 1 to 4"):
         Library(library).plan(call)
+    # a machine without a driver, or with an old one, is told so
+    assert loaded(library).multiexit_graph_check() in (0, -2)

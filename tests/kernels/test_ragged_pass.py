@@ -65,7 +65,7 @@ def test_mixed_modes_give_the_answers_and_the_work_of_the_host(device, waits):
 
 
 def test_pieces_with_padding_give_the_answers_and_the_work_of_the_host(device, monkeypatch):
-    monkeypatch.setattr(assembly, "capture_on", lambda place: lambda call: call)
+    monkeypatch.setattr(assembly, "new_capture", lambda config: lambda call: call)
     reference = opened("cpu", "reference")
     config = replace(reference.config, device=torch.device(device), backend="native")
     engine = Engine(reference.checkpoint, replace(config, cuda_graphs=(80,)), None)

@@ -12,7 +12,10 @@ import torch
 
 from multiexit_engine import DecodingMode, Engine, RequestOutput, SamplingParams
 from multiexit_engine.checkpoint import open_checkpoint
+from multiexit_engine.config import EngineConfig
 from multiexit_engine.runtime import assembly, runner
+from multiexit_engine.runtime.graph_parts import in_parts
+from multiexit_engine.runtime.graphs import Capture
 from tests.simulated_device import SimulatedDevice, simulated_device
 from tests.simulated_device.kernels import use_kernels
 
@@ -28,18 +31,22 @@ def on_device(
     folder: Path, *, has_kernels: bool = False, **options
 ) -> Iterator[tuple[Engine, SimulatedDevice]]:
     """An engine whose weights and cache lie on the simulated device, which may have kernels."""
-    names = [name for name in ("cuda_graphs", "async_scheduling") if name in options]
+    names = {"cuda_graphs", "async_scheduling", "conditional_nodes"} & options.keys()
     changes = {name: options.pop(name) for name in names}
     config = on_cpu(folder, **options).config
     with simulated_device() as device, pytest.MonkeyPatch.context() as patch:
         for module in (assembly, runner):
-            patch.setattr(module, "capture_on", lambda place: device.capture)
+            patch.setattr(module, "new_capture", lambda config: _capture(device, config))
         if has_kernels:
             use_kernels(patch)
             changes["backend"] = "auto"
         place = torch.device("sim:0")
         engine = Engine(open_checkpoint(folder), replace(config, device=place, **changes), None)
         yield engine, device
+
+
+def _capture(device: SimulatedDevice, config: EngineConfig) -> Capture:
+    return in_parts(device.parts) if config.conditional_nodes else device.capture
 
 
 def token_ids(outputs: list[RequestOutput]) -> list[list[list[int]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -86,6 +86,11 @@ class SimulatedDevice(TorchDispatchMode):
             self._stream.extend(recorded)
 
         return replay
+
+    def parts(self) -> _Parts:
+        """Captures a piece in parts; "passed over" counts those without rows."""
+        self.counts["captures"] += 1
+        return _Parts(self)
 
     def kernel(self, call: Callable[[], Any], result: SimulatedTensor) -> SimulatedTensor:
         """One operation that writes what ``call`` gives, in time; the host may wait within it."""
@@ -235,6 +240,41 @@ class SimulatedDevice(TorchDispatchMode):
 
         self._add(compute)
         return wrapped(results)
+
+
+class _Parts:
+    """A ``Recorder`` of the engine's."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+        self._recorded: list[list[Callable[[], None]]] = []
+
+    ready = staticmethod(nullcontext)
+
+    def begin(self) -> None:
+        assert self._device._captured is None, "a capture within a capture"
+        self._recorded.append([])
+        self._device._captured = self._recorded[-1]
+
+    def end(self) -> None:
+        self._device._captured = None
+
+    def join(self, counts: Any) -> Callable[[], None]:
+        run = functools.partial(self._run, list(counts))
+
+        def replay() -> None:
+            self._device.counts["replays"] += 1
+            self._device._stream.append(run)
+
+        return replay
+
+    def _run(self, counts: Any) -> None:
+        for own, recorded in zip(counts, self._recorded, strict=True):
+            if own and not any(int(count.memory) for count in own):
+                self._device.counts["passed over"] += 1
+                continue
+            for operation in recorded:
+                operation()
 
 
 @contextmanager
