@@ -51,6 +51,7 @@ def test_what_a_peer_prints_goes_to_its_log(tmp_path):
 def test_a_peer_that_would_spin_is_stopped_between_its_turns(tmp_path):
     with start(tmp_path, SPINNING_PEER) as peer:
         peer.generate([[1]], 1)
+        time.sleep(0.1)  # until the signal has come to every thread
         before = peer.cpu_seconds()
         time.sleep(0.3)
         assert peer.cpu_seconds() == before
