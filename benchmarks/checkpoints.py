@@ -150,3 +150,8 @@ def make_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype, device: str 
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     type(shape.config).from_dict(config).save_pretrained(target)
     return target
+
+
+def demo_or_random(shape: str, dtype: torch.dtype) -> Path | str:
+    """The demo model, or random weights of the shape with this name."""
+    return "demo" if shape == "demo" else make_checkpoint(SHAPES[shape], KEPT_CHECKPOINTS, dtype)

@@ -25,7 +25,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from checkpoints import KEPT_CHECKPOINTS, SHAPES, make_checkpoint
+from checkpoints import SHAPES, demo_or_random
 from report import alternate, median, show, write_json
 from speculation_bound import SpeculationBound, rate_of
 from torch import Tensor
@@ -275,7 +275,7 @@ def main(
     """Measure self-speculation at several batch sizes."""
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
-    model = "demo" if shape == "demo" else make_checkpoint(SHAPES[shape], KEPT_CHECKPOINTS, kind)
+    model = demo_or_random(shape, kind)
     trees = [tuple(map(int, own.split(";"))) for own in tree or []]
     lengths = draft_len or [2, 4]
     options = draft_exit, kind, batch or [1, 4, 16], lengths, trees, new_tokens, rounds

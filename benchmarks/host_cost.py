@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from checkpoints import KEPT_CHECKPOINTS, SHAPES, make_checkpoint
+from checkpoints import SHAPES, demo_or_random
 from exits import prompts_of
 from report import median, show, write_json
 
@@ -166,7 +166,7 @@ def main(
     """Split plain steps, and those of a chain of drafts with its check."""
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
-    model = "demo" if shape == "demo" else make_checkpoint(SHAPES[shape], KEPT_CHECKPOINTS, kind)
+    model = demo_or_random(shape, kind)
     engine = Engine.from_pretrained(model, dtype=kind, prefix_caching=False, backend="native")
     modes: dict[str, DecodingMode] = {
         "plain": Original(),

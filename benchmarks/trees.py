@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from checkpoints import KEPT_CHECKPOINTS, SHAPES, make_checkpoint
+from checkpoints import SHAPES, demo_or_random
 from exits import Oracle, prompts_of
 from report import median, show, write_json
 
@@ -115,7 +115,7 @@ def main(
     """Measure trees beside chains."""
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
-    model = "demo" if shape == "demo" else make_checkpoint(SHAPES[shape], KEPT_CHECKPOINTS, kind)
+    model = demo_or_random(shape, kind)
     modes: dict[str, DecodingMode] = {"plain": Original()}
     for length in draft_len or [1, 2]:
         for tree in TREES[length]:
