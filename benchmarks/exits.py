@@ -32,7 +32,7 @@ from torch import Tensor
 
 from multiexit_engine import Engine, RequestOutput, SamplingParams, SelfSpeculative
 from multiexit_engine.params import DecodingMode, parse_decoding
-from multiexit_engine.runtime.logit_rows import LogitRow
+from multiexit_engine.runtime.rows.logit_rows import LogitRow
 
 TEXTS = [
     "The old man looked at the sea and",

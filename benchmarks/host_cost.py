@@ -29,13 +29,13 @@ from multiexit_engine.batch import ForwardBatch
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import DecodingMode
 from multiexit_engine.runtime import runner
-from multiexit_engine.runtime.choosing import TokenChooser
 from multiexit_engine.runtime.core import EngineCore
-from multiexit_engine.runtime.draft_lengths import DraftLengths
-from multiexit_engine.runtime.flight import Flight
-from multiexit_engine.runtime.round_batches import RoundBatches
+from multiexit_engine.runtime.drafts.round_batches import RoundBatches
+from multiexit_engine.runtime.rows.choosing import TokenChooser
+from multiexit_engine.runtime.rows.flight import Flight
 from multiexit_engine.runtime.runner import ModelRunner
-from multiexit_engine.runtime.scheduler import Scheduler
+from multiexit_engine.runtime.scheduling.draft_lengths import DraftLengths
+from multiexit_engine.runtime.scheduling.scheduler import Scheduler
 
 REST = "the rest of the step"
 PARTS: dict[str, list[tuple[Any, str]]] = {

@@ -15,7 +15,7 @@ import torch
 
 from multiexit_engine import _C, Engine
 from multiexit_engine.ops import linear, use_backend
-from multiexit_engine.runtime.drafting import LEAST_DRAFT_VOCAB
+from multiexit_engine.runtime.drafts.drafting import LEAST_DRAFT_VOCAB
 
 LONGEST = 16
 READ_NUMBERS = 64 << 20

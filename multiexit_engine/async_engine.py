@@ -25,8 +25,8 @@ from multiexit_engine.outputs import (
     RequestPiece,
 )
 from multiexit_engine.params import DecodingMode, SamplingParams
-from multiexit_engine.runtime.intake import Prompt
-from multiexit_engine.runtime.submission import Submission
+from multiexit_engine.runtime.requests.intake import Prompt
+from multiexit_engine.runtime.requests.submission import Submission
 
 logger = logging.getLogger(__name__)
 

@@ -29,16 +29,16 @@ from multiexit_engine.outputs import (
 from multiexit_engine.params import DecodingMode, EarlyExit, Original, Parallel, SamplingParams
 from multiexit_engine.request import Request
 from multiexit_engine.runtime.assembly import autoregressive_core, parallel_core
-from multiexit_engine.runtime.core_protocol import Core
-from multiexit_engine.runtime.exit_readings import ExitReadings
-from multiexit_engine.runtime.intake import Intake, Prompt, as_prompts, one_for_each
-from multiexit_engine.runtime.parallel_intake import ParallelIntake
-from multiexit_engine.runtime.progress import run_all
-from multiexit_engine.runtime.report import followed_text, request_output
-from multiexit_engine.runtime.scoring import ScoreItem, as_items, run_scored, scored_text, windows
+from multiexit_engine.runtime.early_exit.exit_readings import ExitReadings
+from multiexit_engine.runtime.launched.warm_prompts import warm_prompts
+from multiexit_engine.runtime.parallel.parallel_intake import ParallelIntake
+from multiexit_engine.runtime.requests.core_protocol import Core
+from multiexit_engine.runtime.requests.intake import Intake, Prompt, as_prompts, one_for_each
+from multiexit_engine.runtime.requests.progress import run_all
+from multiexit_engine.runtime.requests.report import followed_text, request_output
+from multiexit_engine.runtime.requests.scoring import ScoreItem, run_scored, scored_texts, windows
+from multiexit_engine.runtime.requests.streaming import Feeds, stream_request
 from multiexit_engine.runtime.settings import make_engine_config
-from multiexit_engine.runtime.streaming import Feeds, stream_request
-from multiexit_engine.runtime.warm_prompts import warm_prompts
 
 _Reported = TypeVar("_Reported")
 
@@ -263,16 +263,13 @@ class Engine:
             ValueError: an item is wrong. Nothing has then been computed.
             RequestFailed: a contrast function or the model's numbers failed.
         """
-        limit = self.config.max_model_len
-        if stride is not None and not 1 <= stride < limit:
-            raise ValueError(f"stride={stride}: must be in 1..{limit - 1}")
-        many = as_items(items)
-        modes = one_for_each(decoding, len(many), "decoding")
-        texts = [scored_text(item, self._intake, f"items[{i}]") for i, item in enumerate(many)]
+        texts = scored_texts(items, self._intake)
+        modes = one_for_each(decoding, len(texts), "decoding")
+        longest = self.config.max_model_len
         parts = [
             [
                 self._intake.scoring_request(self._new_id(), *window, mode, text.source)
-                for window in windows(text.token_ids, text.score_from, limit, stride)
+                for window in windows(text.token_ids, text.score_from, longest, stride)
             ]
             for text, mode in zip(texts, modes, strict=True)
         ]

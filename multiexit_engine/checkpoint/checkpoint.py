@@ -100,17 +100,16 @@ def open_checkpoint(
     folder = checkpoint_folder(name_or_path, revision)
     values = _read_json(folder / "config.json")
     model_type = _model_type(folder, values, architecture)
-    family = FAMILIES[model_type]
-    config = read_model_config(model_type, values)
-    names = family.names_of_embedding(config.tie_word_embeddings)
-    weights = Weights(folder, family.prefix, {family.embedding: names})
+    weights = Weights(folder, FAMILIES[model_type].prefix)
     model_type = _elmer_or(model_type, weights, architecture)
     if model_type == "elmer" and (lm_head_layer_indices is not None or mode is not None):
         raise ValueError(
             "lm_head_layer_indices and vocab_projection_mode: with ELMER's decoder positions leave "
             "at any layer through the model's own head, so neither is to be given"
         )
-    config = _with_generation_tokens(replace(config, model_type=model_type), folder)
+    config = read_model_config(model_type, values)
+    config = _with_generation_tokens(config, folder)
+    family = FAMILIES[model_type]
     layers, projection = resolve_exits(config, values, weights, lm_head_layer_indices, mode or None)
     config = replace(config, exit_layers=layers, projection=projection)
     return Checkpoint(folder, config, weights, weights.get(family.embedding).dtype)

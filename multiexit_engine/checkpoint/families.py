@@ -32,7 +32,6 @@ class Family:
         positions: the longest text of a transformers config.
         encoder: the encoder of a transformers config; None for a decoder-only family.
         config_type: model type of transformers' config class, where it is not the family's own.
-        embeddings: further names of the token embedding, which all layers share.
     """
 
     prefix: str
@@ -43,11 +42,6 @@ class Family:
     positions: Callable[[Any], int] = attrgetter("max_position_embeddings")
     encoder: Callable[[Any], EncoderConfig] | None = None
     config_type: str | None = None
-    embeddings: tuple[str, ...] = ()
-
-    def names_of_embedding(self, is_tied: bool) -> tuple[str, ...]:
-        """Under which a file may hold it instead: who saves shared memory keeps any one name."""
-        return (*self.embeddings, "lm_head.weight") if is_tied else self.embeddings
 
 
 def _everything(config: Any) -> tuple[int | None, ...]:
@@ -114,7 +108,6 @@ _BART = Family(
     layers="decoder_layers",
     heads="decoder_attention_heads",
     encoder=_bart_encoder,
-    embeddings=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
 )
 FAMILIES: dict[str, Family] = {
     "gpt2": Family("transformer.", "transformer.wte.weight", _everything),
@@ -132,7 +125,6 @@ FAMILIES: dict[str, Family] = {
         heads="num_heads",
         positions=_t5_positions,
         encoder=_t5_encoder,
-        embeddings=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     ),
     "elmer": replace(_BART, config_type="bart"),
 }

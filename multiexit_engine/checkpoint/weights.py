@@ -10,7 +10,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,18 +90,14 @@ class Weights:
     Args:
         folder: where the files lie.
         prefix: of the base model's tensors in the full model, such as "transformer.".
-        tied: names that a file may hold in the place of the name that the model reads.
 
     Raises:
         CheckpointError: no weight file, a missing shard, or a damaged index.
     """
 
-    def __init__(
-        self, folder: Path, prefix: str = "", tied: Mapping[str, tuple[str, ...]] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, prefix: str = "") -> None:
         self._folder = folder
         self._prefix = prefix
-        self._tied = tied or {}
         self._opened: dict[Path, _SafetensorsFile | _PickleFile] = {}
         self._files = self._locate()
 
@@ -141,10 +137,10 @@ class Weights:
             ) from error
 
     def _stored_name(self, name: str) -> str | None:
-        for known in (name, *self._tied.get(name, ())):
-            for candidate in (known, known.removeprefix(self._prefix), self._prefix + known):
-                if candidate in self._index:
-                    return candidate
+        bare = name.removeprefix(self._prefix)
+        for candidate in (name, bare, self._prefix + name):
+            if candidate in self._index:
+                return candidate
         return None
 
     @cached_property

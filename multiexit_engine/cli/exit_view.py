@@ -12,7 +12,7 @@ from typing import NamedTuple
 from rich.style import Style
 from rich.text import Text
 
-from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
+from multiexit_engine.runtime.requests.detokenizer import Detokenizer, Tokenizer
 
 # From shallow to deep: light to dark, so that the order shows without seeing the hues.
 _RAMP = ((253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84))

@@ -18,7 +18,7 @@ from multiexit_engine.checkpoint.calibration import Calibration
 from multiexit_engine.checkpoint.probes import probe_digest
 from multiexit_engine.engine import Engine
 from multiexit_engine.modes import EarlyExit, Measure
-from multiexit_engine.runtime.exit_readings import ExitReadings
+from multiexit_engine.runtime.early_exit.exit_readings import ExitReadings
 
 WINDOW = 128
 # of a window, the part that is context only

@@ -6,16 +6,16 @@ from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.models.elmer import ElmerModel
-from multiexit_engine.runtime.answer_memory import AnswerMemory
-from multiexit_engine.runtime.answer_pieces import AnswerPieces
 from multiexit_engine.runtime.core import EngineCore
-from multiexit_engine.runtime.detokenizer import Tokenizer
-from multiexit_engine.runtime.draft_lengths import DraftLengths
-from multiexit_engine.runtime.graph_parts import new_capture
-from multiexit_engine.runtime.graphs import Graphs
-from multiexit_engine.runtime.parallel_core import ParallelCore
+from multiexit_engine.runtime.device.graph_parts import new_capture
+from multiexit_engine.runtime.device.graphs import Graphs
+from multiexit_engine.runtime.parallel.answer_memory import AnswerMemory
+from multiexit_engine.runtime.parallel.answer_pieces import AnswerPieces
+from multiexit_engine.runtime.parallel.parallel_core import ParallelCore
+from multiexit_engine.runtime.requests.detokenizer import Tokenizer
 from multiexit_engine.runtime.runner import ModelRunner
-from multiexit_engine.runtime.scheduler import Scheduler
+from multiexit_engine.runtime.scheduling.draft_lengths import DraftLengths
+from multiexit_engine.runtime.scheduling.scheduler import Scheduler
 
 # tokens of a batch of short sources that a pass is captured for, whatever the longest one may have
 SHORT_SOURCES = 1024

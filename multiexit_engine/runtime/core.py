@@ -22,11 +22,11 @@ from multiexit_engine.ops import use_backend
 from multiexit_engine.outputs import CANDIDATE_BOUNDS, EngineStats, FinishReason
 from multiexit_engine.params import DecodingMode, SamplingParams
 from multiexit_engine.request import ChosenToken, Request, Sequence, SequenceStatus
-from multiexit_engine.runtime.detokenizer import Detokenizer, Tokenizer
-from multiexit_engine.runtime.exit_readings import ExitReadings, join_readings
+from multiexit_engine.runtime.early_exit.exit_readings import ExitReadings, join_readings
 from multiexit_engine.runtime.lookahead import StepLoop
+from multiexit_engine.runtime.requests.detokenizer import Detokenizer, Tokenizer
 from multiexit_engine.runtime.runner import ModelRunner
-from multiexit_engine.runtime.scheduler import Scheduler
+from multiexit_engine.runtime.scheduling.scheduler import Scheduler
 
 T = TypeVar("T")
 

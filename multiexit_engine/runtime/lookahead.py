@@ -18,9 +18,9 @@ from dataclasses import replace
 from multiexit_engine.batch import ScheduledBatch, StepOutput
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.request import SequenceStatus
-from multiexit_engine.runtime.launched_step import LaunchedStep
+from multiexit_engine.runtime.launched.launched_step import LaunchedStep
 from multiexit_engine.runtime.runner import ModelRunner
-from multiexit_engine.runtime.scheduler import Scheduler
+from multiexit_engine.runtime.scheduling.scheduler import Scheduler
 
 
 class StepLoop:

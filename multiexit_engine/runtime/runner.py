@@ -19,26 +19,26 @@ from multiexit_engine.decoding.plan import ExitPlanner, plan_segments
 from multiexit_engine.errors import RequestFailed
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.params import DecodingMode, EarlyExit, SamplingParams
-from multiexit_engine.runtime.alternatives import (
+from multiexit_engine.runtime.device.graph_parts import new_capture
+from multiexit_engine.runtime.device.graphs import Eager, Graphs, Pieces
+from multiexit_engine.runtime.device.step_clock import StepClock
+from multiexit_engine.runtime.drafts.drafting import Drafter, Drafts
+from multiexit_engine.runtime.early_exit.early_exits import EarlyExits, EarlyRows
+from multiexit_engine.runtime.early_exit.exit_readings import ExitReadings, read_exits
+from multiexit_engine.runtime.launched.decode_steps import DecodeSteps
+from multiexit_engine.runtime.launched.launched_step import LaunchedStep
+from multiexit_engine.runtime.rows.alternatives import (
     alternative_rows,
     slots_of_accepted,
     with_alternatives,
 )
-from multiexit_engine.runtime.choosing import TokenChooser
-from multiexit_engine.runtime.decode_steps import DecodeSteps
-from multiexit_engine.runtime.draft_lengths import DraftLengths
-from multiexit_engine.runtime.drafting import Drafter, Drafts
-from multiexit_engine.runtime.early_exits import EarlyExits, EarlyRows
-from multiexit_engine.runtime.exit_readings import ExitReadings, read_exits
-from multiexit_engine.runtime.flight import Flight
-from multiexit_engine.runtime.graph_parts import new_capture
-from multiexit_engine.runtime.graphs import Eager, Graphs, Pieces
-from multiexit_engine.runtime.handing_out import hand_out, hand_out_scores
-from multiexit_engine.runtime.launched_step import LaunchedStep
-from multiexit_engine.runtime.logit_rows import LogitRow, all_rows, choice_rows, target_rows
-from multiexit_engine.runtime.logit_slices import LogitSlice
+from multiexit_engine.runtime.rows.choosing import TokenChooser
+from multiexit_engine.runtime.rows.flight import Flight
+from multiexit_engine.runtime.rows.handing_out import hand_out, hand_out_scores
+from multiexit_engine.runtime.rows.logit_rows import LogitRow, all_rows, choice_rows, target_rows
+from multiexit_engine.runtime.rows.logit_slices import LogitSlice
+from multiexit_engine.runtime.scheduling.draft_lengths import DraftLengths
 from multiexit_engine.runtime.sources import read_sources
-from multiexit_engine.runtime.step_clock import StepClock
 from multiexit_engine.transfer import to_device, wait_for
 
 

@@ -13,8 +13,8 @@ from multiexit_engine.config import BackendName, EngineConfig, ModelConfig
 from multiexit_engine.errors import BackendUnavailable
 from multiexit_engine.ops import Op
 from multiexit_engine.quantization import Quantization
-from multiexit_engine.runtime.graph_parts import graph_library
-from multiexit_engine.runtime.graphs import ANSWER_SIZES, MOST_ANSWER_ROWS, graph_sizes
+from multiexit_engine.runtime.device.graph_parts import graph_library
+from multiexit_engine.runtime.device.graphs import ANSWER_SIZES, MOST_ANSWER_ROWS, graph_sizes
 from multiexit_engine.runtime.memory import num_kv_blocks
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from multiexit_engine.errors import EngineClosed, QueueFull, RequestFailed
-from multiexit_engine.runtime.chosen_rows import NO_TOKEN_IN_FORM, NO_TOKEN_LEFT
+from multiexit_engine.runtime.rows.chosen_rows import NO_TOKEN_IN_FORM, NO_TOKEN_LEFT
 from multiexit_engine.serve.protocol import BODIES, UNSUPPORTED, Body
 
 # What a refused client should wait: a step takes far less, a whole text rarely much more.

@@ -18,7 +18,7 @@ from multiexit_engine.errors import EngineError, RequestFailed
 from multiexit_engine.modes import DecodingMode
 from multiexit_engine.outputs import CompletionOutput, RequestOutput
 from multiexit_engine.params import SamplingParams
-from multiexit_engine.runtime.submission import Submission
+from multiexit_engine.runtime.requests.submission import Submission
 from multiexit_engine.serve.answers import Form, Usage, without_tokens
 from multiexit_engine.serve.connection import (
     EventEnvelope,

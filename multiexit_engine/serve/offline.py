@@ -20,7 +20,7 @@ from multiexit_engine.mode_forms import decoding_from_json, parse_decoding
 from multiexit_engine.modes import DecodingMode
 from multiexit_engine.outputs import RequestPiece, join_pieces
 from multiexit_engine.params import SamplingParams
-from multiexit_engine.runtime.intake import Prompt
+from multiexit_engine.runtime.requests.intake import Prompt
 
 _SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams))
 _FIELDS = ("id", "prompt", "decoding", *_SAMPLING)

@@ -13,7 +13,7 @@ from multiexit_engine.engine import Engine
 from multiexit_engine.modes import DecodingMode
 from multiexit_engine.outputs import RequestPiece, join_pieces
 from multiexit_engine.params import SamplingParams
-from multiexit_engine.runtime.intake import Prompt
+from multiexit_engine.runtime.requests.intake import Prompt
 
 Batch = dict[str, Any]
 

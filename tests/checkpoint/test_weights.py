@@ -5,14 +5,12 @@ import pickle
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from multiexit_engine.checkpoint import Weights, open_checkpoint
 from multiexit_engine.errors import CheckpointError
 from multiexit_engine.models import build_model
 from tests.checkpoint.harness import HIDDEN, LAYERS, VOCAB, base_tensors, heads, write, write_config
-from tests.models.harness import ENCODER_DECODERS
 
 CPU = torch.device("cpu")
 
@@ -113,43 +111,6 @@ def test_a_stored_head_that_differs_from_the_tied_embedding_is_used(tmp_path, ca
     operands = model.heads.operands(model.heads.original, torch.zeros(1, HIDDEN))
     assert torch.equal(operands.weight, extra["lm_head.weight"])
     assert "lm_head.weight differs from the embedding" in caplog.text
-
-
-def test_an_embedding_that_is_stored_only_as_the_head_tied_to_it_is_found(tmp_path):
-    write_config(tmp_path)
-    tensors = base_tensors()
-    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
-    save_file(tensors, tmp_path / "model.safetensors")
-    model = build_model(open_checkpoint(tmp_path), CPU, torch.float32)
-    assert torch.equal(model.embedding.tokens, tensors["lm_head.weight"])
-
-
-def test_an_untied_head_does_not_stand_in_for_the_embedding(tmp_path):
-    write_config(tmp_path, tie_word_embeddings=False)
-    tensors = base_tensors()
-    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"has no tensor 'transformer\.wte\.weight'"):
-        open_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["bart", "t5 gated and untied"])
-@pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_an_embedding_that_both_stacks_share_is_found_under_the_name_of_either(
-    tmp_path, kind, stack
-):
-    model_type, values = ENCODER_DECODERS[kind]
-    config = transformers.AutoConfig.for_model(model_type, **values)
-    saved = transformers.AutoModelForSeq2SeqLM.from_config(config)
-    saved.save_pretrained(tmp_path)
-    prefix = "model." if model_type == "bart" else ""
-    tensors = load_file(tmp_path / "model.safetensors")
-    shared = tensors.pop(f"{prefix}shared.weight")
-    save_file(
-        {**tensors, f"{prefix}{stack}.embed_tokens.weight": shared}, tmp_path / "model.safetensors"
-    )
-    model = build_model(open_checkpoint(tmp_path), CPU, torch.float32)
-    assert torch.equal(model.embedding.tokens, shared)
 
 
 def test_a_shape_that_does_not_fit_is_named(tmp_path):

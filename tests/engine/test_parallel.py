@@ -188,7 +188,7 @@ def test_tokens_by_codes_are_those_of_exact_logits(backend, mode, rough_heads):
 def test_exact_tests_read_only_rows_that_rough_ones_leave_open(monkeypatch, rough_heads):
     rough_heads(True)
     elmer = Engine.from_pretrained(GOLDEN, dtype="float32")
-    path, exact_rows = "multiexit_engine.runtime.parallel_pass.head_statistics", []
+    path, exact_rows = "multiexit_engine.runtime.parallel.parallel_pass.head_statistics", []
 
     def counted(hidden, *rest):
         exact_rows.append(hidden.shape[0])

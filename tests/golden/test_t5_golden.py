@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from multiexit_engine import Engine, SamplingParams
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.compat.ibm import AutoMultiExitModel, MultiExitConfiguration
-from multiexit_engine.runtime.progress import run_all
+from multiexit_engine.runtime.requests.progress import run_all
 from tests.golden.test_acd_golden import decoding_of
 
 FOLDER = Path(__file__).with_name("acd_t5")

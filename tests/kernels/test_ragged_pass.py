@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from multiexit_engine import Engine, Parallel, SamplingParams
 from multiexit_engine.ops import compact_rows, linear
-from multiexit_engine.runtime import assembly, ragged_pass
+from multiexit_engine.runtime import assembly
+from multiexit_engine.runtime.parallel import ragged_pass
 from tests.gate_probes import save_probed_elmer
 from tests.golden.test_elmer_golden import FOLDER
 from tests.kernels.test_elmer import rehearsal

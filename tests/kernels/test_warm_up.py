@@ -10,8 +10,8 @@ import torch
 
 from multiexit_engine import Contrast, EarlyExit, Engine, Original, SamplingParams, SelfSpeculative
 from multiexit_engine.ops import assume_device
-from multiexit_engine.runtime.decode_steps import DecodeSteps
-from multiexit_engine.runtime.graphs import Graphs
+from multiexit_engine.runtime.device.graphs import Graphs
+from multiexit_engine.runtime.launched.decode_steps import DecodeSteps
 from tests.tiny import save_gpt2
 
 pytest.importorskip("multiexit_engine.kernels.heads")

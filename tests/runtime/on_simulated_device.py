@@ -14,8 +14,8 @@ from multiexit_engine import DecodingMode, Engine, RequestOutput, SamplingParams
 from multiexit_engine.checkpoint import open_checkpoint
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.runtime import assembly, runner
-from multiexit_engine.runtime.graph_parts import in_parts
-from multiexit_engine.runtime.graphs import Capture
+from multiexit_engine.runtime.device.graph_parts import in_parts
+from multiexit_engine.runtime.device.graphs import Capture
 from tests.simulated_device import SimulatedDevice, simulated_device
 from tests.simulated_device.kernels import use_kernels
 

@@ -12,7 +12,7 @@ from multiexit_engine.config import EngineConfig
 from multiexit_engine.outputs import FinishReason
 from multiexit_engine.params import Original, SamplingParams
 from multiexit_engine.request import Request, ScoredToken, Sequence
-from multiexit_engine.runtime.scheduler import Scheduler
+from multiexit_engine.runtime.scheduling.scheduler import Scheduler
 
 
 def make_config(**changes) -> EngineConfig:

@@ -11,13 +11,13 @@ from multiexit_engine.batch import (
 )
 from multiexit_engine.params import SelfSpeculative
 from multiexit_engine.request import Sequence
-from multiexit_engine.runtime.alternatives import (
+from multiexit_engine.runtime.rows.alternatives import (
     Alternative,
     alternatives_of,
     slots_of_accepted,
     with_alternatives,
 )
-from multiexit_engine.runtime.step_plan import less_and_less
+from multiexit_engine.runtime.scheduling.step_plan import less_and_less
 from tests.runtime.scheduler_harness import make_request
 
 CPU = torch.device("cpu")

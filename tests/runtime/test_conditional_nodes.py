@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from multiexit_engine import EarlyExit, Engine, Original, Parallel, SamplingParams
-from multiexit_engine.runtime import graph_parts, settings
+from multiexit_engine.runtime import settings
+from multiexit_engine.runtime.device import graph_parts
 from tests.golden.test_elmer_golden import FOLDER
 from tests.runtime.exit_models import assert_same, own_heads
 from tests.runtime.on_simulated_device import on_cpu, on_device

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multiexit_engine.runtime.detokenizer import Detokenizer
+from multiexit_engine.runtime.requests.detokenizer import Detokenizer
 from tests.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -8,9 +8,9 @@ import torch
 
 from multiexit_engine import EarlyExit, Engine, SamplingParams
 from multiexit_engine.layers import rough_heads
-from multiexit_engine.runtime import exit_gates
-from multiexit_engine.runtime.deciding_rows import DecidingRow
-from multiexit_engine.runtime.exit_gates import HeadGate
+from multiexit_engine.runtime.early_exit import exit_gates
+from multiexit_engine.runtime.early_exit.deciding_rows import DecidingRow
+from multiexit_engine.runtime.early_exit.exit_gates import HeadGate
 from tests.engine.families import EARLY_EXITS, with_copies
 from tests.tiny import save_gpt2, save_probes
 

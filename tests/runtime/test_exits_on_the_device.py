@@ -84,8 +84,8 @@ def test_preempted_and_cached_sequences_choose_as_on_the_cpu(folder, kv):
 
 @pytest.mark.parametrize("kv", ["recompute", "copy"])
 def test_rows_that_would_wait_too_long_are_completed(folder, kv, monkeypatch):
-    monkeypatch.setattr("multiexit_engine.runtime.decode_steps.SPARE_ROWS", 0)
-    monkeypatch.setattr("multiexit_engine.runtime.decode_steps.MOST_ROUNDS", 7)
+    monkeypatch.setattr("multiexit_engine.runtime.launched.decode_steps.SPARE_ROWS", 0)
+    monkeypatch.setattr("multiexit_engine.runtime.launched.decode_steps.MOST_ROUNDS", 7)
     mode = EarlyExit(0.05, kv=kv)
     options = {"max_batch_size": 2, "block_size": 4}
     wanted = on_cpu(folder, **options).generate(PROMPTS[:2], LONG, mode)
@@ -121,7 +121,7 @@ def test_a_step_launches_graphs_and_waits_once(folder):
 
 
 def test_a_warm_engine_captures_nothing_more(folder, monkeypatch):
-    monkeypatch.setattr("multiexit_engine.runtime.decode_steps.SPARE_ROWS", 20)
+    monkeypatch.setattr("multiexit_engine.runtime.launched.decode_steps.SPARE_ROWS", 20)
     mode, sampling = EarlyExit(0.85, "similarity", kv="copy"), SAMPLING[:2]
     options = {"cuda_graphs": (2,), "max_model_len": 64, "max_batch_size": 2}
     wanted = on_cpu(folder).generate(PROMPTS[:2], sampling, mode)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multiexit_engine import Contrast, DoLa, Exit, Original, SamplingParams
-from multiexit_engine.runtime.graphs import Graphs, graph_sizes, key_bounds
+from multiexit_engine.runtime.device.graphs import Graphs, graph_sizes, key_bounds
 from multiexit_engine.runtime.settings import pick_graph_sizes
 from tests.runtime.on_simulated_device import on_cpu, on_device, token_ids
 from tests.tiny import save_gpt2

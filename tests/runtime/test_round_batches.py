@@ -2,7 +2,7 @@ import torch
 
 from multiexit_engine.batch import ForwardBatch, ScheduledBatch, ScheduledSequence
 from multiexit_engine.request import Sequence
-from multiexit_engine.runtime.round_batches import RoundBatches
+from multiexit_engine.runtime.drafts.round_batches import RoundBatches
 from tests.runtime.scheduler_harness import make_request
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@ import pytest
 from multiexit_engine.batch import ScheduledBatch
 from multiexit_engine.outputs import FinishReason
 from multiexit_engine.request import SequenceStatus
-from multiexit_engine.runtime.scheduler import Scheduler
+from multiexit_engine.runtime.scheduling.scheduler import Scheduler
 from tests.runtime.scheduler_harness import FakeEngine, make_config, make_request
 
 

@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multiexit_engine.request import ScoredToken
-from multiexit_engine.runtime.scoring import ScoredText, score_output, windows
+from multiexit_engine.runtime.requests.scoring import ScoredText, score_output, windows
 
 
 @given(st.integers(2, 60), st.integers(0, 59), st.integers(2, 16), st.integers(1, 15) | st.none())

@@ -13,9 +13,9 @@ from multiexit_engine import (
     SamplingParams,
     SelfSpeculative,
 )
-from multiexit_engine.runtime.edit_memory import EDITS_OF_A_ROW
-from multiexit_engine.runtime.graphs import graph_sizes
-from multiexit_engine.runtime.warm_wishes import most_edits, possible_wishes
+from multiexit_engine.runtime.device.graphs import graph_sizes
+from multiexit_engine.runtime.launched.edit_memory import EDITS_OF_A_ROW
+from multiexit_engine.runtime.launched.warm_wishes import most_edits, possible_wishes
 from tests.runtime.on_simulated_device import on_cpu, on_device, token_ids
 from tests.tiny import save_gpt2
 
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def few_waiting(monkeypatch):
     """Steps of few rows, so that few numbers of waiting ones are captured."""
-    monkeypatch.setattr("multiexit_engine.runtime.decode_steps.SPARE_ROWS", 20)
+    monkeypatch.setattr("multiexit_engine.runtime.launched.decode_steps.SPARE_ROWS", 20)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

@@ -1,0 +1,1 @@
+"""What any launched work needs of a device: memory that stays, captures and clocks."""

@@ -1,0 +1,1 @@
+"""Sequences that draft by an early exit, and the check of their drafts."""
