@@ -19,10 +19,12 @@ from multiexit_engine.kernels.products import Norm, product
 from multiexit_engine.kernels.qkv import Slots, Turn, place, store_qkv
 
 
-def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: Any) -> Tensor:
+def decoder_blocks(
+    hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: Any, then: Matrix | None = None
+) -> Tensor:
     """See ``multiexit_engine.ops.blocks``. The residual stream is float32 between layers."""
     hidden = hidden.float()
-    coming = Coming(blocks)
+    coming = Coming(blocks, then)
     for block in blocks:
         attention, cross, mlp = block.attention, block.cross_attention, block.mlp
         norm = PartNorm(block.attention_norm, block.is_post_norm)
@@ -39,13 +41,14 @@ def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: 
 
 
 class Coming:
-    """The matrices of a span in the order of its launches, attention's having none.
+    """The matrices of a span in the order of its launches, and the one read behind it.
 
     A launch asks for what the launch after the next one reads, so that it is in L2 by then.
+    Attention has none.
     """
 
-    def __init__(self, blocks: Sequence[Any]) -> None:
-        self._matrices = [matrix for block in blocks for matrix in _matrices(block)]
+    def __init__(self, blocks: Sequence[Any], then: Matrix | None = None) -> None:
+        self._matrices = [matrix for block in blocks for matrix in _matrices(block)] + [then]
         self._place = 0
 
     def next(self) -> Matrix | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from multiexit_engine import _C
 from multiexit_engine._native.attention import layout_view
 from multiexit_engine._native.tensors import ACTIVATIONS, DTYPES, address, by_place, matrix, vector
+from multiexit_engine.quantization import Weight
 
 
 class _Views:
@@ -103,8 +104,10 @@ _spans: WeakKeyDictionary[Any, dict[tuple[int, int], _Span]] = WeakKeyDictionary
 _views: WeakKeyDictionary[Any, _Views] = WeakKeyDictionary()
 
 
-def decoder_blocks(hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: Any) -> Tensor:
-    """See ``multiexit_engine.ops.decoder_blocks``."""
+def decoder_blocks(
+    hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: Any, then: Weight | None = None
+) -> Tensor:
+    """See ``multiexit_engine.ops.decoder_blocks``. Asks for nothing ahead."""
     spans = _spans.get(kv_cache)
     if spans is None:
         spans = _spans[kv_cache] = {}

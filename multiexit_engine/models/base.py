@@ -58,7 +58,13 @@ class MultiExitModel(nn.Module):
         return hidden
 
     def run_layers(
-        self, hidden: Tensor, start: int, stop: int, kv_cache: PagedKVCache, batch: ForwardBatch
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        kv_cache: PagedKVCache,
+        batch: ForwardBatch,
+        then: Weight | None = None,
     ) -> Tensor:
         """Run the 0-based blocks ``start`` to ``stop - 1``.
 
@@ -69,6 +75,7 @@ class MultiExitModel(nn.Module):
             kv_cache: keys and values of these layers are written for all tokens of ``batch`` and
                 its copied rows.
             batch: the tokens.
+            then: the matrix that is read first behind these layers, if the caller knows.
 
         Returns:
             [tokens, hidden], the raw residual stream after layer ``stop`` counted from 1: the tap
@@ -76,7 +83,7 @@ class MultiExitModel(nn.Module):
         """
         if start == stop:
             return hidden
-        return decoder_blocks(hidden, self._order[start:stop], kv_cache, batch)
+        return decoder_blocks(hidden, self._order[start:stop], kv_cache, batch, then)
 
     def run_listed(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from multiexit_engine.batch import ForwardBatch
 from multiexit_engine.ops.operands import is_dense, is_plain
 from multiexit_engine.ops.registry import register_op
-from multiexit_engine.quantization import QuantizedWeight
+from multiexit_engine.quantization import QuantizedWeight, Weight
 
 
 class KVCache(Protocol):
@@ -27,6 +27,7 @@ def decoder_blocks(
     blocks: Sequence[Any],
     kv_cache: KVCache,
     batch: ForwardBatch,
+    then: Weight | None = None,
 ) -> Tensor:
     """Run decoder blocks one after the other.
 
@@ -41,6 +42,8 @@ def decoder_blocks(
         kv_cache: the keys and values of these layers are written for all tokens of ``batch`` and
             its copied rows.
         batch: the tokens.
+        then: the matrix that is read first when these blocks have run, if the caller knows; a
+            backend may ask memory for its first bytes meanwhile. Changes no result.
 
     Returns:
         A new tensor of the shape of ``hidden``, in its dtype or in float32.
@@ -58,7 +61,11 @@ def decoder_blocks(
 
 
 def _has_matrices_to_stream(
-    hidden: Tensor, blocks: Sequence[Any], kv_cache: KVCache, batch: ForwardBatch
+    hidden: Tensor,
+    blocks: Sequence[Any],
+    kv_cache: KVCache,
+    batch: ForwardBatch,
+    then: Weight | None = None,
 ) -> bool:
     """Whether the GPU's kernels read the matrices: all of a model's, or none.
 
@@ -80,5 +87,5 @@ decoder_blocks.backend(
     "cpu",
     "multiexit_engine._native:decoder_blocks",
     device="cpu",
-    supports=lambda hidden, *_: is_plain(hidden),
+    supports=lambda hidden, *_, **__: is_plain(hidden),
 )

@@ -1,6 +1,7 @@
 """Spans of blocks on the GPU's kernels, against the modules; ``tests/ops`` has every family."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def test_a_block_of_few_rows_takes_a_launch_for_each_part_and_one_to_merge(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels take what is asked for")
-def test_a_launch_asks_for_what_the_launch_after_the_next_reads(monkeypatch, tmp_path):
+@pytest.mark.parametrize("has_more", [False, True], ids=["then nothing", "then the head"])
+def test_a_launch_asks_for_what_the_launch_after_the_next_reads(has_more, monkeypatch, tmp_path):
     checkpoint = open_checkpoint(save(transformers_model(*CASES["llama 3"]), tmp_path))
     model = build_model(checkpoint, torch.device("cpu"), torch.float32)
     asked = []
@@ -86,11 +88,14 @@ def test_a_launch_asks_for_what_the_launch_after_the_next_reads(monkeypatch, tmp
 
     for module in (attention, products, qkv):
         monkeypatch.setattr(module, "fetched", recorded)
-    hidden_after(model, blocks.decoder_blocks, [[5]], [[(0, 1)]], blocks=slice(0, 2))
+    head = torch.zeros(64, 32) if has_more else None
+    span = partial(blocks.decoder_blocks, then=head)
+    hidden_after(model, span, [[5]], [[(0, 1)]], blocks=slice(0, 2))
     parts = [
         [b.attention.output, b.mlp.gate_up, b.mlp.down, c and c.attention.qkv, None]
         for b, c in itertools.pairwise([*model.blocks[:2], None])
     ]
     expected = [part and part.weight for row in parts for part in row]
+    expected[-2] = head
     assert len(asked) == len(expected)
     assert all(one is other for one, other in zip(asked, expected, strict=True))
