@@ -4,7 +4,7 @@ import pytest
 
 from multiexit_engine import Contrast, DoLa, Engine, Exit, FinishReason, SamplingParams
 from multiexit_engine.errors import BackendUnavailable, RequestFailed
-from tests.tiny import save_gpt2
+from tests.tiny import byte_tokenizer, save_gpt2
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,38 @@ def test_a_temperature_that_is_no_number_is_refused():
 def test_sampling_parameters_that_the_model_lacks_are_named(engine, params, message):
     with pytest.raises(ValueError, match=message):
         engine.generate([1, 2], params)
+
+
+@pytest.fixture(scope="module")
+def engine_with_added_token(tmp_path_factory):
+    """Of a checkpoint whose tokenizer got a token that its embeddings were not resized for."""
+    folder = save_gpt2(tmp_path_factory.mktemp("model"))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(folder)
+    return Engine.from_pretrained(folder, dtype="float32", device="cpu")
+
+
+def test_a_text_with_a_token_that_the_model_lacks_is_refused(engine_with_added_token):
+    with pytest.raises(ValueError, match=r"prompt has the token '<think>'.* 257.* 0\.\.256"):
+        engine_with_added_token.generate("so <think> then")
+    with pytest.raises(ValueError, match=r"items\[0\] has the token '<think>'"):
+        engine_with_added_token.score("so <think> then")
+
+
+def test_a_bad_word_with_a_token_that_the_model_lacks_is_refused(engine_with_added_token):
+    with pytest.raises(ValueError, match="bad_words='<think>' has the token '<think>'"):
+        engine_with_added_token.generate([1], SamplingParams(bad_words=["<think>"]))
+
+
+def test_a_bad_word_of_which_the_tokenizer_makes_nothing_is_refused(engine, monkeypatch):
+    class Silent:
+        def __call__(self, text, **_):
+            return {"input_ids": []}
+
+    monkeypatch.setattr(engine._intake, "_tokenizer", Silent())
+    with pytest.raises(ValueError, match="bad_words=' ': the tokenizer makes no token of it"):
+        engine.generate([1], SamplingParams(bad_words=[" "]))
 
 
 def test_a_request_that_can_never_fit_is_refused(folder):

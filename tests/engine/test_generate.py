@@ -139,3 +139,10 @@ def test_prefixes_computed_by_a_shallow_mode_do_not_serve_a_deeper_one(folder):
     (shallow,) = engine.generate(prompt, params, Exit(4))
     assert deep.num_cached_tokens == 0 and deep.outputs[0].token_ids == fresh
     assert shallow.num_cached_tokens == 48
+
+
+def test_a_banned_newline_bans_newlines_and_not_spaces(engine):
+    (newline,), (space,) = (engine.tokenizer(text)["input_ids"] for text in ("\n", " "))
+    wanted = {newline: 200.0, space: 100.0}
+    params = SamplingParams(max_new_tokens=3, logit_bias=wanted, bad_words=["\n"])
+    assert engine.generate([1, 2], params)[0].outputs[0].token_ids == [space] * 3

@@ -39,7 +39,7 @@ class Intake:
         self._engine_config = engine_config
         self._model_config = model.config
         self._heads = model.heads
-        self._tokenizer = tokenizer
+        self._tokenizer: Any = tokenizer
         self._default_mode = default_mode
         self._folder = folder
         self.grammars = GrammarCompiler(
@@ -238,12 +238,7 @@ class Intake:
     def encode(self, text: Prompt, name: str = "prompt") -> list[int]:
         """As ``token_ids``, but nothing may come of an empty text."""
         if isinstance(text, str):
-            if self._tokenizer is None:
-                raise ValueError(
-                    f"{name} is text, but the checkpoint has no tokenizer: give token ids, or put "
-                    "the tokenizer's files into the checkpoint's folder"
-                )
-            return list(self._tokenizer(text)["input_ids"])
+            return self._encoded_text(text, name)
         token_ids = _integers(text)
         if token_ids is None:
             raise ValueError(f"{name}={_shown(text)}: must be a string or a list of token ids")
@@ -254,6 +249,26 @@ class Intake:
                     f"{name}[{place}]={token}: token ids of this model are 0..{vocab_size - 1}"
                 )
         return token_ids
+
+    def _encoded_text(self, text: str, name: str) -> list[int]:
+        if self._tokenizer is None:
+            raise ValueError(
+                f"{name} is text, but the checkpoint has no tokenizer: give token ids, or put "
+                "the tokenizer's files into the checkpoint's folder"
+            )
+        token_ids = list(self._tokenizer(text)["input_ids"])
+        self._check_model_has(token_ids, name)
+        return token_ids
+
+    def _check_model_has(self, token_ids: list[int], name: str) -> None:
+        """Tokens may have been added to a tokenizer whose model was never resized."""
+        vocab_size = self._model_config.vocab_size
+        if (token := max(token_ids, default=0)) >= vocab_size:
+            raise ValueError(
+                f"{name} has the token {self._tokenizer.convert_ids_to_tokens(token)!r} of the "
+                f"tokenizer, {token}, but the model's are 0..{vocab_size - 1}: leave it out, or "
+                "give a model whose embeddings were resized for it"
+            )
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
         if sampling.stop and self._tokenizer is None:
@@ -287,10 +302,19 @@ class Intake:
                     "token ids"
                 )
             else:
-                for form in (word.lstrip(), " " + word.lstrip()):
-                    ids = self._tokenizer(form, add_special_tokens=False)["input_ids"]
-                    words.append(tuple(ids))
+                words += self._forms(word)
         return tuple(dict.fromkeys(words))
+
+    def _forms(self, word: str) -> list[tuple[int, ...]]:
+        bare, name = word.lstrip(" "), f"bad_words={word!r}"
+        forms = []
+        for form in (bare, " " + bare):
+            ids = list(self._tokenizer(form, add_special_tokens=False)["input_ids"])
+            self._check_model_has(ids, name)
+            forms += [tuple(ids)] if ids else []
+        if not forms:
+            raise ValueError(f"{name}: the tokenizer makes no token of it; give token ids")
+        return forms
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
