@@ -86,6 +86,7 @@ def write_calibration(folder: Path, found: Calibration) -> Path:
     """Put a threshold beside a model, in the place of an older one for the same question."""
     kept = [item for item in read_calibrations(folder) if _question(item) != _question(found)]
     path = folder / FILE_NAME
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(_lines([*kept, found]), "utf-8")
     return path
 

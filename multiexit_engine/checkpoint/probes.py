@@ -97,12 +97,13 @@ def read_probes(
 
 
 def write_probes(path: Path, probes: Mapping[int, ProbeWeights], weights: Weights) -> None:
-    """Put probes into a file, for these weights only."""
+    """Put probes into a file, for these weights only; makes its folder."""
     tensors = {
         f"{layer}.{field}": tensor.contiguous()
         for layer, probe in probes.items()
         for field, tensor in probe._asdict().items()
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     # not save_file, whose files only their owner can read
     path.write_bytes(save(tensors, {"model": fingerprint(weights)}))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
+from multiexit_engine.runtime.settings import pick_device
 from multiexit_engine.train.causal_config import CausalTrainingConfig, TrainingProgress
 from multiexit_engine.train.corpus import (
     END_OF_TEXT,
@@ -69,7 +70,7 @@ def train_causal(
     With the same config, versions and device, two runs without `max_minutes` give the same
     weights, also when one of them was interrupted and resumed.
     """
-    device = _device(config.device)
+    device = pick_device(config.device)
     data = _prepare_data(config)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
@@ -172,9 +173,3 @@ def _prepare_data(config: CausalTrainingConfig) -> _Data:
     )
     logger.info("%d tokens to train on, %d held out", len(data.training), len(data.validation))
     return data
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

@@ -40,7 +40,7 @@ class Title:
 
 @dataclass(frozen=True)
 class Book:
-    """The cleaned text of one book; `held_out` books are never trained on."""
+    """The text of one book; `held_out` books are never trained on."""
 
     name: str
     text: str
@@ -75,8 +75,9 @@ def clean_text(text: str) -> str:
 def read_books(source: Path, titles: Sequence[Title] | None = None) -> list[Book]:
     """Books of a folder or a tar archive of .txt files, in the order of their file names.
 
-    With `titles`, exactly those files are read and a missing one raises ValueError. Without, every
-    .txt file is read and every fiftieth book, or the last of fewer, is held out.
+    With `titles`, exactly those files are read and cleaned, and a missing one raises ValueError.
+    Without, every .txt file is read as it is and every fiftieth book, or the last of fewer, is held
+    out.
     """
     if titles is None:
         texts = sorted(_read_texts(source))
@@ -85,7 +86,8 @@ def read_books(source: Path, titles: Sequence[Title] | None = None) -> list[Book
             Book(name, text, held_out=index % period == period - 1)
             for index, (name, text) in enumerate(texts)
         ]
-    found = dict(_read_texts(source, wanted={title.file for title in titles}))
+    texts_found = _read_texts(source, wanted={title.file for title in titles})
+    found = {name: clean_text(text) for name, text in texts_found}
     missing = sorted(title.file for title in titles if title.file not in found)
     if missing:
         raise ValueError(
@@ -100,7 +102,7 @@ def _read_texts(source: Path, wanted: set[str] | None = None) -> Iterator[tuple[
     if source.is_dir():
         for path in source.rglob("*.txt"):
             if wanted is None or path.name in wanted:
-                yield path.name, clean_text(path.read_text(encoding="utf-8"))
+                yield path.name, _decoded(path.read_bytes(), path.name)
         return
     if not tarfile.is_tarfile(source):
         raise ValueError(
@@ -113,7 +115,17 @@ def _read_texts(source: Path, wanted: set[str] | None = None) -> Iterator[tuple[
                 continue
             content = archive.extractfile(member)
             if content is not None:
-                yield name, clean_text(content.read().decode("utf-8"))
+                yield name, _decoded(content.read(), name)
+
+
+def _decoded(content: bytes, name: str) -> str:
+    try:
+        # a byte-order mark at the start is no text
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not in UTF-8 ({error}): convert it, or leave it out"
+        ) from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from multiexit_engine.runtime.settings import pick_device
 from multiexit_engine.train.elmer_config import ElmerProgress, ElmerTrainingConfig
 from multiexit_engine.train.elmer_data import (
     Pair,
@@ -110,7 +111,7 @@ def train_elmer(
         ModuleNotFoundError: the metrics' libraries are not installed.
     """
     _check_metrics()
-    device = _device(config.device)
+    device = pick_device(config.device)
     data = _prepare_data(config)
     torch.manual_seed(config.seed)
     network = new_network(config, data.tokenizer).to(device)
@@ -286,9 +287,3 @@ def _check_metrics() -> None:
             f"{', '.join(missing)}: not installed, and the report needs them; "
             "pip install 'multiexit-engine[train]'"
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

@@ -19,7 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from multiexit_engine.checkpoint.calibration import FILE_NAME as CALIBRATIONS
+from multiexit_engine.checks import is_finite, reject
 from multiexit_engine.config import VocabularyProjectionMode
+from multiexit_engine.runtime.settings import pick_device
 from multiexit_engine.train.corpus import BlockSampler, read_books
 from multiexit_engine.train.exits import MultiExitNetwork
 from multiexit_engine.train.optimizers import RateSchedule
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _LOG_EVERY_STEPS = 20
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+# what was measured or trained for other exits says nothing of the new ones
+_NOT_COPIED = (*_WEIGHT_FILES, CALIBRATIONS)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class HeadTrainingConfig:
         checkpoint: a folder that transformers loads as a causal decoder, with its tokenizer.
         corpus: a folder or a tar archive of .txt files.
         output: the checkpoint folder to write: the decoder as it was, with exits.
-        exit_layers: 1-based; a layer-specific head may also stand on the last layer.
+        exit_layers: 1-based; a layer-specific head may also stand on the last layer. Exits that
+            the checkpoint has already are left out.
         projection_mode: LAYER_SPECIFIC_PROJECTION or SHARED_PROJECTION_CAST_OUTPUTS.
         block_size: tokens of a row.
         batch_size: rows of a step.
@@ -70,19 +76,33 @@ class HeadTrainingConfig:
             )
         if self.checkpoint.resolve() == self.output.resolve():
             raise ValueError(f"output {self.output}: must be another folder than the checkpoint")
+        for name in ("block_size", "batch_size", "max_steps"):
+            if getattr(self, name) < 1:
+                raise reject(name, getattr(self, name), "1 or more")
+        if not is_finite(self.learning_rate) or self.learning_rate <= 0:
+            raise reject("learning_rate", self.learning_rate, "a number above 0")
+        if not (self.checkpoint / "config.json").is_file():
+            raise ValueError(
+                f"checkpoint {self.checkpoint}: must be a folder with config.json and weights; "
+                "download a model of the hub first"
+            )
 
 
 def train_exit_heads(config: HeadTrainingConfig) -> list[dict[int, float]]:
     """Writes the checkpoint with trained heads; returns the loss of every exit at every step."""
+    device = pick_device(config.device)
     decoder = cast(
         PreTrainedModel,
         AutoModelForCausalLM.from_pretrained(config.checkpoint, dtype=torch.float32),
     )
+    longest = decoder.config.max_position_embeddings
+    if config.block_size > longest:
+        raise reject("block_size", config.block_size, f"at most the model's {longest} positions")
     network = MultiExitNetwork(decoder, config.projection_mode, config.exit_layers)
     stream = _encode_corpus(config)
     sampler = BlockSampler(stream, config.block_size, config.batch_size, config.seed)
     batches = (sampler.batch(step) for step in range(config.max_steps))
-    history = fit_heads(network.to(config.device), batches, config)
+    history = fit_heads(network.to(device), batches, config)
     _write_with_heads(network, config)
     return history
 
@@ -130,7 +150,7 @@ def _write_with_heads(network: MultiExitNetwork, config: HeadTrainingConfig) -> 
     shutil.copytree(
         config.checkpoint,
         config.output,
-        ignore=shutil.ignore_patterns(*_WEIGHT_FILES),
+        ignore=shutil.ignore_patterns(*_NOT_COPIED),
         dirs_exist_ok=True,
     )
     dtype = _stored_dtype(config.checkpoint)

@@ -42,6 +42,18 @@ def test_paragraphs_of_broken_encoding_and_invisible_characters_are_dropped() ->
     assert clean_text("\ufeffOne\n\nbrokÃ«n\n two\u200b ") == "One\ntwo"
 
 
+def test_texts_without_a_list_of_titles_are_read_as_they_are(tmp_path: Path) -> None:
+    text = "def f():\n    return 'N\u00c3O \u00a8'\n"
+    (tmp_path / "code.txt").write_text("\ufeff" + text, encoding="utf-8")
+    assert [book.text for book in read_books(tmp_path)] == [text]
+
+
+def test_a_text_in_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match="old.txt is not in UTF-8"):
+        read_books(tmp_path)
+
+
 def test_a_trained_tokenizer_encodes_any_text_without_loss() -> None:
     text = "Sea and ships, déjà vu — 海\n  two  spaces\tend "
     tokenizer = train_tokenizer(["the sea and the ships"], vocab_size=280)

@@ -1,9 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from multiexit_engine.checkpoint.calibration import FILE_NAME as CALIBRATIONS
 from multiexit_engine.config import VocabularyProjectionMode
 from multiexit_engine.train.causal import train_causal
 from multiexit_engine.train.folder import read_network
@@ -62,6 +64,29 @@ def test_the_written_folder_says_which_exits_it_has(checkpoint: Path) -> None:
     train_exit_heads(head_training(checkpoint, CAST))
     network = read_network(checkpoint.parent / "with_heads")
     assert (network.layers, network.heads.mode) == ((1, 3), CAST)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_steps": 0}, "max_steps=0: must be 1 or more"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0: must be a number above 0"),
+        ({"block_size": 4096}, "block_size=4096: must be at most the model's 64 positions"),
+        ({"checkpoint": Path("no-such-folder")}, "must be a folder with config.json"),
+        ({"device": "cuda:9"}, "device='cuda:9': this machine has"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_work(
+    checkpoint: Path, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_exit_heads(replace(head_training(checkpoint, CAST), **change))
+
+
+def test_thresholds_of_other_exits_do_not_come_along(checkpoint: Path) -> None:
+    (checkpoint / CALIBRATIONS).write_text("[]\n")
+    train_exit_heads(replace(head_training(checkpoint, CAST), max_steps=1))
+    assert not (checkpoint.parent / "with_heads" / CALIBRATIONS).exists()
 
 
 def test_heads_without_weights_are_refused(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_training_twice_gives_the_same_probes(folder, tmp_path):
     engine = Engine.from_pretrained(folder, **OPTIONS)
     files = []
     for name in ("one", "other"):
-        (tmp_path / name).mkdir()
+        # a folder that is not there yet
         train_probes(engine, texts(6), tmp_path / name, units=4, epochs=1)
         files.append((tmp_path / name / FILE_NAME).read_bytes())
     assert files[0] == files[1]
