@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -123,7 +124,8 @@ def test_options_of_every_kind_reach_the_engine(model):
         (("generate", "x", "--temperature", -1), "temperature=-1"),
         (("generate", "x", "--input", "prompts.txt"), "give one of them"),
         (("generate", "x", "--max-newtokens", 3), "No such option"),
-        (("generate", "x", "--logit-bias", "a"), "logit_bias"),
+        (("generate", "x", "--logit-bias", "a"), r"logit_bias=\['a'\]: must be a token id and a"),
+        (("generate", "x", "--stop-token-ids", "a"), "stop_token_ids='a': must be whole numbers"),
         (("score", "missing.txt"), "missing.txt"),
     ],
 )
@@ -169,6 +171,13 @@ def test_info_gives_modes_that_run(model):
     assert {"original", "exit:3", "contrast:original,3,alpha=0.1"} <= set(modes)
     for mode in modes:
         printed("generate", "x", "--model", model, "--max-new-tokens", 1, "--decoding", mode)
+
+
+def test_info_quotes_the_name_of_a_folder_with_spaces(tmp_path):
+    folder = checkpoint_with_tokenizer("gpt2_layer", tmp_path / "my models")
+    line = printed("info", folder).splitlines()[-1]
+    command = shlex.split(line)
+    assert command[command.index("--model") + 1] == str(folder)
 
 
 def test_info_of_elmer_gives_only_modes_that_run():

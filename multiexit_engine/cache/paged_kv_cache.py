@@ -5,6 +5,7 @@ Knows nothing of who owns a block: that is ``block_manager``'s.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
@@ -32,7 +33,13 @@ class PagedKVCache:
         device: torch.device,
     ) -> None:
         shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
-        self._blocks = torch.empty(shape, dtype=dtype, device=device)
+        try:
+            self._blocks = torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"kv_cache_memory: {num_blocks} blocks take {math.prod(shape) * dtype.itemsize} "
+                f"bytes, which {str(device)!r} does not give; ask for less"
+            ) from error
         self.block_size = block_size
 
     @cached_property

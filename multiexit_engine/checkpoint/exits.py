@@ -30,9 +30,9 @@ def exit_weight_name(mode: VocabularyProjectionMode, layer: int, num_layers: int
 
 
 def parse_layer_indices(value: LayerIndices, num_layers: int) -> tuple[int, ...]:
-    """Ascending layers of ``"24;12"`` or a sequence; ValueError names what is wrong with them."""
+    """Ascending layers of ``"24;12"``, ``"24,12"`` or a sequence; ValueError says what is wrong."""
     allowed = f"layers from 1 to {num_layers}, such as (2, {num_layers}) or '2;{num_layers}'"
-    items: Sequence[object] = value.split(";") if isinstance(value, str) else tuple(value)
+    items: Sequence[object] = re.split("[;,]", value) if isinstance(value, str) else tuple(value)
     layers: set[int] = set()
     for item in items:
         text = item.strip() if isinstance(item, str) else item

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -44,10 +45,8 @@ def info(
     how = None if quantization is None else Quantization.parse(quantization)
     console.print(_facts(model, checkpoint, how))
     console.print("\nDecoding modes, ready to copy:")
-    is_parallel = checkpoint.config.model_type == "elmer"
-    for line in (
-        _parallel(model, checkpoint) if is_parallel else _examples(model, checkpoint.config)
-    ):
+    is_parallel, name = checkpoint.config.model_type == "elmer", shlex.quote(model)
+    for line in _parallel(name, checkpoint) if is_parallel else _examples(name, checkpoint.config):
         typer.echo("  " + line)
 
 

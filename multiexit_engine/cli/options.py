@@ -174,19 +174,25 @@ def _bool_or_word(text: str) -> bool | str:
 
 def _numbers(text: str) -> tuple[int, ...]:
     """``"10,8,6"`` or ``"10;8;6"``."""
-    return tuple(int(part) for part in re.split("[,;]", text))
+    try:
+        return tuple(int(part) for part in re.split("[,;]", text))
+    except ValueError as error:
+        raise ValueError("must be whole numbers, as 5,6") from error
 
 
 def _biases(items: list[str]) -> dict[int, float]:
     """``["13=-5", "198=2.5"]``."""
     pairs = [item.partition("=") for item in items]
-    return {int(token): float(bias) for token, _, bias in pairs}
+    try:
+        return {int(token): float(bias) for token, _, bias in pairs}
+    except ValueError as error:
+        raise ValueError("must be a token id and a number, as 5=-1.5") from error
 
 
 def _member(enum: type[Enum], text: str) -> Enum:
     names = enum.__members__
     if text.upper() not in names:
-        raise ValueError(f"{text!r}: allowed are {', '.join(names)}")
+        raise ValueError(f"allowed are {', '.join(names)}")
     return names[text.upper()]
 
 

@@ -76,7 +76,7 @@ def test_direct_without_indices_makes_every_layer_an_exit(tmp_path):
     assert exits_of(write(tmp_path), vocab_projection_mode=DIRECT) == ((1, 2, 3, 4), DIRECT)
 
 
-@pytest.mark.parametrize("given", [(4, 1), [1, 4], "4;1", " 4 ; 1 ", (1, 4, 4)])
+@pytest.mark.parametrize("given", [(4, 1), [1, 4], "4;1", " 4 ; 1 ", "4, 1", (1, 4, 4)])
 def test_indices_given_win_over_the_config(tmp_path, given):
     folder = write(tmp_path, heads(1, 3, 4), lm_head_layer_indices=[4, 3, 1])
     assert exits_of(folder, lm_head_layer_indices=given) == ((1, 4), LAYER)

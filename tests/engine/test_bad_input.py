@@ -151,6 +151,7 @@ def test_text_needs_a_tokenizer(tmp_path):
         ({"max_model_len": 4096}, ValueError, r"max_model_len=4096: this model allows 2\.\.1024"),
         ({"block_size": 0}, ValueError, "block_size=0"),
         ({"kv_cache_memory": 10}, ValueError, "kv_cache_memory=10: one block"),
+        ({"kv_cache_memory": 2**60}, ValueError, "kv_cache_memory: .* 'cpu' does not give"),
         ({"quantization": "int3"}, ValueError, "quantization='int3': must be None, fp8, int4"),
         ({"decoding": Exit(3)}, ValueError, "exits at layers 2, 4, 6"),
     ],
