@@ -1,6 +1,7 @@
 """Rows that choose their exit: who is asked, who leaves and who goes on, one launch each.
 
-One program looks at all rows of a step, so that lists are in their order. Knows nothing of heads.
+One program looks at all rows of a step that are to be listed, so that lists are in their order.
+Knows nothing of heads.
 """
 
 from __future__ import annotations
@@ -61,6 +62,14 @@ def rows_beyond(left: Tensor, layer: int, paths: Any) -> tuple[RowList, RowList]
         copied.rows, copied.before, layer, len(left), BLOCK=_BLOCK, **options(4, 64),
     )  # fmt: skip
     return running, copied
+
+
+def settle_paths(left: Tensor, sources: Tensor, paths: Any) -> None:
+    """See ``multiexit_engine.ops.exit_rows``. One launch."""
+    count = len(sources)
+    settle_kernel[(triton.cdiv(count, _BLOCK),)](
+        left, sources, paths.joins, paths.depths, count, BLOCK=_BLOCK, **options(4, 64)
+    )
 
 
 def _empty_list(like: Tensor) -> RowList:
@@ -205,3 +214,15 @@ def beyond_kernel(
         copied = _listed(goes_on & is_copied, rows, inside, copied, copied_ptr, copied_before_ptr)
     tl.store(running_before_ptr + num_rows, running)
     tl.store(copied_before_ptr + num_rows, copied)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def settle_kernel(left_ptr, source_ptr, join_ptr, depth_ptr, num_rows, BLOCK: tl.constexpr):
+    """A block of rows each; those with a source wait where it left, if it did."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(source_ptr + rows, mask=rows < num_rows, other=-1)  # [BLOCK]
+    unsettled = source >= 0
+    left = tl.load(left_ptr + source, mask=unsettled, other=0)  # [BLOCK]
+    joins = tl.load(join_ptr + rows, mask=unsettled, other=0)  # [BLOCK]
+    tl.store(join_ptr + rows, tl.maximum(tl.maximum(joins, left), 1), mask=unsettled)
+    tl.store(depth_ptr + rows, tl.zeros((BLOCK,), tl.int32), mask=unsettled & (left == 0))

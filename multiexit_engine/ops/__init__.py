@@ -26,6 +26,7 @@ from multiexit_engine.ops.exit_rows import (
     decide_exits,
     rows_asked,
     rows_beyond,
+    settle_paths,
 )
 from multiexit_engine.ops.gate_odds import gate_odds
 from multiexit_engine.ops.heads import HeadStatistics, head_logits, head_statistics
@@ -135,6 +136,7 @@ __all__ = [
     "rough_head_sums",
     "rows_asked",
     "rows_beyond",
+    "settle_paths",
     "sample_tokens",
     "shared_head_tokens",
     "take_rows",

@@ -165,6 +165,31 @@ def rows_beyond(left: Tensor, layer: int, paths: RowPaths) -> tuple[RowList, Row
     return compact_rows(goes_on & ~is_copied), compact_rows(goes_on & is_copied)
 
 
+@register_op
+def settle_paths(left: Tensor, sources: Tensor, paths: RowPaths) -> None:
+    """Say of rows that may wait since the step before whether and after which layer they do.
+
+    Where the row that ended their run ran through all layers, nothing is left for them to run.
+
+    Args:
+        left: [any] int32, where rows of the step before left, as in ``ExitProgress``.
+        sources: [rows] int32, which of them ended the run of each row; -1 where ``paths`` are known
+            to be right.
+        paths: of all rows; their ``joins`` are where rows waited before that step, 0 for a row
+            that is that step's own. Written in place.
+
+    Returns:
+        Nothing.
+
+    Source: ``waits_after`` in ``runtime/launched/exit_layout.py``, for all rows of a step.
+    """
+    is_unsettled = sources >= 0
+    layers = left.index_select(0, sources.clamp(min=0))
+    joins = torch.maximum(paths.joins, layers).clamp(min=1)
+    paths.joins.copy_(torch.where(is_unsettled, joins, paths.joins))
+    paths.depths.copy_(paths.depths.masked_fill(is_unsettled & (layers == 0), 0))
+
+
 def _measured(found: HeadStatistics, rules: ExitRules, is_bound: bool) -> Tensor:
     """[rows]: of each row the number that its measure asks for."""
     best = found.log_probs.exp()
@@ -178,3 +203,4 @@ def _measured(found: HeadStatistics, rules: ExitRules, is_bound: bool) -> Tensor
 rows_asked.backend("triton", "multiexit_engine.kernels.exit_rows:rows_asked", device="cuda")
 decide_exits.backend("triton", "multiexit_engine.kernels.exit_rows:decide_exits", device="cuda")
 rows_beyond.backend("triton", "multiexit_engine.kernels.exit_rows:rows_beyond", device="cuda")
+settle_paths.backend("triton", "multiexit_engine.kernels.exit_rows:settle_paths", device="cuda")

@@ -1,9 +1,9 @@
 """The order of steps: each run to its end, or the next one launched before the last one is known.
 
 A step that was launched says before it ends what the next one computes, all but the tokens
-themselves, and these are on the device. So the next step is planned and
-launched while this one runs. A sequence that turns out to have ended was planned in vain: its row
-is computed and thrown away. Its blocks may have another owner by then, whose writes the device
+themselves and which rows left at exits, and these are on the device. So the next step is planned
+and launched while this one runs. A sequence that turns out to have ended was planned in vain: its
+row is computed and thrown away. Its blocks may have another owner by then, whose writes the device
 makes later.
 
 Knows nothing of texts, of what ends a sequence by its content, or of how steps run.
@@ -11,13 +11,13 @@ Knows nothing of texts, of what ends a sequence by its content, or of how steps 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 from multiexit_engine.batch import ScheduledBatch, StepOutput
 from multiexit_engine.config import EngineConfig
-from multiexit_engine.request import SequenceStatus
+from multiexit_engine.request import Sequence, SequenceStatus
 from multiexit_engine.runtime.launched.launched_step import LaunchedStep
 from multiexit_engine.runtime.runner import ModelRunner
 from multiexit_engine.runtime.scheduling.scheduler import Scheduler
@@ -45,9 +45,11 @@ class StepLoop:
             self._scheduler.advance(step, output.waiting, output.held)
             return output
         if self._config.async_scheduling and step.coming.may_be_followed:
-            self._scheduler.advance(step.batch)
+            self._scheduler.advance(step.batch, unsettled=step.coming.leaving)
             self._look_ahead(step)
-            return self._runner.finish(step)
+            output = self._runner.finish(step)
+            self._scheduler.advance(_only(step.batch, step.coming.leaving), output.waiting)
+            return output
         output = self._runner.finish(step)
         self._scheduler.advance(step.batch, output.waiting, output.held)
         return output
@@ -93,6 +95,12 @@ class StepLoop:
         finally:
             for sequence in going_on:
                 sequence.num_expected = 0
+
+
+def _only(batch: ScheduledBatch, sequences: Collection[Sequence]) -> ScheduledBatch:
+    """The part of a batch that is of some sequences."""
+    own = tuple(item for item in batch.scheduled if item.sequence in sequences)
+    return replace(batch, scheduled=own)
 
 
 def _living(batch: ScheduledBatch) -> ScheduledBatch | None:

@@ -14,6 +14,7 @@ _COLUMNS = ("measure", "shortlist", "left", "passed", "streak", "read", "join", 
 TYPES = {
     **{f"{name}_ptr": "*i32" for name in _COLUMNS},
     **{f"{name}_ptr": "*i32" for name in ("running", "running_before", "copied", "copied_before")},
+    "source_ptr": "*i32",
     **{f"{name}_ptr": "*fp32" for name in ("log_prob", "second", "entropy", "told", "threshold")},
     "value_ptr": "*fp32", "best_ptr": "*i64", "owner_ptr": "*i64", "here_ptr": "*u8",
 }  # fmt: skip
@@ -24,7 +25,8 @@ _Item = tuple[str, Any, torch.dtype, dict[str, Any], dict[str, int], dict[str, s
 def exits() -> Iterator[_Item]:
     """Name, kernel, dtype, constants, options, types of arguments."""
     block = {"BLOCK": exit_rows._BLOCK}
-    for name, kernel in (("asked", exit_rows.asked_kernel), ("beyond", exit_rows.beyond_kernel)):
+    for name in ("asked", "beyond", "settle"):
+        kernel = getattr(exit_rows, f"{name}_kernel")
         yield f"exit rows {name}", kernel, torch.float32, block, options(4, 64), TYPES
     for is_told, is_bound in ((False, False), (False, True), (True, False)):
         unused = _OF_HEADS if is_told else ("told_ptr",)

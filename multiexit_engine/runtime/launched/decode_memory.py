@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from multiexit_engine.decoding.warpers import NOT_NARROWED
 from multiexit_engine.runtime.device.packed import TURNS, Packed
+from multiexit_engine.transfer import to_device
 
 # groups of rows with different heads that a step may have
 MAX_GROUPS = 8
@@ -158,6 +160,10 @@ class DecodeMemory:
             own[len(members) :] = self.spare_row
         self._fill_tables(turn, arrays["tables"], running)
         self._inputs.send(turn, "tables", size * self._width * 4)
+
+    def put(self, name: str, rows: Sequence[int], values: Tensor) -> None:
+        """Take what others found, [rows] values, for some rows of a result."""
+        self.results[name].index_copy_(0, to_device(rows, values.device), values)
 
     def fetch(self, turn: int, *, are_told: bool) -> None:
         """Copy the results to a twin, best tokens and ranks only if rows tell them."""

@@ -119,7 +119,7 @@ class DecodeSteps:
         if batch.unread:
             return False
         rounds, num_ends = self._rounds(batch)
-        if not self._exit_steps.fits(batch, rounds, num_ends, self._edits.most):
+        if not self._exit_steps.fits(batch, rounds, num_ends, self._edits.most, before):
             return False
         has_stream = any(chooses_its_exit(item) for _, item in rounds.items)
         if _has_drafts(batch) and not self._drafter.fits(batch, has_stream):
@@ -142,7 +142,7 @@ class DecodeSteps:
         chunks = [pair for pair in items if not _is_one_token(pair[1])]
         rows = choice_rows(items, {})
         rounds, num_ends = self._rounds(batch)
-        early = self._exit_steps.step(batch, rounds, num_ends)
+        early = self._exit_steps.step(batch, rounds, num_ends, before)
         num_running = rounds.num_rows if early is None else early.layout.num_rows
         places = rounds.places | _places_of_chunks(chunks, num_running)
         plain, looked_at = self._by_kind(rows)
@@ -186,7 +186,8 @@ class DecodeSteps:
                 for row in rows
                 if not row.sequence.request.continuation
             },
-            early is None and not _has_drafts(batch) and not any(map(_branches, rows)),
+            {} if early is None else self._exit_steps.leaving(early, places),
+            not _has_drafts(batch) and not any(map(_branches, rows)),
             lambda: self._drafter.drafts(rounds, places, turn),
         )
         clock.mark()
@@ -218,8 +219,8 @@ class DecodeSteps:
         if not needing:
             return True
         plain, _ = self._by_kind(rows)
-        are_plain = set(map(id, plain))
-        return all(row.counts_drafts and id(row) in are_plain for row in needing)
+        are_in_pieces = set(map(id, [*plain, *self._exit_steps.chosen_in_pieces(rows)]))
+        return all(row.counts_drafts and id(row) in are_in_pieces for row in needing)
 
     def _plan(self, rows: Sequence[LogitRow]) -> ExitPlan:
         return self._planner.plan([row.mode for row in rows])
@@ -302,8 +303,7 @@ class DecodeSteps:
         coming = self._chooser.choose(part)
         if coming.tokens is not None:
             own = [places[row.item, row.position] for row in coming.rows]
-            rows = to_device(own, self._device)
-            self._memory.results["tokens"].index_copy_(0, rows, coming.tokens)
+            self._memory.put("tokens", own, coming.tokens)
         return coming
 
     def _plain_choices(

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.modes import EarlyExit
-from multiexit_engine.ops.exit_rows import MEASURES, ExitProgress, ExitRules, RowPaths
+from multiexit_engine.ops import ExitProgress, ExitRules, RowPaths, settle_paths
+from multiexit_engine.ops.exit_rows import MEASURES
 from multiexit_engine.runtime.device.packed import Packed
 
 # beside the flags of ``RowPaths``: whether a row's token is chosen here, and whether more is wanted
 # than the best one
 CHOOSES, WISHES = 4, 8
 
-_COLUMNS = ("measures", "shortlists", "joins", "depths", "flags")
+_COLUMNS = ("measures", "shortlists", "joins", "depths", "flags", "sources")
 
 
 class ExitRow(NamedTuple):
@@ -30,11 +31,13 @@ class ExitRow(NamedTuple):
 
     Attributes:
         owner: the row whose leaving ends the run of this one.
-        joins: layers below the first that it runs.
+        joins: layers below the first that it runs; with a source at least so many.
         depth: layers up to the last that it may run; 0 for one that runs elsewhere, or is padding.
         flags: those of ``RowPaths``, ``CHOOSES`` and ``WISHES``.
         mode: how it chooses its exit, if it does.
         layers: at which it is asked.
+        source: the row of the step before whose leaving says whether this one still waits, and
+            where; -1 where that is known.
     """
 
     owner: int
@@ -43,6 +46,7 @@ class ExitRow(NamedTuple):
     flags: int = 0
     mode: EarlyExit | None = None
     layers: frozenset[int] = frozenset()
+    source: int = -1
 
 
 class ExitMemory:
@@ -90,6 +94,7 @@ class ExitMemory:
         arrays["joins"][:count] = [row.joins for row in rows]
         arrays["depths"][:count] = [row.depth for row in rows]
         arrays["flags"][:count] = [row.flags for row in rows]
+        arrays["sources"][:count] = [row.source for row in rows]
         arrays["thresholds"][:count] = [0.0 if mode is None else _threshold(mode) for mode in modes]
         asks = arrays["asks"]
         asks[:, :count] = 0
@@ -125,6 +130,11 @@ class ExitMemory:
         streaks, is_read, passed = self._counts[:, rows]
         left, values = results["left"][rows], results["values"][rows]
         return ExitProgress(left, values, self._tokens[rows], streaks, is_read, passed)
+
+    def settle(self, rows: slice) -> None:
+        """Say of the first rows where they wait, by how far the rows of the step before came."""
+        left = self._results.on_device["left"]
+        settle_paths(left, self.inputs["sources"][rows], self.paths(rows))
 
     def begin(self) -> None:
         """Forget how far the rows of an earlier step came."""

@@ -221,6 +221,8 @@ class ExitPieces:
 
     def _enter(self, rows: slice, has_waiting: bool) -> Tensor:
         """[rows, hidden]: the embeddings of new rows, and the states of those that waited."""
+        if has_waiting:
+            self._exits.settle(rows)
         self._exits.begin()
         inputs = self._memory.inputs
         hidden = self._model.embed(self._rows.tokens(rows), inputs["positions"][rows])

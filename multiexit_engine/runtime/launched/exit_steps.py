@@ -18,6 +18,7 @@ from multiexit_engine.decoding.warpers import NOT_NARROWED
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.ops.exit_rows import IS_COPIED, RUNS_ANYHOW
 from multiexit_engine.params import DecodingMode, EarlyExit, Exit, Original
+from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.runtime.device.graphs import Pieces
 from multiexit_engine.runtime.drafts.draft_rounds import Rounds
 from multiexit_engine.runtime.launched.decode_memory import DecodeMemory, DecodeRow
@@ -39,6 +40,7 @@ from multiexit_engine.runtime.launched.exit_plan import (
     may_leave,
 )
 from multiexit_engine.runtime.launched.exit_tokens import ExitTokens
+from multiexit_engine.runtime.launched.launched_step import LaunchedStep, Leaving
 from multiexit_engine.runtime.launched.plain_rows import lists_best, num_edits_at_most
 from multiexit_engine.runtime.launched.wished_tokens import HeadWishes, WishedTokens
 from multiexit_engine.runtime.rows.choosing import TokenChooser
@@ -101,13 +103,20 @@ class ExitSteps:
         own = ExitPieces(model, kv_cache, states, *parts)
         return cls(model.config, memory, exits, own, chooser, config.max_batch_size)
 
-    def fits(self, batch: ScheduledBatch, rounds: Rounds, num_ends: int, most_edits: int) -> bool:
+    def fits(
+        self,
+        batch: ScheduledBatch,
+        rounds: Rounds,
+        num_ends: int,
+        most_edits: int,
+        before: LaunchedStep | None,
+    ) -> bool:
         """Whether the device can decide about the rows of a step that choose their exit.
 
         Rows that are computed again, or score, are the host's.
         Arguments as for ``step``, and how many edits there is room for.
         """
-        step = self.step(batch, rounds, num_ends)
+        step = self.step(batch, rounds, num_ends, before)
         if step is None:
             return True
         choosing = [item for item in batch.scheduled if chooses_its_exit(item)]
@@ -118,13 +127,16 @@ class ExitSteps:
             and step.layout.num_rows + num_ends <= self._memory.spare_row
         )
 
-    def step(self, batch: ScheduledBatch, rounds: Rounds, num_ends: int) -> ExitStep | None:
+    def step(
+        self, batch: ScheduledBatch, rounds: Rounds, num_ends: int, before: LaunchedStep | None
+    ) -> ExitStep | None:
         """The rows of a step in which some choose their exit.
 
         Args:
             batch: the step.
             rounds: its rows that get one token each.
             num_ends: rows behind all others.
+            before: the step whose rows are not known to have left or not, if there is one.
         """
         if not any(map(chooses_its_exit, batch.scheduled)):
             return None
@@ -135,14 +147,21 @@ class ExitSteps:
         ]
         choosing = [pair for pair in rounds.items if chooses_its_exit(pair[1])]
         room = self._memory.spare_row - num_ends
-        layout = exit_layout(choosing, rounds.num_rows, room, self._most_waiting)
+        leaving = before.coming.leaving if before is not None else {}
+        layout = exit_layout(choosing, leaving, rounds.num_rows, room, self._most_waiting)
         modes = {row.mode for row in rows if isinstance(row.mode, EarlyExit)}
         layers = {mode: self._layers_of(mode) for mode in modes}
-        looking = [row for row in rows if not self._chooser.is_direct(row, fused=True)]
-        known = set(map(id, looking))
-        wishing = [r for r in rows if id(r) not in known and not self._chooser.takes_best(r)]
+        direct = self.chosen_in_pieces(rows)
+        known = set(map(id, direct))
+        looking = [row for row in rows if id(row) not in known]
+        wishing = [row for row in direct if not self._chooser.takes_best(row)]
         last, drafting = self._config.num_layers, draft_exit(rounds.items)
         return ExitStep(rows, wishing, looking, layout, rounds, layers, last, drafting)
+
+    def chosen_in_pieces(self, rows: Sequence[LogitRow]) -> list[LogitRow]:
+        """Those of some rows that choose their exit, and want no look at whole distributions."""
+        own = (row for row in rows if isinstance(row.mode, EarlyExit))
+        return [row for row in own if self._chooser.is_direct(row, fused=True)]
 
     def waiting_rows(self, step: ExitStep) -> dict[int, DecodeRow]:
         """What the decode memory has to know of the rows that wait."""
@@ -174,8 +193,9 @@ class ExitSteps:
         for (index, position), layer in step.layout.joins.items():
             flags = IS_COPIED if items[index].sequence.request.copies_kv else 0
             flags |= RUNS_ANYHOW if index in step.layout.completed else 0
-            place = places[index, position]
-            rows[place] = ExitRow(owners[index], layer, self._config.num_layers, flags)
+            source = step.layout.sources.get(index, -1)
+            way = owners[index], layer, self._config.num_layers, flags
+            rows[places[index, position]] = ExitRow(*way, source=source)
         wishing = set(map(id, step.wishing))
         for row in step.rows:
             flags = CHOOSES | (WISHES if id(row) in wishing else 0)
@@ -185,6 +205,14 @@ class ExitSteps:
             layers = self._layers_of(row.mode)
             rows[place] = rows[place]._replace(flags=flags, mode=row.mode, layers=layers)
         self._exits.send(turn, rows)
+
+    def leaving(self, step: ExitStep, places: Mapping[Place, int]) -> dict[TokenSequence, Leaving]:
+        """The rows that may leave, by their sequences."""
+        return {
+            row.sequence: Leaving(places[row.item, row.position], row.item in step.layout.completed)
+            for row in step.rows
+            if row.item in dict(step.rounds.items) and may_leave(row)
+        }
 
     def run(self, step: ExitStep, layers: Collection[int], draft: Callable[[], None]) -> None:
         """Run the layers of all rows that get one token each, and of what waits for them.
@@ -257,6 +285,9 @@ class ExitSteps:
             rows = [places[row.item, row.position] for row in step.looking]
             scores = self._pieces.scores(rows, step.ways)
             looked = self._chooser.choose_from([*step.looking], scores)
+            if looked.tokens is not None:
+                rows = [places[row.item, row.position] for row in looked.rows]
+                self._memory.put("tokens", rows, looked.tokens)
         self._exits.fetch(turn)
         return self._coming(step, turn, places, looked)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,18 @@ from multiexit_engine.runtime.rows.chosen_rows import Choice, Coming
 from multiexit_engine.runtime.rows.handing_out import hand_out, hand_out_scores
 
 
+class Leaving(NamedTuple):
+    """A row that may leave a step before the last layer.
+
+    Attributes:
+        row: of the memory.
+        completes: whether those that waited for it run through all layers anyway.
+    """
+
+    row: int
+    completes: bool
+
+
 @dataclass(frozen=True, slots=True)
 class ComingStep:
     """What the device makes of a step.
@@ -26,13 +39,15 @@ class ComingStep:
         choices: of rows that choose.
         scores: of rows that score.
         token_rows: for each sequence whose next token lies in the decode memory its row there.
-        may_be_followed: whether the next step is known but for tokens.
+        leaving: for each sequence whose last row may leave at an exit that row.
+        may_be_followed: whether the next step is known but for tokens and for who left where.
         drafts: gives the drafts of each drafted item of the step, once it was waited for.
     """
 
     choices: Sequence[Coming[Choice]]
     scores: Sequence[Coming[ScoredToken]]
     token_rows: Mapping[TokenSequence, int]
+    leaving: Mapping[TokenSequence, Leaving]
     may_be_followed: bool
     drafts: Callable[[], Mapping[int, list[int]]]
 

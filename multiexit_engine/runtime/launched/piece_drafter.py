@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
-from torch import Tensor
-
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.config import ModelConfig
 from multiexit_engine.decoding.plan import Segment
@@ -25,7 +23,6 @@ from multiexit_engine.runtime.launched.state_rows import StateRows
 from multiexit_engine.runtime.rows.choosing import TokenChooser
 from multiexit_engine.runtime.rows.flight import Place
 from multiexit_engine.runtime.rows.logit_rows import LogitRow, choice_rows
-from multiexit_engine.transfer import to_device
 
 
 class PieceDrafter:
@@ -178,16 +175,13 @@ class PieceDrafter:
         states = StateRows(self._pieces.states(mode.draft_exit), places)
         for part in self._chooser.draft_slices(rows):
             part.keep(mode.draft_exit, states)
-            self._put(part.rows, self._chooser.drafts(part, vocab), places)
+            own = [places[row.item, row.position] for row in part.rows]
+            self._memory.put("drafts", own, self._chooser.drafts(part, vocab))
 
     def _draft_directly(self, mode: SelfSpeculative, rounds: Rounds, number: int) -> None:
         vocab = draft_vocab(mode, self._config.vocab_size)
         start, size = rounds.starts[number], rounds.sizes[number]
         self._pieces.draft(Head(mode.draft_exit), vocab, start, size, rounds.sizes[0])
-
-    def _put(self, rows: Sequence[LogitRow], tokens: Tensor, places: Mapping[Place, int]) -> None:
-        index = to_device([places[row.item, row.position] for row in rows], tokens.device)
-        self._memory.results["drafts"].index_copy_(0, index, tokens)
 
 
 def _drafting(item: ScheduledSequence) -> SelfSpeculative:

@@ -5,7 +5,7 @@ First come, first served; the youngest gives way. Knows nothing of tensors or of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import count
 from time import perf_counter
 from types import MappingProxyType
@@ -129,6 +129,7 @@ class Scheduler:
         batch: ScheduledBatch,
         waiting: Mapping[Sequence, tuple[Joining, ...]] = NOBODY,
         held: Mapping[Sequence, Held] = NOBODY,
+        unsettled: Collection[Sequence] = (),
     ) -> None:
         """Record that a step ran: its tokens are computed, full blocks can be found by others.
 
@@ -139,12 +140,17 @@ class Scheduler:
             batch: what ran.
             waiting: the sequences of which tokens still lack some layers, and which tokens.
             held: those of them whose last token goes on in a later step.
+            unsettled: those of which this is not known yet. ``waiting`` stays what it was, and
+                nothing of them is found, until it is called again for them.
         """
         for chunk in batch.scheduled:
             sequence = chunk.sequence
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
-            start = sequence.num_exact_tokens
+            if sequence in unsettled:
+                sequence.num_computed_tokens = chunk.stop
+                continue
+            start = min(sequence.num_exact_tokens, chunk.start)
             sequence.waiting, sequence.held = waiting.get(sequence, ()), held.get(sequence)
             sequence.num_computed_tokens = chunk.stop - (sequence.held is not None)
             self._commit(sequence, start, sequence.num_exact_tokens)
