@@ -7,28 +7,45 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from nar import MASK, SOURCE_LEN, autoregressive, modes, save
 from report import alternate, median
 from transformers import BartConfig, BartForConditionalGeneration
 
+from benchmarks.gpu.cases import Card, Case, Once
 from benchmarks.gpu.step_cases import CONDITIONAL
-from benchmarks.gpu.timing import DEVICE, sized
+from benchmarks.gpu.timing import COMPILES_ONLY, DEVICE, sized
 
 LAYERS, WIDTH, VOCAB = sized((6, 768, 50265), (2, 32, 50265))
 BATCHES = sized((1, 16, 64), (2,))
-ROUNDS = sized(5, 1)
+ROUNDS = 1 if COMPILES_ONLY else sized(5, 1)
 # answers of 1 and 16 requests; sources of more have more tokens than are captured
 ROWS, CAPTURED_BATCH = (32, 512), 16
 
 
-def measure() -> list[dict[str, Any]]:
+class _Made(NamedTuple):
+    engines: dict[str, Any]
+    model: Any
+
+
+def cases(_: Card) -> Iterator[Case]:
     """Microseconds of an answer by batch and way."""
+    made = Once(_make)
+    for batch in BATCHES:
+        yield Case({"batch": batch}, partial(_lines, made, batch))
+
+
+def _lines(made: Once[_Made], batch: int) -> list[dict[str, Any]]:
+    turns = alternate(_turns(*made(), batch), ROUNDS)
+    return [{"way": way, "us": 1e6 * median(seconds)} for way, seconds in turns.items()]
+
+
+def _make() -> _Made:
     from multiexit_engine import Engine
 
     torch.manual_seed(0)
@@ -44,18 +61,13 @@ def measure() -> list[dict[str, Any]]:
         kept = {"device": DEVICE, "dtype": sized("bfloat16", "float32")}
         kept["backend"] = sized("native", "reference")
         engines = {"engine": Engine.from_pretrained(folder, **kept)}
-        if DEVICE == "cuda":
+        if DEVICE == "cuda" and not COMPILES_ONLY:
             engines["captured"] = Engine.from_pretrained(folder, **kept, cuda_graphs=ROWS)
             if any(CONDITIONAL.values()):
                 engines["captured, conditional nodes"] = Engine.from_pretrained(
                     folder, **kept, cuda_graphs=ROWS, **CONDITIONAL
                 )
-    model = model.to(DEVICE, sized(torch.bfloat16, torch.float32))
-    return [
-        {"batch": batch, "way": way, "us": 1e6 * median(seconds)}
-        for batch in BATCHES
-        for way, seconds in alternate(_turns(engines, model, batch), ROUNDS).items()
-    ]
+    return _Made(engines, model.to(DEVICE, sized(torch.bfloat16, torch.float32)))
 
 
 def _turns(engines: dict[str, Any], model: Any, batch: int) -> dict[str, Callable[[], float]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gpu.cases import Card, Case
 from benchmarks.gpu.timing import DEVICE, copies_of, graph_us, sized
 from multiexit_engine.batch import SequenceLayout
 from multiexit_engine.kernels.attention import paged_attention
@@ -35,16 +38,14 @@ def layout_of(batch: int, context: int) -> SequenceLayout:
     )
 
 
-def measure(read_tb_s: float) -> list[dict[str, Any]]:
+def cases(card: Card) -> Iterator[Case]:
     """One line for each model, batch and context."""
-    lines = []
     for name, heads, kv_heads, head_dim, window in MODELS:
         for batch, context in SIZES:
             shape = (batch, context, heads, kv_heads, head_dim)
-            line = _line(shape, window, read_tb_s)
-            lines.append({"model": name, "batch": batch, "context": context, **line})
+            label = {"model": name, "batch": batch, "context": context}
+            yield Case(label, partial(_line, shape, window, card.read_tb_s))
             torch.cuda.empty_cache()
-    return lines
 
 
 def _line(

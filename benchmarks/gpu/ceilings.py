@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from benchmarks.gpu.cases import Card, Case
 from benchmarks.gpu.timing import DEVICE, graph_us, sized
 
 GEMM = sized(8192, 64)
@@ -29,6 +33,38 @@ def _read_kernel(source_ptr, sink_ptr, steps, BLOCK: tl.constexpr):
 @triton.jit
 def _empty_kernel(sink_ptr):
     tl.store(sink_ptr, 1)
+
+
+def cases(_: Card) -> Iterator[Case]:
+    """The card's name and versions, then its ceilings."""
+    yield Case({}, machine)
+    yield Case({}, measure)
+
+
+def machine() -> dict[str, Any]:
+    """The card and the versions that the figures belong to."""
+    versions = {
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+    if not torch.cuda.is_available():
+        return {"gpu": "none: a rehearsal, nothing is timed", **versions}
+    properties = torch.cuda.get_device_properties(0)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    return {
+        "gpu": properties.name,
+        "capability": "".join(map(str, torch.cuda.get_device_capability())),
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "driver": driver,
+        **versions,
+    }
 
 
 def measure() -> dict[str, Any]:

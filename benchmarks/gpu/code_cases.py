@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.cases import Card, Case, Once
 from benchmarks.gpu.timing import DEVICE, copies_of, graph_us, sized
 from multiexit_engine.kernels.products import head_logits
 from multiexit_engine.quantization import Quantization, QuantizedWeight, quantize
@@ -21,21 +24,23 @@ MATRICES = sized(
 ROWS = sized((1, 16, 64), (1, 8))
 
 
-def measure(read_tb_s: float) -> list[dict[str, Any]]:
+def cases(card: Card) -> Iterator[Case]:
     """One line for each matrix, kind of codes and number of rows; bfloat16 rows, float32 sums."""
-    lines = []
     for model, part, outputs, width in MATRICES:
         for name in ("int8", "int4", "fp8"):
-            weights = _weights(outputs, width, Quantization.parse(name))
-            num_bytes = weights[0].codes.nbytes + weights[0].scales.nbytes
+            weights = Once(partial(_weights, outputs, width, Quantization.parse(name)))
             for rows in ROWS:
-                x = torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16)
-                us = graph_us([lambda w=w, x=x: head_logits(x, w) for w in weights])
-                lines.append({
-                    "model": model, "part": part, "codes": name, "rows": rows,
-                    "MB": num_bytes / 1e6, "us": us, "%": num_bytes / us / read_tb_s / 1e4,
-                })  # fmt: skip
-    return lines
+                label = {"model": model, "part": part, "codes": name, "rows": rows}
+                yield Case(label, partial(_line, weights, rows, card.read_tb_s))
+            weights.forget()
+
+
+def _line(made: Once[list[QuantizedWeight]], rows: int, read_tb_s: float) -> dict[str, Any]:
+    weights = made()
+    num_bytes = weights[0].codes.nbytes + weights[0].scales.nbytes
+    x = torch.randn(rows, weights[0].shape[1], device=DEVICE, dtype=torch.bfloat16)
+    us = graph_us([lambda w=w: head_logits(x, w) for w in weights])
+    return {"MB": num_bytes / 1e6, "us": us, "%": num_bytes / us / read_tb_s / 1e4}
 
 
 def _weights(outputs: int, width: int, quantization: Quantization) -> list[QuantizedWeight]:

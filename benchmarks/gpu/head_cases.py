@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.cases import Card, Case, Once
 from benchmarks.gpu.timing import DEVICE, copies_of, graph_us, sized
 from multiexit_engine.kernels import heads
 from multiexit_engine.ops.best_tokens import no_best_tokens
@@ -27,8 +30,12 @@ EDITS = sized(500, 20)
 SPREAD = 4.0
 
 
-def weights(vocab: int, width: int, copies: int) -> list[tuple[Tensor, Tensor]]:
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def weights(vocab: int, width: int, copies: int) -> Pairs:
     """Pairs of an upper and a lower head whose logits mostly agree."""
+    torch.manual_seed(0)
     pairs = []
     for _ in range(copies):
         upper = torch.randn(vocab, width, device=DEVICE) * SPREAD / width**0.5
@@ -51,19 +58,19 @@ def torch_contrast(upper: Tensor, weight: Tensor, lower: Tensor, lower_weight: T
     return torch.where(plausible, u - low, -math.inf).argmax(-1)
 
 
-def measure(read_tb_s: float) -> list[dict[str, Any]]:
-    """One line for each model and number of rows."""
-    lines = []
+def cases(card: Card) -> Iterator[Case]:
+    """One line for each model and number of rows: what is plain, then what changes scores."""
     for model, (vocab, width) in MODELS.items():
-        torch.manual_seed(0)
-        pairs = weights(vocab, width, copies_of(2 * vocab * width))
+        pairs = Once(partial(weights, vocab, width, copies_of(2 * vocab * width)))
         for rows in ROWS:
-            lines.append({"model": model, **_line(pairs, rows, read_tb_s)})
+            label = {"model": model, "rows": rows}
+            yield Case(label, partial(_plain, pairs, rows, card.read_tb_s))
+            yield Case(label | {"draws": "changed"}, partial(_changed, pairs, rows))
+        pairs.forget()
         torch.cuda.empty_cache()
-    return lines
 
 
-def fused_us(heads: Any, pairs: list[tuple[Tensor, Tensor]], states: tuple[Tensor, Tensor]) -> Any:
+def fused_us(heads: Any, pairs: Pairs, states: tuple[Tensor, Tensor]) -> Any:
     """Of a backend of both ops: microseconds of a greedy contrast, a sampled one, a greedy head."""
     upper, lower = states
     rows = upper.shape[0]
@@ -82,7 +89,7 @@ def fused_us(heads: Any, pairs: list[tuple[Tensor, Tensor]], states: tuple[Tenso
     )  # fmt: skip
 
 
-def changed_us(pairs: list[tuple[Tensor, Tensor]], states: tuple[Tensor, Tensor]) -> dict[str, Any]:
+def changed_us(pairs: Pairs, states: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """Microseconds of a sampled contrast whose rows want more than a temperature.
 
     Draws narrowed by top_k and top_p; scores edited, of ``EDITS`` tokens in each row; five best
@@ -133,7 +140,8 @@ def torch_listed(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return (hidden @ weight.T).float().log_softmax(-1).topk(5, -1)
 
 
-def _line(pairs: list[tuple[Tensor, Tensor]], rows: int, read_tb_s: float) -> dict[str, Any]:
+def _plain(made: Once[Pairs], rows: int, read_tb_s: float) -> dict[str, Any]:
+    pairs = made()
     states = upper, lower = hidden_states(rows, pairs[0][0].shape[1])
     logits = upper.float() @ pairs[0][0].float().T
     plausible = (logits >= logits.amax(-1, keepdim=True) + math.log(ALPHA)).any(0)
@@ -144,7 +152,6 @@ def _line(pairs: list[tuple[Tensor, Tensor]], rows: int, read_tb_s: float) -> di
     torch_both = graph_us([lambda w=w: torch_contrast(upper, w[0], lower, w[1]) for w in pairs])
     torch_head = graph_us([lambda w=w: (upper @ w[0].T).argmax(-1) for w in pairs])
     return {
-        "rows": rows,
         "plausible": candidates,
         "MB": contrast_bytes / 1e6,
         "contrast_us": contrast,
@@ -154,6 +161,11 @@ def _line(pairs: list[tuple[Tensor, Tensor]], rows: int, read_tb_s: float) -> di
         "head_us": head,
         "head_%": head_bytes / head / read_tb_s / 1e4,
         "torch_head_us": torch_head,
-        **changed_us(pairs, states),
-        "torch_listed_us": graph_us([lambda w=w: torch_listed(upper, w[0]) for w in pairs]),
     }
+
+
+def _changed(made: Once[Pairs], rows: int) -> dict[str, Any]:
+    pairs = made()
+    states = upper, _ = hidden_states(rows, pairs[0][0].shape[1])
+    listed = graph_us([lambda w=w: torch_listed(upper, w[0]) for w in pairs])
+    return changed_us(pairs, states) | {"torch_listed_us": listed}

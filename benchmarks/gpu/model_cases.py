@@ -6,12 +6,12 @@ not count. Weights are random, of the sizes that people know.
 
 from __future__ import annotations
 
-import gc
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +22,71 @@ from checkpoints import SHAPES, Shape, make_checkpoint
 from peers import generate, load_ibm_way, load_transformers
 from report import alternate, median
 
+from benchmarks.gpu.cases import Card, Case, Once
+from benchmarks.gpu.part import shortened
 from benchmarks.gpu.timing import DEVICE, sized
 
-NAMES = sized(("gpt2-medium", "gpt-neo-125m", "llama-8b"), ("tiny", "tiny-llama"))
-PROMPT_LEN, NEW_TOKENS, ROUNDS = sized((128, 64, 5), (8, 4, 1))
+# off a GPU, what is rehearsed in their place
+TINY = {"gpt2-medium": "tiny", "gpt-neo-125m": "tiny", "llama-8b": "tiny-llama"}
+PROMPT_LEN, NEW_TOKENS, ROUNDS = sized((128, 64, 3), (8, 4, 1))
 MANY = sized(256, 4)
 KV_BYTES = sized(8 << 30, 32 << 20)
 # off a GPU the options are refused, and no time is given anyway
 FAST = sized({"cuda_graphs": True, "async_scheduling": True}, {})
 SPARE_BYTES = 40 << 30
+NAN = float("nan")
 Turn = Callable[[], float]
 
 
-def measure(read_tb_s: float, gemm_tflop_s: float) -> dict[str, Any]:
-    """Rows of microseconds and floors, and the project's bars, for every model that fits."""
-    rows: list[dict[str, Any]] = []
-    bars: list[Bar] = []
-    for name in NAMES:
-        with _folder() as folder:
-            shape = SHAPES[name]
-            checkpoint = make_checkpoint(shape, folder, torch.bfloat16, DEVICE)
-            found, many_us = _times(shape, checkpoint)
-        gc.collect()
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()
-        for way, us in found.items():
-            row = {"model": name, "way": way, "rows": 1, "token_us": us}
-            rows.append(row | {"floor_us": _floor_us(shape, way, read_tb_s)})
-        floor = _floor_of_many_us(shape, read_tb_s, gemm_tflop_s)
-        rows.append({
-            "model": name, "way": "engine, three modes", "rows": MANY,
-            "token_us": many_us, "floor_us": floor,
-        })  # fmt: skip
-        bars += _bars(name, found)
-    return {"rows": rows, "bars": [bar.as_row() for bar in bars]}
+def cases(card: Card, of: str) -> Iterator[Case]:
+    """Microseconds and floors of one model: the engine's modes, its many requests, its peers."""
+    shape = SHAPES[sized(of, TINY[of])]
+    with _folder() as folder:
+        checkpoint = Once(lambda: make_checkpoint(shape, folder, torch.bfloat16, DEVICE))
+        engine = Once(lambda: _engine(shape, checkpoint()))
+        alone, many, beside = (
+            {"model": of, "in turn": turns} for turns in ("its modes", "nobody", "its peers")
+        )
+        yield Case(alone, lambda: _lines(shape, _engine_turns(engine(), shape), card))
+        yield Case(many, lambda: _line_of_many(shape, engine(), card))
+        yield Case(beside, lambda: _beside(shape, engine(), checkpoint(), card))
 
 
-def _times(shape: Shape, checkpoint: Path) -> tuple[dict[str, float], float]:
-    """Microseconds of a token of one request by way, and of a step of many requests."""
-    engine = _engine(shape, checkpoint)
+def _lines(shape: Shape, turns: dict[str, Turn], card: Card) -> list[dict[str, Any]]:
+    """One line for each way, its failure too: a peer may not run on this machine."""
+    failed: dict[str, str] = {}
+
+    def safe(way: str) -> float:
+        if way in failed:
+            return NAN
+        try:
+            return turns[way]()
+        except Exception as error:
+            failed[way] = shortened(error)
+            return NAN
+
+    seconds = alternate({way: partial(safe, way) for way in turns}, ROUNDS)
+    lines: list[dict[str, Any]] = []
+    for way, values in seconds.items():
+        line = {"way": way, "rows": 1, "token_us": 1e6 * median(values)}
+        line["floor_us"] = _floor_us(shape, way, card.read_tb_s)
+        lines.append(line | ({"error": failed[way]} if way in failed else {}))
+    return lines
+
+
+def _beside(shape: Shape, engine: Any, checkpoint: Path, card: Card) -> list[dict[str, Any]]:
+    """All ways in turn, and the project's bars."""
     turns = _engine_turns(engine, shape) | _peer_turns(shape, checkpoint)
-    seconds = alternate(turns, ROUNDS)
+    lines = _lines(shape, turns, card)
+    found = {line["way"]: line["token_us"] for line in lines}
+    return lines + [bar.as_row() for bar in _bars(shape.name, found)]
+
+
+def _line_of_many(shape: Shape, engine: Any, card: Card) -> dict[str, Any]:
     many = alternate({"many": lambda: _step_of_many_s(engine, shape)}, ROUNDS)["many"]
-    return {way: 1e6 * median(values) for way, values in seconds.items()}, 1e6 * median(many)
+    floor = _floor_of_many_us(shape, card.read_tb_s, card.gemm_tflop_s)
+    way = {"way": "engine, three modes", "rows": MANY}
+    return way | {"token_us": 1e6 * median(many), "floor_us": floor}
 
 
 def _engine(shape: Shape, checkpoint: Path) -> Any:
@@ -130,19 +152,19 @@ class _Clock:
 
 def _peer_turns(shape: Shape, checkpoint: Path) -> dict[str, Turn]:
     dtype = sized(torch.bfloat16, torch.float32)
-    plain = load_transformers(shape, checkpoint, dtype, DEVICE)
+    plain = Once(lambda: load_transformers(shape, checkpoint, dtype, DEVICE))
     # a cache of fixed size makes generate() compile the model, on devices where that pays
-    ways: dict[str, tuple[Any, dict[str, object]]] = {
+    ways: dict[str, tuple[Once[Any], dict[str, object]]] = {
         "transformers eager": (plain, {"disable_compile": True}),
         "transformers compiled": (plain, {"cache_implementation": "static"}),
     }
     if not shape.shares_head:
-        ibm = load_ibm_way(shape, checkpoint, dtype, shape.exits, DEVICE)
+        ibm = Once(lambda: load_ibm_way(shape, checkpoint, dtype, shape.exits, DEVICE))
         ways["IBM's way"] = ibm, {"disable_compile": True}
 
-    def turn(model: Any, options: dict[str, object]) -> float:
+    def turn(model: Once[Any], options: dict[str, object]) -> float:
         clock = _Clock()
-        generate(model, [_prompt(shape)], NEW_TOKENS, streamer=clock, **options)
+        generate(model(), [_prompt(shape)], NEW_TOKENS, streamer=clock, **options)
         return _mean_gap(clock.times[1:])  # the first are the prompt's own
 
     return {name: lambda way=way: turn(*way) for name, way in ways.items()}
@@ -199,7 +221,7 @@ def _bars(name: str, found: dict[str, float]) -> list[Bar]:
     bars = [Bar(f"{name}: Contrast / Original", 1.03, contrast / original, at_most=True)]
     compiled = found["transformers compiled"]
     bars.append(Bar(f"{name}: transformers compiled / Original", 1.3, compiled / original))
-    if "IBM's way" in found:
+    if found.get("IBM's way"):
         bars.append(Bar(f"{name}: IBM's way / Contrast", 20, found["IBM's way"] / contrast))
     if name == "gpt2-medium":
         for wanted in (400, 220):

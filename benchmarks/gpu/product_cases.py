@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.gpu.cases import Card, Case, Once
 from benchmarks.gpu.timing import DEVICE, copies_of, graph_us, sized
 from multiexit_engine.kernels.products import Norm, product
 
@@ -45,27 +47,36 @@ MATRICES = sized(
 ROWS = sized((1, 4, 16, 32, 64), (1, 8))
 
 
-def measure(read_tb_s: float) -> list[dict[str, Any]]:
+def cases(card: Card) -> Iterator[Case]:
     """One line for each matrix and number of rows."""
-    lines = []
     for matrix in MATRICES:
-        torch.manual_seed(0)
-        size = copies_of(2 * matrix.outputs * matrix.width), matrix.outputs, matrix.width
-        weights = torch.randn(size, device=DEVICE, dtype=torch.bfloat16) / matrix.width**0.5
+        weights = Once(partial(_weights, matrix))
         for rows in ROWS:
-            ours, theirs, bare = calls(matrix, rows)
-            us, torch_us, bare_us = (
-                graph_us([lambda w=w, f=f: f(w) for w in weights]) for f in (ours, theirs, bare)
-            )
-            num_bytes = weights[0].nbytes
-            lines.append({
-                "model": matrix.model, "part": matrix.part, "rows": rows, "MB": num_bytes / 1e6,
-                "us": us, "%": num_bytes / us / read_tb_s / 1e4,
-                "torch_us": torch_us, "torch_product_us": bare_us,
-            })  # fmt: skip
-        del weights
+            label = {"model": matrix.model, "part": matrix.part, "rows": rows}
+            yield Case(label, partial(_line, matrix, weights, rows, card.read_tb_s))
+        weights.forget()
         torch.cuda.empty_cache()
-    return lines
+
+
+def _weights(matrix: Matrix) -> Tensor:
+    torch.manual_seed(0)
+    size = copies_of(2 * matrix.outputs * matrix.width), matrix.outputs, matrix.width
+    return torch.randn(size, device=DEVICE, dtype=torch.bfloat16) / matrix.width**0.5
+
+
+def _line(matrix: Matrix, made: Once[Tensor], rows: int, read_tb_s: float) -> dict[str, Any]:
+    weights = made()
+    us, torch_us, bare_us = (
+        graph_us([lambda w=w, f=f: f(w) for w in weights]) for f in calls(matrix, rows)
+    )
+    num_bytes = weights[0].nbytes
+    return {
+        "MB": num_bytes / 1e6,
+        "us": us,
+        "%": num_bytes / us / read_tb_s / 1e4,
+        "torch_us": torch_us,
+        "torch_product_us": bare_us,
+    }
 
 
 def calls(matrix: Matrix, rows: int) -> tuple[Callable[[Tensor], Tensor], ...]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import head_cases
+from benchmarks.gpu.cases import Card, Case, Once
 from benchmarks.gpu.timing import copies_of, sized
 from multiexit_engine.kernels import heads as triton_heads
 
@@ -22,33 +25,33 @@ def built() -> Any:
         return None
 
 
-def measure(read_tb_s: float, ring: Any = None) -> list[dict[str, Any]]:
+def cases(card: Card, ring: Any = None) -> Iterator[Case]:
     """One line for each model and number of rows; none where the library was not built."""
     ring = ring or built()
     if ring is None:
-        return []
-    lines = []
+        return
     for model, (vocab, width) in head_cases.MODELS.items():
-        torch.manual_seed(0)
-        pairs = head_cases.weights(vocab, width, copies_of(2 * vocab * width))
+        pairs = Once(partial(head_cases.weights, vocab, width, copies_of(2 * vocab * width)))
         for rows in ROWS:
-            states = head_cases.hidden_states(rows, width)
-            contrast, sampled, head = head_cases.fused_us(ring, pairs, states)
-            others = head_cases.fused_us(triton_heads, pairs, states)
-            percent = pairs[0][0].nbytes / read_tb_s / 1e4
-            lines.append(
-                {
-                    "model": model,
-                    "rows": rows,
-                    "contrast_us": contrast,
-                    "contrast_%": percent / contrast,
-                    "triton_contrast_us": others[0],
-                    "sampled_us": sampled,
-                    "triton_sampled_us": others[1],
-                    "head_us": head,
-                    "head_%": percent / head,
-                    "triton_head_us": others[2],
-                }
-            )
+            label = {"model": model, "rows": rows}
+            yield Case(label, partial(_line, ring, pairs, rows, card.read_tb_s))
+        pairs.forget()
         torch.cuda.empty_cache()
-    return lines
+
+
+def _line(ring: Any, made: Once[head_cases.Pairs], rows: int, read_tb_s: float) -> dict[str, Any]:
+    pairs = made()
+    states = head_cases.hidden_states(rows, pairs[0][0].shape[1])
+    contrast, sampled, head = head_cases.fused_us(ring, pairs, states)
+    others = head_cases.fused_us(triton_heads, pairs, states)
+    percent = pairs[0][0].nbytes / read_tb_s / 1e4
+    return {
+        "contrast_us": contrast,
+        "contrast_%": percent / contrast,
+        "triton_contrast_us": others[0],
+        "sampled_us": sampled,
+        "triton_sampled_us": others[1],
+        "head_us": head,
+        "head_%": percent / head,
+        "triton_head_us": others[2],
+    }

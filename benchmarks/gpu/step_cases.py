@@ -6,14 +6,16 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu.timing import DEVICE, sized
+from benchmarks.gpu.cases import Card, Case, Once
+from benchmarks.gpu.timing import COMPILES_ONLY, DEVICE, sized
 from multiexit_engine._cuda.library import PATH
 from multiexit_engine.kernels.overlap import one_after_the_other
 
@@ -24,7 +26,7 @@ SHAPE = sized(
 )
 BATCHES = sized((1, 8, 64), (2,))
 PROMPT_LEN = sized(128, 4)
-WARM_STEPS, TIMED_STEPS = sized((12, 48), (2, 2))
+WARM_STEPS, TIMED_STEPS = sized((12, 48), (2, 2)) if not COMPILES_ONLY else (3, 1)
 # off a GPU the options are refused, and no time is given anyway
 WAYS = {
     "python": {},
@@ -37,35 +39,44 @@ CONDITIONAL = sized({"conditional_nodes": PATH.exists()}, {})
 APART = "graphs, launches one after the other"
 
 
-def measure() -> list[dict[str, Any]]:
+def cases(_: Card) -> Iterator[Case]:
     """Microseconds of a decode step of GPT-2-medium's shape with random weights, in bfloat16."""
-    rows = []
     with checkpoint() as folder:
         for way, options in WAYS.items():
-            rows += _steps(folder, way, options, _cases())
-        with one_after_the_other():
-            plain = {name: _cases()[name] for name in ("original", "contrast")}
-            rows += _steps(folder, APART, WAYS["graphs"], plain)
-    return rows
+            yield from _steps(folder, way, options, _wishes(), nullcontext)
+            if COMPILES_ONLY:
+                return
+        plain = {name: _wishes()[name] for name in ("original", "contrast")}
+        yield from _steps(folder, APART, WAYS["graphs"], plain, one_after_the_other)
 
 
 def _steps(
-    folder: Path, way: str, options: dict[str, Any], cases: dict[str, _Case]
-) -> list[dict[str, Any]]:
-    """One line for each case and batch, of one engine."""
-    engine = new_engine(folder, options)
-    rows = [
-        {"way": way, "mode": name, "rows": size} | _step(engine, case, size)
-        for name, case in cases.items()
-        for size in BATCHES
-    ]
-    del engine
+    folder: Path,
+    way: str,
+    options: dict[str, Any],
+    wishes: dict[str, _Wish],
+    launched: Callable[[], AbstractContextManager[None]],
+) -> Iterator[Case]:
+    """One line for each wish and batch, of one engine."""
+    engine = Once(partial(new_engine, folder, options))
+
+    def measured(wish: _Wish, size: int) -> dict[str, float]:
+        with launched():
+            try:
+                return _step(engine(), wish, size)
+            except Exception:
+                engine.forget()  # its queues are in no known state
+                raise
+
+    for name, wish in wishes.items():
+        for size in BATCHES:
+            yield Case({"way": way, "mode": name, "rows": size}, partial(measured, wish, size))
+    engine.forget()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    return rows
 
 
-class _Case(NamedTuple):
+class _Wish(NamedTuple):
     """What requests of a step ask for.
 
     Attributes:
@@ -79,20 +90,20 @@ class _Case(NamedTuple):
     arriving: int = 0
 
 
-def _cases() -> dict[str, _Case]:
+def _wishes() -> dict[str, _Wish]:
     from multiexit_engine import Contrast, Exit, Original, SelfSpeculative
 
     contrast = Contrast(LAYERS, EXIT)
     default = {"temperature": 0.8, "seed": 1}
     return {
-        "original": _Case([Original()], {}),
-        "contrast": _Case([contrast], {}),
-        "mixed": _Case([Original(), contrast, Exit(EXIT)], {}),
-        "top_k 50": _Case([Original()], default),
-        "log-probabilities": _Case([Original()], {"logprobs": 5}),
-        "penalties": _Case([Original()], {"repetition_penalty": 1.2}),
-        "3 drafts": _Case([SelfSpeculative(EXIT, 3)], {}),
-        "prompts arrive": _Case([Original()], {}, arriving=4),
+        "original": _Wish([Original()], {}),
+        "contrast": _Wish([contrast], {}),
+        "mixed": _Wish([Original(), contrast, Exit(EXIT)], {}),
+        "top_k 50": _Wish([Original()], default),
+        "log-probabilities": _Wish([Original()], {"logprobs": 5}),
+        "penalties": _Wish([Original()], {"repetition_penalty": 1.2}),
+        "3 drafts": _Wish([SelfSpeculative(EXIT, 3)], {}),
+        "prompts arrive": _Wish([Original()], {}, arriving=4),
     }
 
 
@@ -127,7 +138,7 @@ def new_engine(
     )
 
 
-def _step(engine: Any, case: _Case, size: int) -> dict[str, float]:
+def _step(engine: Any, wish: _Wish, size: int) -> dict[str, float]:
     """Median and mean wall time of a step, tokens on the host included; NaN without a GPU.
 
     Where prompts arrive, the mean tells of the steps that the median passes over.
@@ -137,18 +148,18 @@ def _step(engine: Any, case: _Case, size: int) -> dict[str, float]:
     num_steps = WARM_STEPS + TIMED_STEPS
     # drafts may all be right
     longest = min(num_steps * 4, SHAPE["n_positions"] - PROMPT_LEN)
-    sampling = SamplingParams(max_new_tokens=longest, ignore_eos=True, **case.sampling)
+    sampling = SamplingParams(max_new_tokens=longest, ignore_eos=True, **wish.sampling)
     arriving = SamplingParams(max_new_tokens=1)
-    if case.arriving:
+    if wish.arriving:
         # a seat is kept for the prompt
         size = min(size, max(BATCHES) - 1)
     names = [
         engine.add_request([5 + i] * PROMPT_LEN, sampling, mode, streamed=False)
-        for i, mode in zip(range(size), itertools.cycle(case.modes), strict=False)
+        for i, mode in zip(range(size), itertools.cycle(wish.modes), strict=False)
     ]
     times = []
     for number in range(num_steps):
-        if case.arriving and number % case.arriving == 0:
+        if wish.arriving and number % wish.arriving == 0:
             prompt = [(number + i) % SHAPE["vocab_size"] for i in range(PROMPT_LEN)]
             names.append(engine.add_request(prompt, arriving, streamed=False))
         start = time.perf_counter()

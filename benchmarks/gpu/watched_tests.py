@@ -1,0 +1,71 @@
+"""A plugin of pytest: what each test gave, as it comes, and an end for workers that are of no use.
+
+A test that hangs ends its worker, as does one that leaves the GPU's context poisoned, since all
+tests behind it would fail as well; pytest-xdist starts another worker and goes on.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LINES = "MULTIEXIT_TEST_LINES"
+MOST_SECONDS = "MULTIEXIT_TEST_SECONDS"
+_POISON = ("CUDA error", "Triton Error [CUDA]", "CUDA-capable device", "AcceleratorError")
+
+
+def _write(line: dict[str, Any]) -> None:
+    with Path(os.environ[LINES]).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _is_worker() -> bool:
+    return "PYTEST_XDIST_WORKER" in os.environ
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """End the process of a test that takes too long, whatever holds it."""
+    seconds = float(os.environ.get(MOST_SECONDS, "0"))
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """End the worker whose context is poisoned, while the test that did it is under way."""
+    report: Any = yield
+    text = str(report.longrepr)
+    if report.failed and _is_worker() and any(each in text for each in _POISON) and _is_lost():
+        _write({"test": item.nodeid, "outcome": "poisoned", "text": text[-600:]})
+        os._exit(1)
+    return report
+
+
+def _is_lost() -> bool:
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Tell of a test, once."""
+    if _is_worker() or (report.when != "call" and report.outcome == "passed"):
+        return
+    text = {} if report.outcome != "failed" else {"text": str(report.longrepr)[-600:]}
+    _write({"test": report.nodeid, "outcome": report.outcome, **text})
