@@ -60,7 +60,10 @@ class ApiError(HTTPException):
 
 
 class ClientHasGone(Exception):
-    """The client closed the connection before its answer was ready."""
+    """The client closed the connection before its answer was ready.
+
+    No handler answers it, since a stream has begun and nobody listens: the log takes note.
+    """
 
 
 def error_json(error: ApiError) -> dict[str, Any]:
@@ -118,10 +121,6 @@ def install_handlers(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(ClientHasGone)
-    async def gone(_: Request, error: ClientHasGone) -> Response:
-        return Response(status_code=CLIENT_HAS_GONE)
-
 
 def _printable(text: str) -> str:
     """Something that UTF-8 can hold, and not longer than anybody reads."""
@@ -141,7 +140,8 @@ def _of_validation(error: RequestValidationError, body: type[Body] | None) -> Ap
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
     place = [str(part) for part in first["loc"] if part != "body"]
     if not place:
-        return ApiError(400, f"the body is wrong: {first['msg']}")
+        wanted = "a JSON object, sent with the header Content-Type: application/json"
+        return ApiError(400, f"the body must be {wanted}")
     if first["type"] == "extra_forbidden":
         return ApiError(400, _unknown_field(place, body), param=".".join(place))
     same = [e["msg"] for e in error.errors() if e["loc"][1:2] == first["loc"][1:2]]

@@ -245,6 +245,15 @@ def test_broken_json_is_refused(http):
     assert "not JSON" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("content", [b"", b"null", b'{"prompt": "He", "max_tokens": 1}'])
+def test_a_body_that_is_no_json_object_by_name_says_what_to_send(http, content):
+    """As curl sends it that was not told otherwise."""
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    response = http.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
 def test_drafted_tokens_are_told_of(http, engine):
     body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0, "return_exits": True}
     mode = {"mode": "self_speculative", "draft_exit": 4, "draft_len": 3}

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from multiexit_engine import Engine, SamplingParams
+from multiexit_engine.serve.errors import CLIENT_HAS_GONE
 from tests.serve.running import serving
 
 PROMPTS = [f"{who} {did}" for who in ("He", "She", "The man", "A dog") for did in ("saw", "ran")]
@@ -78,6 +79,21 @@ def test_hanging_up_frees_blocks_long_before_the_text_would_end(server):
     asyncio.run(run())
     server.wait_until_empty(2.0)
     assert server.engine.stats().num_generated_tokens - before < 20 * 400 / 2
+
+
+def test_hanging_up_on_a_stream_is_one_line_of_the_log_and_no_error(server, caplog):
+    async def run():
+        async with client(server) as http:
+            await leave_early(http, PROMPTS[0])
+
+    with caplog.at_level("INFO", "multiexit_engine.serve.access"):
+        asyncio.run(run())
+        server.wait_until_empty()
+        end = time.monotonic() + 5
+        while not caplog.records and time.monotonic() < end:
+            time.sleep(0.01)
+    (record,) = caplog.records
+    assert record.levelname == "INFO" and record.fields["status"] == CLIENT_HAS_GONE
 
 
 def test_hanging_up_on_a_whole_answer_aborts_it(server):
