@@ -29,7 +29,7 @@ class DecodeRow(NamedTuple):
 
     Attributes:
         token: its last token, or 0 where only the device knows it.
-        source: then the row that chooses it, else -1: of the step before, or of the round of
+        chosen_by: then the row that chooses it, else -1: of the step before, or of the round of
             drafts before.
         position: of that token, 0-based.
         block_table: its KV blocks.
@@ -43,7 +43,7 @@ class DecodeRow(NamedTuple):
     """
 
     token: int
-    source: int
+    chosen_by: int
     position: int
     block_table: list[int]
     seed: int
@@ -87,7 +87,7 @@ class DecodeMemory:
         listed = (*rows, most_listed)
         self._inputs = Packed(
             [
-                *((name, torch.int64, rows) for name in ("tokens", "sources", "positions")),
+                *((name, torch.int64, rows) for name in ("tokens", "chosen_by", "positions")),
                 *((name, torch.int64, rows) for name in ("slots", "seeds", "counts")),
                 ("min_candidates", torch.int64, rows),
                 ("groups", torch.int64, (MAX_GROUPS, *rows)),
@@ -140,7 +140,7 @@ class DecodeMemory:
         running = every[: len(rows)]
         size, count, block = len(running), len(every), self._block_size
         arrays["tokens"][:count] = [row.token for row in every]
-        arrays["sources"][:count] = [row.source for row in every]
+        arrays["chosen_by"][:count] = [row.chosen_by for row in every]
         arrays["positions"][:count] = [row.position for row in every]
         arrays["slots"][:count] = [
             row.block_table[row.position // block] * block + row.position % block for row in every

@@ -190,13 +190,13 @@ class DecodePieces:
     def tokens(self, rows: slice) -> Tensor:
         """[rows] int64: from the host, or where only the device knows them from there."""
         known = self._memory.inputs["tokens"][rows]
-        sources = self._memory.inputs["sources"][rows]
+        chosen_by = self._memory.inputs["chosen_by"][rows]
         # only rounds of drafts begin elsewhere than at the first row
         found = self._memory.results["drafts" if rows.start else "tokens"]
-        chosen = found[sources.clamp(min=0)]
+        chosen = found[chosen_by.clamp(min=0)]
         # whatever a row of NaN chose is embedded before the host hears of it
         chosen = chosen.clamp(0, self._model.config.vocab_size - 1)
-        return torch.where(sources < 0, known, chosen)
+        return torch.where(chosen_by < 0, known, chosen)
 
     def _by_matrix(self, groups: Sequence[HeadGroup], are_listed: bool) -> list[tuple[_Part, ...]]:
         """The groups of rows, those together whose upper heads have one matrix."""

@@ -39,15 +39,15 @@ def decode_rows(
     for (index, position), row in places.items():
         item = batch.scheduled[index]
         number = position - (item.stop - 1)
-        source = places[index, position - 1] if number else None
-        found[row] = _decode_row(item, number, source, alphas.get(index, 1.0), before)
+        chosen_by = places[index, position - 1] if number else None
+        found[row] = _decode_row(item, number, chosen_by, alphas.get(index, 1.0), before)
     return found
 
 
 def _decode_row(
     item: ScheduledSequence,
     number: int,
-    source: int | None,
+    chosen_by: int | None,
     alpha: float,
     before: LaunchedStep | None,
 ) -> DecodeRow:
@@ -56,18 +56,18 @@ def _decode_row(
     Args:
         item: whose row.
         number: of its round.
-        source: the row whose draft it is, if it is one.
+        chosen_by: the row whose draft it is, if it is one.
         alpha: of its contrast.
         before: the step that is choosing the item's token, if it is not known.
     """
     sequence, request = item.sequence, item.sequence.request
-    is_known = source is None and item.stop <= len(sequence.token_ids)
-    if source is None and not is_known:
+    is_known = chosen_by is None and item.stop <= len(sequence.token_ids)
+    if chosen_by is None and not is_known:
         assert before is not None, "nobody chooses this token"
-        source = before.coming.token_rows[sequence]
+        chosen_by = before.coming.token_rows[sequence]
     return DecodeRow(
         token=sequence.token_ids[item.stop - 1] if is_known else 0,
-        source=-1 if source is None else source,
+        chosen_by=-1 if chosen_by is None else chosen_by,
         position=item.stop - 1 + number,
         block_table=sequence.block_table,
         seed=sequence_seed(request.seed, sequence.index),

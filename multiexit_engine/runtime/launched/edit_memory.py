@@ -112,14 +112,15 @@ class EditMemory:
         self._lists.send(turn, "edits", room * _NUMBERS * 4)
         return EditRoom(room, bool(masks))
 
-    def note_latest(self, tokens: Tensor, sources: Tensor) -> None:
+    def note_latest(self, tokens: Tensor, chosen_by: Tensor) -> None:
         """Remember the tokens that only the device knows, before others take their places.
 
         Args:
             tokens: [rows] int64 that the step before chose.
-            sources: [rows] int64: which of them is a row's last token; -1 where the host knows it.
+            chosen_by: [rows] int64: which of them is a row's last token; -1 where the host knows
+                it.
         """
-        self._latest.copy_(torch.where(sources < 0, -1, tokens[sources.clamp(min=0)]))
+        self._latest.copy_(torch.where(chosen_by < 0, -1, tokens[chosen_by.clamp(min=0)]))
 
     def edits(self, rows: Tensor | slice, count: int, room: EditRoom) -> TokenEdits:
         """What is done to ``count`` rows of the memory, in their order."""

@@ -52,7 +52,7 @@ class WishedTokens:
     def note_latest(self) -> None:
         """Remember tokens that edits have to count, before a step's own take their places."""
         results, inputs = self._memory.results, self._memory.inputs
-        self._edits.note_latest(results["tokens"], inputs["sources"])
+        self._edits.note_latest(results["tokens"], inputs["chosen_by"])
 
     def choose(
         self,
