@@ -122,7 +122,7 @@ class Engine:
             quantization: "int8" or "int4" stores weight matrices as small integers with a scale for
                 each 32 columns ("int8-g64": 64), "fp8" as e4m3; docs/quantization.md. None: dtype.
             cuda_graphs: capture steps for some numbers of rows (True), or those given: [1, 2, 4] or
-                "1,2,4". CUDA, decoder-only models and ELMER's decoder; docs/gpu.md.
+                "1,2,4". CUDA; docs/gpu.md.
             warm_up: capture at the start, for the mode ``decoding``, not when first needed.
             async_scheduling: launch a step before the last one's tokens are known; likewise.
             conditional_nodes: graphs pass over layers without rows (MULTIEXIT_CUDA=1); docs/gpu.md.
@@ -177,7 +177,9 @@ class Engine:
             raise ValueError("warm_up captures CUDA graphs: give cuda_graphs=True as well")
         mode, depth = self._intake.mode_and_depth(decoding)
         wanted = [sampling] if isinstance(sampling, SamplingParams) else list(sampling)
-        for prompt, own in warm_prompts(mode, wanted, self.config.max_model_len - 1):
+        encoder = self.model_config.encoder
+        longest = self.config.max_model_len - 1 if encoder is None else encoder.max_source_len
+        for prompt, own in warm_prompts(mode, wanted, longest):
             self.generate(prompt, own, mode, progress=False)
         self._core.warm_up(mode, depth, wanted)
 

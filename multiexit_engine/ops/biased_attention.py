@@ -43,6 +43,8 @@ def biased_paged_attention(
     """
     block_size = key_cache.shape[1]
     keys, values = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+    if layout.has_bounds:
+        return _attend_bounded(query, keys, values, layout, block_size, scale, bias)
     parts = []
     rows = torch.split(query, list(layout.query_lens))
     for own, table, context in zip(rows, layout.block_tables, layout.context_lens, strict=True):
@@ -82,6 +84,34 @@ def biased_packed_attention(
         distance = (places[:, None] - places).clamp(-reach, reach)
         parts.append(_attend(q, k, v, bias[:, reach + distance], scale))
     return torch.cat(parts)
+
+
+def _attend_bounded(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: SequenceLayout,
+    block_size: int,
+    scale: float,
+    bias: Tensor,
+) -> Tensor:
+    """One query of each sequence, whose lengths come from the device within bounds."""
+    contexts = layout.context_lens_device.long()[:, None]
+    offsets = torch.arange(max(layout.context_lens), device=query.device)
+    # past a sequence's end its own last key is read again and masked
+    places = torch.minimum(offsets, contexts - 1)
+    slots = layout.block_tables.gather(1, places // block_size) * block_size + places % block_size
+    distance = contexts - 1 - offsets
+    mask = bias[:, distance.clamp(0, bias.shape[1] - 1)].transpose(0, 1)
+    mask = mask.masked_fill((distance < 0)[:, None], float("-inf"))
+    mixed = scaled_dot_product_attention(
+        query[:, :, None],
+        keys[slots].transpose(1, 2),
+        values[slots].transpose(1, 2),
+        attn_mask=mask[:, :, None].to(query.dtype),
+        scale=scale,
+    )
+    return mixed[:, :, 0]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multiexit_engine.batch import ForwardBatch
+from multiexit_engine.batch import ForwardBatch, SequenceLayout
 from multiexit_engine.ops.blocks import KVCache
 from multiexit_engine.ops.operands import is_dense, is_plain
 from multiexit_engine.ops.registry import register_op
@@ -29,7 +29,7 @@ class ListedRows:
         running: rows that run.
         copied: rows that only give keys and values, in every layer from the state that they have;
             none of them runs. None where there cannot be any.
-        tables: [rows] int64, the block table of each row.
+        tables: [rows] int64, the block table of each row, and that of its source.
         spare_slot: of the cache, that nobody owns.
     """
 
@@ -59,7 +59,7 @@ def listed_decoder_blocks(
         kv_cache: the keys and values of these layers are written for rows that run or are copied;
             for others perhaps in the spare slot, nowhere else.
         batch: the rows; of each one token, which sees the keys up to its own. The block tables of
-            its layout are those that ``listed`` points to.
+            its layout are those that ``listed`` points to, as are those of its sources.
         listed: which of the rows.
 
     Returns:
@@ -68,12 +68,11 @@ def listed_decoder_blocks(
 
     Source: as ``decoder_blocks``; that nobody waits, as ``ragged_blocks``.
     """
-    layout = batch.layout
-    tables = layout.block_tables.index_select(0, listed.tables)
     own = replace(
         batch,
-        layout=replace(layout, block_tables=tables),
+        layout=_owned(batch.layout, listed.tables),
         slot_mapping=_slots(batch.slot_mapping, listed.running, listed.spare_slot),
+        sources=None if batch.sources is None else _owned(batch.sources, listed.tables),
     )
     copied = listed.copied
     states, runs = hidden, listed.running.marks()[:, None]
@@ -83,6 +82,11 @@ def listed_decoder_blocks(
             block.write_kv(hidden, kv_cache, batch.positions, slots)
         states = torch.where(runs, block(states, kv_cache, own), states)
     return states
+
+
+def _owned(layout: SequenceLayout, tables: Tensor) -> SequenceLayout:
+    """The layout with the block table that each row has."""
+    return replace(layout, block_tables=layout.block_tables.index_select(0, tables), scratch={})
 
 
 def _slots(slots: Tensor, listed: RowList, spare_slot: int) -> Tensor:

@@ -25,7 +25,7 @@ from multiexit_engine.runtime.device.step_clock import StepClock
 from multiexit_engine.runtime.drafts.drafting import Drafter, Drafts
 from multiexit_engine.runtime.early_exit.early_exits import EarlyExits, EarlyRows
 from multiexit_engine.runtime.early_exit.exit_readings import ExitReadings, read_exits
-from multiexit_engine.runtime.launched.decode_steps import DecodeSteps
+from multiexit_engine.runtime.launched.decode_steps import DecodeSteps, most_keys
 from multiexit_engine.runtime.launched.launched_step import LaunchedStep
 from multiexit_engine.runtime.rows.alternatives import (
     alternative_rows,
@@ -229,12 +229,12 @@ def _decode_steps(
     config: EngineConfig,
 ) -> DecodeSteps | None:
     """What launches whole steps; None on a CPU, which never waits."""
-    if config.device.type == "cpu" or model.config.encoder is not None:
+    if config.device.type == "cpu":
         return None
     pieces: Pieces = Eager()
     if config.cuda_graphs:
         capture = new_capture(config)
-        pieces = Graphs(config.cuda_graphs, config.max_model_len, capture)
+        pieces = Graphs(config.cuda_graphs, max(most_keys(model.config, config)), capture)
     return DecodeSteps(model, kv_cache, states, chooser, config, pieces)
 
 

@@ -157,8 +157,7 @@ def pick_graph_sizes(
     if wanted is False:
         return ()
     at_once = _answers_at_once(model)
-    if not at_once or device.type != "cuda":
-        _check_launches_steps(f"cuda_graphs={wanted!r}", device, model)
+    _check_has_steps(f"cuda_graphs={wanted!r}", device)
     if wanted is True:
         return ANSWER_SIZES if at_once else graph_sizes(max_batch_size)
     if isinstance(wanted, str):
@@ -196,8 +195,14 @@ def pick_conditional_nodes(wanted: bool, cuda_graphs: bool | Sequence[int] | str
 
 def pick_async_scheduling(wanted: bool, device: torch.device, model: ModelConfig) -> bool:
     """Whether steps are launched ahead; raises ValueError where they cannot be."""
+    given = f"async_scheduling={wanted!r}"
     if wanted:
-        _check_launches_steps(f"async_scheduling={wanted!r}", device, model)
+        _check_has_steps(given, device)
+    if wanted and _answers_at_once(model):
+        raise ValueError(
+            f"{given}: a model of type {model.model_type!r} finds an answer in one step, which "
+            "none follows; give False"
+        )
     return wanted
 
 
@@ -205,12 +210,10 @@ def _answers_at_once(model: ModelConfig) -> bool:
     return model.model_type == "elmer"
 
 
-def _check_launches_steps(given: str, device: torch.device, model: ModelConfig) -> None:
+def _check_has_steps(given: str, device: torch.device) -> None:
     if device.type != "cuda":
         name = str(device)
         raise ValueError(f"{given}: {name!r} runs steps at once; give device='cuda' or False")
-    if model.encoder is not None:
-        raise ValueError(f"{given}: not for encoder-decoders such as {model.model_type!r}")
 
 
 @functools.cache

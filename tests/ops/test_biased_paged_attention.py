@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,6 +43,15 @@ def test_no_bias_is_paged_attention():
     own = batch()
     found = run(own, torch.zeros(3, REACH)).double()
     torch.testing.assert_close(found, attention_truth(own, SCALE, None), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bound", [40, 300])
+def test_lengths_may_come_from_the_device_within_bounds(bound):
+    own, bias = batch([1, 1, 1], [9, 33, 1]), biases(17)
+    bounded = replace(own.layout, context_lens=(bound,) * 3, has_bounds=True)
+    truth = biased_attention_truth(own, SCALE, bias)
+    found = run(replace(own, layout=bounded), bias).double()
+    torch.testing.assert_close(found, truth, atol=2e-6, rtol=0)
 
 
 @all_backends(biased_paged_attention)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from multiexit_engine import DecodingMode, Engine, RequestOutput, SamplingParams
-from multiexit_engine.checkpoint import open_checkpoint
 from multiexit_engine.config import EngineConfig
 from multiexit_engine.runtime import assembly, runner
 from multiexit_engine.runtime.device.graph_parts import in_parts
@@ -33,7 +32,7 @@ def on_device(
     """An engine whose weights and cache lie on the simulated device, which may have kernels."""
     names = {"cuda_graphs", "async_scheduling", "conditional_nodes"} & options.keys()
     changes = {name: options.pop(name) for name in names}
-    config = on_cpu(folder, **options).config
+    host = on_cpu(folder, **options)
     with simulated_device() as device, pytest.MonkeyPatch.context() as patch:
         for module in (assembly, runner):
             patch.setattr(module, "new_capture", lambda config: _capture(device, config))
@@ -41,7 +40,7 @@ def on_device(
             use_kernels(patch)
             changes["backend"] = "auto"
         place = torch.device("sim:0")
-        engine = Engine(open_checkpoint(folder), replace(config, device=place, **changes), None)
+        engine = Engine(host.checkpoint, replace(host.config, device=place, **changes), None)
         yield engine, device
 
 

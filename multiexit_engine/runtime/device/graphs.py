@@ -66,13 +66,13 @@ class Graphs:
 
     Args:
         sizes: numbers of rows that pieces are captured for; more rows run from Python.
-        max_model_len: most keys of a sequence.
+        most_keys: that a row sees.
         capture: records a piece.
     """
 
-    def __init__(self, sizes: Sequence[int], max_model_len: int, capture: Capture) -> None:
+    def __init__(self, sizes: Sequence[int], most_keys: int, capture: Capture) -> None:
         self.sizes: Sequence[int] = sorted(sizes)
-        self.bounds: Sequence[int] = key_bounds(max_model_len)
+        self.bounds: Sequence[int] = key_bounds(most_keys)
         self._capture = capture
         self._captured: dict[Hashable, Call] = {}
 
@@ -116,10 +116,10 @@ def capture_on(device: torch.device) -> Capture:
     return capture
 
 
-def key_bounds(max_model_len: int) -> tuple[int, ...]:
-    """256 and powers of two, up to the longest sequence."""
-    count = max(0, (max_model_len - 1).bit_length() - (LEAST_BOUND - 1).bit_length())
-    return (*(LEAST_BOUND << power for power in range(count)), max_model_len)
+def key_bounds(most_keys: int) -> tuple[int, ...]:
+    """256 and powers of two, up to the most."""
+    count = max(0, (most_keys - 1).bit_length() - (LEAST_BOUND - 1).bit_length())
+    return (*(LEAST_BOUND << power for power in range(count)), most_keys)
 
 
 def graph_sizes(max_batch_size: int) -> tuple[int, ...]:

@@ -10,11 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from multiexit_engine.batch import ScheduledSequence
 from multiexit_engine.runtime.rows.flight import Place
 
 Items = Sequence[tuple[int, ScheduledSequence]]
+
+
+class NumKeys(NamedTuple):
+    """How many keys a row of a step sees at most.
+
+    Attributes:
+        own: of its sequence.
+        source: of its source; 0 for a decoder-only model.
+    """
+
+    own: int
+    source: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +72,9 @@ class Rounds:
         }
 
     @property
-    def num_keys(self) -> int:
-        """Of the longest context."""
-        return max(item.stop + item.num_drafts for _, item in self.items)
+    def num_keys(self) -> NumKeys:
+        """Of the longest context, and of the longest source."""
+        return NumKeys(
+            max(item.stop + item.num_drafts for _, item in self.items),
+            max(len(item.sequence.request.source_token_ids) for _, item in self.items),
+        )

@@ -7,17 +7,20 @@ is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.warpers import NOT_NARROWED
 from multiexit_engine.runtime.device.packed import TURNS, Packed
+from multiexit_engine.runtime.drafts.draft_rounds import NumKeys
 from multiexit_engine.transfer import to_device
 
 # groups of rows with different heads that a step may have
 MAX_GROUPS = 8
+# entries of a block table: kernels read rows that begin at multiples of 16 bytes otherwise
+_TABLE_STEP = 4
 # the inputs that make up a ``Narrowing``
 NARROWING = ("top_k", "unlikely", "min_p")
 # the results that make up ``BestTokens``
@@ -40,6 +43,8 @@ class DecodeRow(NamedTuple):
         narrowing: its numbers in a ``Narrowing``.
         min_candidates: of its contrast.
         logprobs: how many best tokens it lists; -1 for none, nor a rank.
+        source_table: the KV blocks of its source, if it has one.
+        source_len: tokens of that.
     """
 
     token: int
@@ -53,6 +58,12 @@ class DecodeRow(NamedTuple):
     narrowing: tuple[int, float, float]
     min_candidates: int = 1
     logprobs: int = -1
+    source_table: Sequence[int] = ()
+    source_len: int = 0
+
+
+_Tables: TypeAlias = tuple[Sequence[int], Sequence[int]]
+_NO_TABLES: _Tables = ([], [])
 
 
 class DecodeMemory:
@@ -60,7 +71,7 @@ class DecodeMemory:
 
     Args:
         num_rows: most rows of a step, padding included.
-        max_model_len: most tokens of a sequence.
+        most_keys: most tokens of a sequence, and of a source.
         block_size: tokens of a KV block.
         spare_block: a block of the KV cache that nobody owns: padding writes there.
         most_listed: best tokens that a row may list.
@@ -68,21 +79,31 @@ class DecodeMemory:
 
     Attributes:
         spare_row: the row whose results nobody reads.
+        most_keys: as given.
+        inputs: by name, [rows, ...]. Rows that are sequences of their own have "tables" and
+            "contexts", and of their sources "source_tables" and "source_lens".
+        results: by name, [rows, ...].
     """
 
     def __init__(
         self,
         num_rows: int,
-        max_model_len: int,
+        most_keys: NumKeys,
         block_size: int,
         spare_block: int,
         most_listed: int,
         device: torch.device,
     ) -> None:
         self.spare_row = num_rows
+        self.most_keys = most_keys
         self._block_size = block_size
-        self._width = -(-max_model_len // block_size)
-        self._padding = DecodeRow(0, -1, 0, [spare_block], 0, 0, 0.0, 1.0, NOT_NARROWED)
+        # of a row's own table, and of that and its source's, which stands behind it
+        self._own_width = _table_width(most_keys.own, block_size)
+        self._width = self._own_width + _table_width(most_keys.source, block_size)
+        source = ([spare_block], 1) if most_keys.source else ()
+        self._padding = DecodeRow(
+            0, -1, 0, [spare_block], 0, 0, 0.0, 1.0, NOT_NARROWED, 1, -1, *source
+        )
         rows = (num_rows + 1,)
         listed = (*rows, most_listed)
         self._inputs = Packed(
@@ -92,6 +113,7 @@ class DecodeMemory:
                 ("min_candidates", torch.int64, rows),
                 ("groups", torch.int64, (MAX_GROUPS, *rows)),
                 ("contexts", torch.int32, rows),
+                ("source_lens", torch.int32, rows),
                 ("logprobs", torch.int32, rows),
                 ("temperatures", torch.float32, rows),
                 ("alphas", torch.float32, rows),
@@ -113,9 +135,14 @@ class DecodeMemory:
             ],
             device,
         )
-        self.inputs = self._inputs.on_device
+        tables = self._inputs.on_device["tables"]
+        self.inputs = {
+            **self._inputs.on_device,
+            "tables": tables[:, : self._own_width],
+            "source_tables": tables[:, self._own_width :],
+        }
         self.results = self._results.on_device
-        self._tables: list[list[list[int]]] = [[[]] * (num_rows + 1) for _ in range(TURNS)]
+        self._tables: list[list[_Tables]] = [[_NO_TABLES] * (num_rows + 1) for _ in range(TURNS)]
         for turn in range(TURNS):
             self._inputs.on_host(turn)["tables"].fill(-1)
 
@@ -148,6 +175,7 @@ class DecodeMemory:
         arrays["seeds"][:count] = [row.seed for row in every]
         arrays["counts"][:count] = [row.num_output_tokens for row in every]
         arrays["contexts"][:count] = [row.position + 1 for row in every]
+        arrays["source_lens"][:count] = [row.source_len for row in every]
         arrays["temperatures"][:count] = [row.temperature for row in every]
         arrays["alphas"][:count] = [row.alpha for row in every]
         arrays["min_candidates"][:count] = [row.min_candidates for row in every]
@@ -191,6 +219,16 @@ class DecodeMemory:
         """Write the block tables that are not what they were when this twin was sent last."""
         known = self._tables[turn]
         for place, row in enumerate(rows):
-            if known[place] != row.block_table:
-                known[place] = table = list(row.block_table)
-                tables[place, : len(table)] = table
+            own, source = known[place]
+            if own != row.block_table:
+                own = list(row.block_table)
+                tables[place, : len(own)] = own
+            if source != row.source_table:
+                source = list(row.source_table)
+                tables[place, self._own_width : self._own_width + len(source)] = source
+            known[place] = own, source
+
+
+def _table_width(num_keys: int, block_size: int) -> int:
+    """Entries of a block table for so many keys, and for none."""
+    return -(-num_keys // (block_size * _TABLE_STEP)) * _TABLE_STEP

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.ops import head_tokens
 from multiexit_engine.ops.tokens import RowGroup
 from multiexit_engine.runtime.device.graphs import Pieces
+from multiexit_engine.runtime.drafts.draft_rounds import NumKeys
 from multiexit_engine.runtime.launched.decode_memory import DecodeMemory
 from multiexit_engine.runtime.launched.wished_tokens import HeadWishes, WishedTokens
 
@@ -43,7 +45,7 @@ class _Part(NamedTuple):
 
 
 class DecodePieces:
-    """Runs the pieces of steps of one decoder-only model.
+    """Runs the pieces of steps of one decoder.
 
     Args:
         model: the decoder.
@@ -78,9 +80,16 @@ class DecodePieces:
         return self._pieces.sizes
 
     @property
-    def bounds(self) -> Sequence[int]:
+    def bounds(self) -> Sequence[NumKeys]:
         """Numbers of keys that pieces may be captured for."""
-        return self._pieces.bounds
+        most = self._memory.most_keys
+        own, source = (sorted({min(each, limit) for each in self._pieces.bounds}) for limit in most)
+        return [NumKeys(*pair) for pair in product(own, source)]
+
+    def bound(self, num_keys: NumKeys) -> NumKeys:
+        """Keys to provide for when the longest contexts have so many."""
+        pairs = zip(num_keys, self._memory.most_keys, strict=True)
+        return NumKeys(*(count and min(self._pieces.bound(count), most) for count, most in pairs))
 
     def size(self, num_rows: int) -> int:
         """Rows to run for so many, padding included."""
@@ -95,17 +104,17 @@ class DecodePieces:
         self.states_after(layer, states).index_copy_(0, rows, states)
 
     def run_layers(
-        self, segments: Sequence[Segment], num_keys: int, batch: int, first: int = 0
+        self, segments: Sequence[Segment], num_keys: NumKeys, batch: int, first: int = 0
     ) -> None:
         """Run segments of layers on rows of the memory.
 
         Args:
             segments: without gaps.
-            num_keys: of the longest context.
+            num_keys: of the longest contexts.
             batch: sequences of the step, padding included.
             first: of the rows.
         """
-        bound = self._pieces.bound(num_keys)
+        bound = self.bound(num_keys)
         for segment in segments:
             # rows that have left may stand where padding would: what they write nobody reads
             size = self._pieces.size(segment.num_seqs)
@@ -148,18 +157,18 @@ class DecodePieces:
         for parts in self._by_matrix(groups, are_listed):
             self._pieces.run(("heads", parts, wishes), batch, partial(self._choose, parts, wishes))
 
-    def _span(self, start: int, stop: int, first: int, size: int, bound: int) -> None:
+    def _span(self, start: int, stop: int, first: int, size: int, bound: NumKeys) -> None:
         """Run a span of layers on ``size`` rows, from the memory of states to it."""
         inputs, rows = self._memory.inputs, slice(first, first + size)
         tokens = inputs["tokens"][rows] if start else self.tokens(rows)
-        forward = self.forward(rows, size, tokens, inputs["tables"][rows], bound)
+        forward = self.forward(rows, size, tokens, rows, bound)
         embed = self._model.embed
         hidden = self._states[start][rows] if start else embed(tokens, forward.positions)
         hidden = self._model.run_layers(hidden, start, stop, self._kv_cache, forward)
         self.states_after(stop, hidden)[rows] = hidden
 
     def forward(
-        self, rows: slice, size: int, tokens: Tensor, tables: Tensor, bound: int
+        self, rows: slice, size: int, tokens: Tensor, tables: slice, bound: NumKeys
     ) -> ForwardBatch:
         """What layers are told of rows of the memory, each a sequence of its own.
 
@@ -167,19 +176,28 @@ class DecodePieces:
             rows: of the memory.
             size: how many.
             tokens: [rows] int64.
-            tables: their block tables.
+            tables: the rows of the block tables.
             bound: of keys.
         """
         inputs = self._memory.inputs
-        layout = SequenceLayout(
-            query_lens=(1,) * size,
-            context_lens=(bound,) * size,
-            cu_query_lens=self._starts[: size + 1],
-            context_lens_device=inputs["contexts"][rows],
-            block_tables=tables,
-            has_bounds=True,
+
+        def layout(num_keys: int, contexts: str, name: str) -> SequenceLayout:
+            return SequenceLayout(
+                query_lens=(1,) * size,
+                context_lens=(num_keys,) * size,
+                cu_query_lens=self._starts[: size + 1],
+                context_lens_device=inputs[contexts][rows],
+                block_tables=inputs[name][tables],
+                has_bounds=True,
+            )
+
+        return ForwardBatch(
+            tokens,
+            inputs["positions"][rows],
+            inputs["slots"][rows],
+            layout(bound.own, "contexts", "tables"),
+            layout(bound.source, "source_lens", "source_tables") if bound.source else None,
         )
-        return ForwardBatch(tokens, inputs["positions"][rows], inputs["slots"][rows], layout)
 
     def states_after(self, layer: int, like: Tensor) -> Tensor:
         """[rows of the memory, hidden]: where states after a layer lie, in the type of some."""

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.decoding.plan import ExitPlan, target_mode
-from multiexit_engine.decoding.warpers import narrowing_row
+from multiexit_engine.decoding.warpers import NOT_NARROWED, narrowing_row
+from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.request import sequence_seed
 from multiexit_engine.runtime.launched.decode_memory import DecodeRow
 from multiexit_engine.runtime.launched.launched_step import LaunchedStep
@@ -42,6 +43,13 @@ def decode_rows(
         chosen_by = places[index, position - 1] if number else None
         found[row] = _decode_row(item, number, chosen_by, alphas.get(index, 1.0), before)
     return found
+
+
+def waiting_row(sequence: TokenSequence, position: int) -> DecodeRow:
+    """A row whose token was chosen before, and which only runs layers that it lacks."""
+    own = DecodeRow(0, -1, position, sequence.block_table, 0, 0, 0.0, 1.0, NOT_NARROWED)
+    source_len = len(sequence.request.source_token_ids)
+    return own._replace(source_table=sequence.source_table, source_len=source_len)
 
 
 def _decode_row(
@@ -77,4 +85,6 @@ def _decode_row(
         narrowing=narrowing_row(request.sampling),
         min_candidates=min_candidates(target_mode(request.decoding)),
         logprobs=-1 if request.sampling.logprobs is None else request.sampling.logprobs,
+        source_table=sequence.source_table,
+        source_len=len(request.source_token_ids),
     )

@@ -13,7 +13,7 @@ from dataclasses import replace
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
-from multiexit_engine.config import EngineConfig
+from multiexit_engine.config import EngineConfig, ModelConfig
 from multiexit_engine.decoding.plan import (
     ExitPlan,
     ExitPlanner,
@@ -33,7 +33,7 @@ from multiexit_engine.params import (
 from multiexit_engine.runtime.device.graphs import Pieces
 from multiexit_engine.runtime.device.packed import TURNS
 from multiexit_engine.runtime.device.step_clock import StepClock
-from multiexit_engine.runtime.drafts.draft_rounds import Items, Rounds
+from multiexit_engine.runtime.drafts.draft_rounds import Items, NumKeys, Rounds
 from multiexit_engine.runtime.launched.decode_memory import MAX_GROUPS, DecodeMemory
 from multiexit_engine.runtime.launched.decode_pieces import DecodePieces
 from multiexit_engine.runtime.launched.decode_rows import alphas_of, decode_rows
@@ -65,10 +65,10 @@ MOST_ROUNDS, SPARE_ROWS = 4, 64
 
 
 class DecodeSteps:
-    """Launches steps of one decoder-only model.
+    """Launches steps of one model.
 
     Args:
-        model: the decoder.
+        model: the decoder, and what reads its sources, if it has any.
         kv_cache: of the model, with one block more than anybody can own.
         states: where rows of chunks would wait at exits, which they never do here.
         chooser: chooses tokens, and says which rows need no look at their scores.
@@ -94,7 +94,7 @@ class DecodeSteps:
         self._device = config.device
         self._memory = DecodeMemory(
             MOST_ROUNDS * config.max_batch_size + SPARE_ROWS,
-            config.max_model_len,
+            most_keys(model.config, config),
             config.block_size,
             config.num_kv_blocks,
             min(MOST_LISTED, model.config.vocab_size),
@@ -116,8 +116,6 @@ class DecodeSteps:
             batch: the step.
             before: the step that is choosing the tokens that are not known.
         """
-        if batch.unread:
-            return False
         rounds, num_ends = self._rounds(batch)
         if not self._exit_steps.fits(batch, rounds, num_ends, self._edits.most, before):
             return False
@@ -318,6 +316,13 @@ class DecodeSteps:
             return direct_choices(plain, tokens, logprobs, told)
 
         return Coming(plain, None, read)
+
+
+def most_keys(model: ModelConfig, config: EngineConfig) -> NumKeys:
+    """The longest sequence and the longest source."""
+    return NumKeys(
+        config.max_model_len, 0 if model.encoder is None else model.encoder.max_source_len
+    )
 
 
 def _has_drafts(batch: ScheduledBatch) -> bool:

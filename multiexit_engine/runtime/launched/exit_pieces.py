@@ -31,6 +31,7 @@ from multiexit_engine.ops import (
 from multiexit_engine.ops.exit_rows import MEASURES
 from multiexit_engine.runtime.device.graph_parts import only_if
 from multiexit_engine.runtime.device.graphs import Pieces
+from multiexit_engine.runtime.drafts.draft_rounds import NumKeys
 from multiexit_engine.runtime.launched.decode_memory import DecodeMemory
 from multiexit_engine.runtime.launched.decode_pieces import DecodePieces
 from multiexit_engine.runtime.launched.exit_memory import ExitMemory
@@ -92,7 +93,7 @@ class _Span(NamedTuple):
     stop: int
     size: int
     num_own: int
-    bound: int
+    bound: NumKeys
     question: Question | None
     keeps_heads: bool
     takes_waiting: bool
@@ -137,9 +138,9 @@ class ExitPieces:
         self._spare_slot = spare_slot
 
     @property
-    def bounds(self) -> Sequence[int]:
+    def bounds(self) -> Sequence[NumKeys]:
         """Numbers of keys that pieces may be captured for."""
-        return self._pieces.bounds
+        return self._rows.bounds
 
     def run_layers(
         self,
@@ -147,7 +148,7 @@ class ExitPieces:
         ways: ExitWays,
         size: int,
         num_own: int,
-        num_keys: int,
+        num_keys: NumKeys,
     ) -> None:
         """Run layers, or those of them that anybody is left for.
 
@@ -156,9 +157,9 @@ class ExitPieces:
             ways: what the rows need.
             size: rows, padding included.
             num_own: the first of them, which may be asked.
-            num_keys: of the longest context.
+            num_keys: of the longest contexts.
         """
-        bound, questions = self._pieces.bound(num_keys), dict(ways.questions)
+        bound, questions = self._rows.bound(num_keys), dict(ways.questions)
         for start, stop in pairwise(layers):
             span = _Span(
                 start, stop, size, num_own, bound, questions.get(stop), ways.keeps_heads,
@@ -202,8 +203,8 @@ class ExitPieces:
         hidden = self._rows.states(start)[rows] if start else self._enter(rows, span.takes_waiting)
         paths = self._exits.paths(rows)
         running, copied = rows_beyond(self._exits.progress(rows).left, start, paths)
-        tokens, tables = inputs["tokens"][rows], inputs["tables"]
-        forward = self._rows.forward(rows, size, tokens, tables, span.bound)
+        every = slice(None)
+        forward = self._rows.forward(rows, size, inputs["tokens"][rows], every, span.bound)
         listed = ListedRows(
             running, copied if span.has_copied else None, paths.owners, self._spare_slot
         )

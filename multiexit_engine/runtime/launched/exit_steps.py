@@ -14,7 +14,6 @@ from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig, ModelConfig
 from multiexit_engine.decoding.plan import resolve_mode
-from multiexit_engine.decoding.warpers import NOT_NARROWED
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.ops.exit_rows import IS_COPIED, RUNS_ANYHOW
 from multiexit_engine.params import DecodingMode, EarlyExit, Exit, Original
@@ -23,6 +22,7 @@ from multiexit_engine.runtime.device.graphs import Pieces
 from multiexit_engine.runtime.drafts.draft_rounds import Rounds
 from multiexit_engine.runtime.launched.decode_memory import DecodeMemory, DecodeRow
 from multiexit_engine.runtime.launched.decode_pieces import DecodePieces
+from multiexit_engine.runtime.launched.decode_rows import waiting_row
 from multiexit_engine.runtime.launched.edit_memory import EditRoom
 from multiexit_engine.runtime.launched.exit_layout import (
     WAITING_ROWS,
@@ -165,9 +165,9 @@ class ExitSteps:
 
     def waiting_rows(self, step: ExitStep) -> dict[int, DecodeRow]:
         """What the decode memory has to know of the rows that wait."""
-        tables = {index: item.sequence.block_table for index, item in step.rounds.items}
+        owners = {index: item.sequence for index, item in step.rounds.items}
         return {
-            row: DecodeRow(0, -1, position, tables[index], 0, 0, 0.0, 1.0, NOT_NARROWED)
+            row: waiting_row(owners[index], position)
             for (index, position), row in step.layout.places.items()
         }
 

@@ -15,7 +15,7 @@ from multiexit_engine.config import ModelConfig
 from multiexit_engine.decoding.plan import Segment
 from multiexit_engine.layers.exit_heads import Head
 from multiexit_engine.params import Exit, SelfSpeculative
-from multiexit_engine.runtime.drafts.draft_rounds import Rounds
+from multiexit_engine.runtime.drafts.draft_rounds import NumKeys, Rounds
 from multiexit_engine.runtime.drafts.drafting import draft_vocab
 from multiexit_engine.runtime.launched.decode_memory import DecodeMemory
 from multiexit_engine.runtime.launched.decode_pieces import DecodePieces
@@ -114,7 +114,7 @@ class PieceDrafter:
         self,
         mode: SelfSpeculative,
         rounds: Rounds,
-        num_keys: int,
+        num_keys: NumKeys,
         layers: Collection[int],
         first: int,
         choose: Callable[[int], None],
@@ -133,7 +133,7 @@ class PieceDrafter:
         mode: SelfSpeculative,
         depth: int,
         rounds: Rounds,
-        num_keys: int,
+        num_keys: NumKeys,
         layers: Collection[int],
     ) -> None:
         """Run all rounds together from the exit on."""
