@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from multiexit_engine import (
@@ -16,6 +18,7 @@ from multiexit_engine import (
 from multiexit_engine.runtime.device.graphs import graph_sizes
 from multiexit_engine.runtime.launched.edit_memory import EDITS_OF_A_ROW
 from multiexit_engine.runtime.launched.warm_wishes import most_edits, possible_wishes
+from tests.engine.company import run_in_random_company
 from tests.runtime.on_simulated_device import on_cpu, on_device, token_ids
 from tests.tiny import save_gpt2
 
@@ -82,6 +85,53 @@ def test_drafts_wait_for_nothing(folder, mode):
             assert token_ids(found) == token_ids(host.generate(prompts, PLAIN, mode))
         assert engine.stats().num_drafted_tokens
         assert device.counts["captures"] == captures > 0
+
+
+def in_mixed_company(folder, announced, modes, draw, **options):
+    """Requests of warm modes that come and go, with wishes of which nobody spoke."""
+    wishes = [
+        {},
+        {"top_k": 5},
+        {"presence_penalty": 0.5},
+        {"logprobs": 1},
+        {"logit_bias": {3: 2.0}},
+    ]
+    requests = [
+        (
+            [draw.randrange(250) for _ in range(draw.randrange(1, 9))],
+            SamplingParams(
+                max_new_tokens=draw.randrange(2, 12),
+                ignore_eos=True,
+                temperature=1.0 if i % 2 else 0.0,
+                seed=i,
+                **wishes[i % 5],
+            ),
+            draw.choice(modes),
+        )
+        for i in range(12)
+    ]
+    alone = on_cpu(folder, max_model_len=64)
+    with on_device(folder, **SMALL, **options) as (engine, device):
+        for mode in announced:
+            engine.warm_up(mode)
+        captures = device.counts["captures"]
+        found, _ = run_in_random_company(engine, requests, draw)
+        assert device.counts["captures"] == captures > 0
+        assert device.counts["replays"] > 50
+    for place, ids in found.items():
+        prompt, sampling, mode = requests[place]
+        assert ids == [o.token_ids for o in alone.generate(prompt, sampling, mode)[0].outputs]
+
+
+def test_modes_in_one_batch_wait_for_nothing_whatever_they_want(folder, few_waiting):
+    modes = [Original(), Exit(2), Contrast(4, 2), EarlyExit(0.05)]
+    in_mixed_company(folder, modes, modes, random.Random(4), async_scheduling=True)
+
+
+@pytest.mark.parametrize("most", [4, pytest.param("auto", marks=slow)])
+def test_drafts_of_unequal_numbers_wait_for_nothing(folder, most):
+    modes = [SelfSpeculative(2, length) for length in (1, 2, most)]
+    in_mixed_company(folder, modes[2:], [*modes, Original()], random.Random(5))
 
 
 def test_captures_are_counted_in_the_docs(folder):

@@ -30,10 +30,12 @@ class Pieces(Protocol):
     Attributes:
         sizes: numbers of rows that pieces may be captured for; none where nothing is captured.
         bounds: numbers of keys likewise.
+        is_warm: what requests were said to want is captured: new short pieces run from Python.
     """
 
     sizes: Sequence[int]
     bounds: Sequence[int]
+    is_warm: bool
 
     def size(self, num_rows: int) -> int:
         """Rows to run for so many sequences, padding included."""
@@ -41,8 +43,11 @@ class Pieces(Protocol):
     def bound(self, num_keys: int) -> int:
         """Keys to provide for when the longest sequence has so many."""
 
-    def run(self, key: Hashable, size: int, call: Call) -> None:
-        """Do what ``call`` does, which equal keys say is the same but for memory's contents."""
+    def run(self, key: Hashable, size: int, call: Call, *, is_short: bool = False) -> None:
+        """Do what ``call`` does, which equal keys say is the same but for memory's contents.
+
+        A short piece is a few launches, which Python makes in less time than a capture takes.
+        """
 
 
 class Eager:
@@ -50,6 +55,7 @@ class Eager:
 
     sizes: Sequence[int] = ()
     bounds: Sequence[int] = ()
+    is_warm = False
 
     def size(self, num_rows: int) -> int:
         return num_rows
@@ -57,7 +63,7 @@ class Eager:
     def bound(self, num_keys: int) -> int:
         return num_keys
 
-    def run(self, key: Hashable, size: int, call: Call) -> None:
+    def run(self, key: Hashable, size: int, call: Call, *, is_short: bool = False) -> None:
         call()
 
 
@@ -73,6 +79,7 @@ class Graphs:
     def __init__(self, sizes: Sequence[int], most_keys: int, capture: Capture) -> None:
         self.sizes: Sequence[int] = sorted(sizes)
         self.bounds: Sequence[int] = key_bounds(most_keys)
+        self.is_warm = False
         self._capture = capture
         self._captured: dict[Hashable, Call] = {}
 
@@ -88,11 +95,13 @@ class Graphs:
     def bound(self, num_keys: int) -> int:
         return self.bounds[bisect_left(self.bounds, num_keys)]
 
-    def run(self, key: Hashable, size: int, call: Call) -> None:
+    def run(self, key: Hashable, size: int, call: Call, *, is_short: bool = False) -> None:
         if size > self.sizes[-1]:
             call()
         elif key in self._captured:
             self._captured[key]()
+        elif self.is_warm and is_short:
+            call()
         else:
             # Kernels are compiled and libraries set up outside the capture, which runs nothing.
             call()

@@ -1,12 +1,14 @@
 """How the rows of a step that get one token, or draft some before, lie in the decode memory.
 
 Row by row of the first round, padding, the second round and so on: a round is the next token of
-every sequence that drafts so many. Without drafts there is one round. Knows sizes and places;
-nothing of layers, heads or tokens.
+every sequence that drafts so many. Each takes as many rows as the first one where there is room for
+that, so that few numbers of rows are captured. Without drafts there is one round. Knows sizes and
+places; nothing of layers, heads or tokens.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -47,13 +49,20 @@ class Rounds:
     num_rows: int
 
     @classmethod
-    def of(cls, items: Items, padded: Callable[[int], int]) -> Rounds:
-        """Lay out items that compute one token each; ``padded`` rounds numbers of rows up."""
+    def of(cls, items: Items, padded: Callable[[int], int], most_rows: int) -> Rounds:
+        """Lay out items that compute one token each.
+
+        Args:
+            items: of the step.
+            padded: rounds numbers of rows up.
+            most_rows: that there is room for; more are laid out, and do not fit.
+        """
         by_drafts = sorted(items, key=lambda pair: -pair[1].num_drafts)
         drafts = [item.num_drafts for _, item in by_drafts]
         rounds = range(1 + drafts[0]) if drafts else range(0)
         counts = tuple(sum(count >= number for count in drafts) for number in rounds)
-        sizes = tuple(map(padded, counts))
+        even = tuple(padded(counts[0]) for _ in counts)
+        sizes = even if padded(sum(even)) <= most_rows else tuple(map(padded, counts))
         num_rows = padded(sum(sizes)) if sizes else 0
         return cls(by_drafts, counts, sizes, num_rows)
 
@@ -70,6 +79,14 @@ class Rounds:
             for number, (start, count) in enumerate(zip(self.starts, self.counts, strict=True))
             for row, (index, item) in enumerate(self.items[:count])
         }
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences as pieces count them, padding included.
+
+        More than any piece is captured for where rounds differ: there are too many ways to do so.
+        """
+        return self.sizes[0] if len({*self.sizes}) == 1 else sys.maxsize
 
     @property
     def num_keys(self) -> NumKeys:

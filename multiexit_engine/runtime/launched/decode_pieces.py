@@ -132,7 +132,7 @@ class DecodePieces:
             batch: sequences of the step, padding included.
         """
         what = head, num_tokens, first, size
-        self._pieces.run(("draft", *what), batch, partial(self._draft, *what))
+        self._pieces.run(("draft", *what), batch, partial(self._draft, *what), is_short=True)
 
     def note_latest(self, batch: int) -> None:
         """Let edits count the tokens that only the device knows, before others take their places.
@@ -140,7 +140,7 @@ class DecodePieces:
         Args:
             batch: sequences of the step, padding included.
         """
-        self._pieces.run(("latest",), batch, self._wished.note_latest)
+        self._pieces.run(("latest",), batch, self._wished.note_latest, is_short=True)
 
     def choose(
         self, groups: Sequence[HeadGroup], batch: int, are_listed: bool, wishes: HeadWishes
@@ -155,7 +155,8 @@ class DecodePieces:
             wishes: of these rows.
         """
         for parts in self._by_matrix(groups, are_listed):
-            self._pieces.run(("heads", parts, wishes), batch, partial(self._choose, parts, wishes))
+            call = partial(self._choose, parts, wishes)
+            self._pieces.run(("heads", parts, wishes), batch, call, is_short=True)
 
     def _span(self, start: int, stop: int, first: int, size: int, bound: NumKeys) -> None:
         """Run a span of layers on ``size`` rows, from the memory of states to it."""

@@ -107,6 +107,8 @@ class DecodeSteps:
         self._drafter = PieceDrafter(model.config, self._memory, self._pieces, chooser)
         own = self._memory, self._pieces, tokens, pieces
         self._exit_steps = ExitSteps.of(model, kv_cache, states, chooser, config, *own)
+        parts = self._memory, self._edits, self._pieces, self._drafter, self._exit_steps, pieces
+        self._warm_up = WarmUp(model.config, config, *parts)
         self._turn = 0
 
     def fits(self, batch: ScheduledBatch, before: LaunchedStep | None) -> bool:
@@ -120,7 +122,7 @@ class DecodeSteps:
         if not self._exit_steps.fits(batch, rounds, num_ends, self._edits.most, before):
             return False
         has_stream = any(chooses_its_exit(item) for _, item in rounds.items)
-        if _has_drafts(batch) and not self._drafter.fits(batch, has_stream):
+        if _has_drafts(batch) and not self._drafter.fits(batch, rounds, num_ends, has_stream):
             return False
         expecting = [item for item in batch.scheduled if item.sequence.num_expected]
         if not expecting:
@@ -140,7 +142,7 @@ class DecodeSteps:
         chunks = [pair for pair in items if not _is_one_token(pair[1])]
         rows = choice_rows(items, {})
         rounds, num_ends = self._rounds(batch)
-        early = self._exit_steps.step(batch, rounds, num_ends, before)
+        early = self._exit_steps.step(batch, rounds, before)
         num_running = rounds.num_rows if early is None else early.layout.num_rows
         places = rounds.places | _places_of_chunks(chunks, num_running)
         plain, looked_at = self._by_kind(rows)
@@ -160,11 +162,12 @@ class DecodeSteps:
             [inputs.get(row) for row in range(rounds.num_rows, num_running + num_ends)],
             [group.rows for group in groups] if are_listed else [],
         )
-        self._run_rows(rounds, layers, early, places, clock)
+        # where pieces that were captured beforehand end, whoever is in the step
+        self._run_rows(rounds, layers | self._warm_up.stops, early, places, clock)
         if chunks:
             looked = layers if early is None else {*layers, *early.layers}
             self._run_chunks(batch, chunks, looked, places, targets)
-        batch_size = rounds.sizes[0] if rounds.items else self._pieces.size(len(rows) or 1)
+        batch_size = rounds.batch_size if rounds.items else self._pieces.size(len(rows) or 1)
         chosen = plain if early is None else [*plain, *early.wishing]
         edits = self._edits.send(turn, edits_of(chosen, places))
         if edits.num_edits:
@@ -193,8 +196,7 @@ class DecodeSteps:
 
     def warm_up(self, mode: DecodingMode, depth: int, sampling: Sequence[SamplingParams]) -> None:
         """Run every piece of steps in one mode once; see ``WarmUp``."""
-        parts = self._memory, self._edits, self._pieces, self._drafter, self._exit_steps
-        WarmUp(self._model.config, self._config, *parts).run(mode, depth, sampling)
+        self._warm_up.run(mode, depth, sampling)
 
     def _by_kind(self, rows: Sequence[LogitRow]) -> tuple[list[LogitRow], list[LogitRow]]:
         """The rows whose tokens are chosen in pieces by heads that are known, and by others."""
@@ -226,8 +228,10 @@ class DecodeSteps:
     def _rounds(self, batch: ScheduledBatch) -> tuple[Rounds, int]:
         """The rows of a step that get one token each, and how many chunks come to their ends."""
         items = list(enumerate(batch.scheduled))
-        rounds = Rounds.of([p for p in items if _is_one_token(p[1])], self._pieces.size)
-        return rounds, sum(i.reaches_end and not _is_one_token(i) for i in batch.scheduled)
+        num_ends = sum(i.reaches_end and not _is_one_token(i) for i in batch.scheduled)
+        steady = [pair for pair in items if _is_one_token(pair[1])]
+        room = self._memory.spare_row - num_ends
+        return Rounds.of(steady, self._pieces.size, room), num_ends
 
     def _run_rows(
         self,
@@ -256,7 +260,7 @@ class DecodeSteps:
         if rounds.items:
             depths = [item.sequence.request.depth for _, item in rounds.items]
             segments = plan_segments(depths, {at for at in layers if at <= depths[0]})
-            self._pieces.run_layers(segments, rounds.num_keys, rounds.sizes[0])
+            self._pieces.run_layers(segments, rounds.num_keys, rounds.batch_size)
 
     def _run_chunks(
         self,

@@ -65,7 +65,7 @@ class ExitWays:
         keeps_heads: what the exits' heads would read is kept, for rows whose tokens no measure
             tells.
         has_waiting: some rows begin where they waited.
-        has_copied: some of them only give keys and values.
+        has_copied: some of them may only give keys and values.
     """
 
     questions: tuple[tuple[int, Question], ...]
@@ -182,7 +182,7 @@ class ExitPieces:
         exits = tuple(layer for layer, _ in ways.questions)
         what = exits, ways.keeps_heads, wishes
         call = partial(self._tokens.choose, slice(num_own), *what)
-        self._pieces.run(("exit tokens", num_own, *what), num_own, call)
+        self._pieces.run(("exit tokens", num_own, *what), num_own, call, is_short=True)
 
     def choose_at_ends(self, rows: slice, ways: ExitWays, wishes: HeadWishes | None) -> None:
         """The same for rows whose layers ran elsewhere, which are asked at all exits now."""

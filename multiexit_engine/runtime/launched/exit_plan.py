@@ -31,7 +31,8 @@ class ExitStep:
         looking: those that want their whole distributions.
         layout: of the rows that run.
         rounds: the rows that get a token each.
-        layers_of: of each of their modes the layers at which it asks.
+        layers_of: of each of their modes, and others that are announced, the layers at which it
+            asks.
         num_layers: of the model.
         draft_exit: after which others are drafted and go on with these, if any are.
     """
@@ -59,11 +60,9 @@ class ExitStep:
     @cached_property
     def ways(self) -> ExitWays:
         """What the rows need beside their layers."""
-        copied = {index for index, item in self.rounds.items if item.sequence.request.copies_kv}
         return exit_ways(
             self.layers_of,
             has_waiting=bool(self.layout.joins),
-            has_copied=any(index in copied for index, _ in self.layout.joins),
             has_wishes=bool(self.wishing or self.looking),
         )
 
@@ -100,7 +99,6 @@ def looked_at(layers_of: Mapping[EarlyExit, frozenset[int]]) -> set[int]:
 def exit_ways(
     layers_of: Mapping[EarlyExit, frozenset[int]],
     has_waiting: bool,
-    has_copied: bool,
     has_wishes: bool,
 ) -> ExitWays:
     """What rows of some modes need beside their layers."""
@@ -110,6 +108,7 @@ def exit_ways(
         for layer in asked
     )
     keeps_heads = has_wishes or any(m.measure in ("similarity", "probe") for m in layers_of)
+    has_copied = has_waiting and any(mode.kv == "copy" for mode in layers_of)
     return ExitWays(questions, keeps_heads, has_waiting, has_copied)
 
 

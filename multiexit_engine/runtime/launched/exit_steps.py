@@ -80,6 +80,9 @@ class ExitSteps:
         self._chooser = chooser
         # beside the rows that get a token and ends of prompts, with some padding
         self._most_waiting = memory.spare_row - 2 * max_batch_size - 8
+        # whatever prompts end in a step, the same numbers of rows are run
+        self._most_rows = memory.spare_row - max_batch_size
+        self._announced: set[EarlyExit] = set()
         self._layers: dict[EarlyExit, frozenset[int]] = {}
 
     @classmethod
@@ -114,9 +117,10 @@ class ExitSteps:
         """Whether the device can decide about the rows of a step that choose their exit.
 
         Rows that are computed again, or score, are the host's.
-        Arguments as for ``step``, and how many edits there is room for.
+        Arguments as for ``step``, and how many rows stand behind all others, and how many edits
+        there is room for.
         """
-        step = self.step(batch, rounds, num_ends, before)
+        step = self.step(batch, rounds, before)
         if step is None:
             return True
         choosing = [item for item in batch.scheduled if chooses_its_exit(item)]
@@ -128,14 +132,13 @@ class ExitSteps:
         )
 
     def step(
-        self, batch: ScheduledBatch, rounds: Rounds, num_ends: int, before: LaunchedStep | None
+        self, batch: ScheduledBatch, rounds: Rounds, before: LaunchedStep | None
     ) -> ExitStep | None:
         """The rows of a step in which some choose their exit.
 
         Args:
             batch: the step.
             rounds: its rows that get one token each.
-            num_ends: rows behind all others.
             before: the step whose rows are not known to have left or not, if there is one.
         """
         if not any(map(chooses_its_exit, batch.scheduled)):
@@ -146,10 +149,10 @@ class ExitSteps:
             if isinstance(row.mode, EarlyExit)
         ]
         choosing = [pair for pair in rounds.items if chooses_its_exit(pair[1])]
-        room = self._memory.spare_row - num_ends
         leaving = before.coming.leaving if before is not None else {}
-        layout = exit_layout(choosing, leaving, rounds.num_rows, room, self._most_waiting)
-        modes = {row.mode for row in rows if isinstance(row.mode, EarlyExit)}
+        room = self._most_rows, self._most_waiting
+        layout = exit_layout(choosing, leaving, rounds.num_rows, *room)
+        modes = {row.mode for row in rows if isinstance(row.mode, EarlyExit)} | self._announced
         layers = {mode: self._layers_of(mode) for mode in modes}
         direct = self.chosen_in_pieces(rows)
         known = set(map(id, direct))
@@ -233,25 +236,34 @@ class ExitSteps:
         self._pieces.run_layers([below[-1], *(stop for stop in stops if stop > below[-1])], *what)
         self._pieces.keep(stops[-1], size, num_own)
 
+    def announce(self, mode: EarlyExit) -> set[int]:
+        """Let all steps be asked what rows of a mode are; gives the layers that this looks at."""
+        self._announced.add(mode)
+        return looked_at({mode: self._layers_of(mode)}) | {self._config.num_layers}
+
     def warm_up(
-        self, mode: EarlyExit, num_own: int, wishes: Sequence[HeadWishes], send: SendPadding
+        self,
+        mode: EarlyExit,
+        num_own: int,
+        wishes: Sequence[HeadWishes],
+        stops: Collection[int],
+        send: SendPadding,
     ) -> None:
-        """Run every piece of steps in one mode once, on padding.
+        """Run every piece of steps in one announced mode once, on padding.
 
         Args:
             mode: the mode.
             num_own: rows that get a token.
             wishes: what some of them may want besides the best token.
+            stops: layers after which spans end.
             send: fills so many rows of the decode memory with padding.
         """
-        layers = {mode: self._layers_of(mode)}
-        stops = sorted((looked_at(layers) | {self._config.num_layers}) - {0})
-        most = self._memory.spare_row
+        stops, most = sorted(stops), self._most_rows
         for size in sorted({min(num_own + waiting, most) for waiting in WAITING_ROWS}):
             send(num_own, size)
             self._exits.send(0, [ExitRow(0)] * size)
             for own in ([None], wishes):
-                self._run_once(mode, stops, size, num_own, own)
+                self._run_once(stops, size, num_own, own)
 
     def begin(self) -> None:
         """Get ready for ends of prompts, where no rows are run here."""
@@ -322,15 +334,13 @@ class ExitSteps:
 
     def _run_once(
         self,
-        mode: EarlyExit,
         stops: Sequence[int],
         size: int,
         num_own: int,
         wishes: Sequence[HeadWishes | None],
     ) -> None:
-        layers, has_waiting = {mode: self._layers_of(mode)}, size > num_own
-        has_copied = has_waiting and mode.kv == "copy"
-        ways = exit_ways(layers, has_waiting, has_copied, wishes[0] is not None)
+        layers = {mode: self._layers_of(mode) for mode in self._announced}
+        ways = exit_ways(layers, size > num_own, wishes[0] is not None)
         for bound in self._pieces.bounds:
             self._pieces.run_layers([0, *stops], ways, size, num_own, bound)
         self._pieces.keep(stops[-1], size, num_own)

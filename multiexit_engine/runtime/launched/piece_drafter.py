@@ -40,24 +40,25 @@ class PieceDrafter:
         self._pieces = pieces
         self._chooser = chooser
 
-    def fits(self, batch: ScheduledBatch, has_stream: bool) -> bool:
+    def fits(self, batch: ScheduledBatch, rounds: Rounds, num_ends: int, has_stream: bool) -> bool:
         """Whether nobody looks at the drafts of a step before its end, and one exit makes them all.
 
         Args:
             batch: the step.
+            rounds: its rows that get one token each.
+            num_ends: rows behind all others.
             has_stream: each row goes as far as it may, since some choose their exits. Otherwise
                 rows of other depths would stand between those that are checked.
         """
-        steady = [item for item in batch.scheduled if item.num_tokens == 1 and item.reaches_end]
         modes = [_drafting(item) for item in batch.scheduled if item.num_drafts]
         rows = choice_rows(enumerate(batch.scheduled), {})
-        num_rows = Rounds.of(list(enumerate(steady)), self._pieces.size).num_rows
+        depths = {item.sequence.request.depth for _, item in rounds.items}
         return (
             len({(mode.draft_exit, mode.draft_vocab) for mode in modes}) == 1
-            and (has_stream or len({item.sequence.request.depth for item in steady}) == 1)
+            and (has_stream or len(depths) == 1)
             and not any(row.needs_drafts for row in rows)
             and not any(item.alternatives for item in batch.scheduled)
-            and num_rows + len(batch.scheduled) - len(steady) <= self._memory.spare_row
+            and rounds.num_rows + num_ends <= self._memory.spare_row
         )
 
     def run(
@@ -121,10 +122,10 @@ class PieceDrafter:
     ) -> None:
         """Run rounds up to the exit; ``choose`` finds the drafts of all but the last of them."""
         below, last = _stops(0, mode.draft_exit, layers), len(rounds.sizes) - 1
-        for number, (start, count) in enumerate(zip(rounds.starts, rounds.counts, strict=True)):
+        for number, (start, size) in enumerate(zip(rounds.starts, rounds.sizes, strict=True)):
             if number >= first:
-                spans = _spans(0, below, count)
-                self._pieces.run_layers(spans, num_keys, rounds.sizes[0], start)
+                spans = _spans(0, below, size)
+                self._pieces.run_layers(spans, num_keys, rounds.batch_size, start)
             if number < last:
                 choose(number)
 
@@ -139,7 +140,7 @@ class PieceDrafter:
         """Run all rounds together from the exit on."""
         above = _stops(mode.draft_exit, depth, layers)
         spans = _spans(mode.draft_exit, above, rounds.num_rows)
-        self._pieces.run_layers(spans, num_keys, rounds.sizes[0])
+        self._pieces.run_layers(spans, num_keys, rounds.batch_size)
 
     def drafts(
         self, rounds: Rounds, places: Mapping[Place, int], turn: int
@@ -181,7 +182,7 @@ class PieceDrafter:
     def _draft_directly(self, mode: SelfSpeculative, rounds: Rounds, number: int) -> None:
         vocab = draft_vocab(mode, self._config.vocab_size)
         start, size = rounds.starts[number], rounds.sizes[number]
-        self._pieces.draft(Head(mode.draft_exit), vocab, start, size, rounds.sizes[0])
+        self._pieces.draft(Head(mode.draft_exit), vocab, start, size, rounds.batch_size)
 
 
 def _drafting(item: ScheduledSequence) -> SelfSpeculative:

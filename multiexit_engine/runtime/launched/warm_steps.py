@@ -1,6 +1,7 @@
-"""Runs every piece of a mode's steps once, on padding, so that all are captured beforehand.
+"""Runs every piece of modes' steps once, on padding, so that all are captured beforehand.
 
-Knows which numbers of rows, keys and drafts steps may have; nothing of requests.
+Steps of several modes stop wherever one of them has an exit, so that spans of layers are the same
+whoever is there. Knows which numbers of rows, keys and drafts steps may have; nothing of requests.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import replace
 from multiexit_engine.config import EngineConfig, ModelConfig
 from multiexit_engine.decoding.exits import gives_tokens
 from multiexit_engine.decoding.plan import ExitPlan, ExitPlanner, plan_segments, target_mode
+from multiexit_engine.modes import MAX_DRAFT_LEN
 from multiexit_engine.params import (
     Contrast,
     DecodingMode,
@@ -20,6 +22,7 @@ from multiexit_engine.params import (
     SamplingParams,
     SelfSpeculative,
 )
+from multiexit_engine.runtime.device.graphs import Pieces
 from multiexit_engine.runtime.launched.decode_memory import DecodeMemory
 from multiexit_engine.runtime.launched.decode_pieces import DecodePieces
 from multiexit_engine.runtime.launched.edit_memory import EditMemory
@@ -29,8 +32,6 @@ from multiexit_engine.runtime.launched.warm_wishes import most_edits, possible_w
 from multiexit_engine.runtime.launched.wished_tokens import HeadWishes
 from multiexit_engine.transfer import wait_for
 
-# drafts of a row that are captured beforehand where the engine chooses their number
-MOST_DRAFTS = 8
 _TURN = 0
 
 
@@ -45,6 +46,10 @@ class WarmUp:
         pieces: run the rows.
         drafter: runs those that draft.
         exit_steps: run those that choose their exit.
+        graphs: how pieces run.
+
+    Attributes:
+        stops: layers after which spans end, those of all modes so far.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class WarmUp:
         pieces: DecodePieces,
         drafter: PieceDrafter,
         exit_steps: ExitSteps,
+        graphs: Pieces,
     ) -> None:
         self._planner = ExitPlanner(model)
         self._config = config
@@ -64,9 +70,12 @@ class WarmUp:
         self._pieces = pieces
         self._drafter = drafter
         self._exit_steps = exit_steps
+        self._graphs = graphs
+        self._modes: dict[DecodingMode, tuple[int, Sequence[SamplingParams]]] = {}
+        self.stops: set[int] = set()
 
     def run(self, mode: DecodingMode, depth: int, sampling: Sequence[SamplingParams]) -> None:
-        """Run the pieces of one mode.
+        """Run the pieces of one mode, and of those before it where its exits divide their spans.
 
         Args:
             mode: whose heads are loaded.
@@ -74,14 +83,29 @@ class WarmUp:
             sampling: what rows ask for besides a greedy token, or one drawn by temperature,
                 ``top_k`` and its kin.
         """
+        self._modes[mode] = depth, sampling
+        target, before = target_mode(mode), self.stops
+        if isinstance(target, EarlyExit):
+            self.stops = before | self._exit_steps.announce(target) - {0}
+        else:
+            self.stops = before | {depth, *self._planner.plan([target]).rows_at} - {0}
+        if isinstance(mode, SelfSpeculative):
+            self.stops |= {mode.draft_exit}
+        changed = self._modes if self.stops != before or isinstance(target, EarlyExit) else [mode]
+        self._graphs.is_warm = False
+        for each in [*changed]:
+            self._run_mode(each, *self._modes[each])
+        self._graphs.is_warm = True
+        wait_for(self._config.device)
+
+    def _run_mode(self, mode: DecodingMode, depth: int, sampling: Sequence[SamplingParams]) -> None:
         target, sizes = target_mode(mode), self._pieces.sizes
         if any(wishes.edits.num_edits for wishes in self._wishes(target, sampling, sizes[-1])):
             self._pieces.note_latest(sizes[0])
         if isinstance(target, EarlyExit):
             for size in sizes:
                 wishes = self._wishes(target, sampling, size)
-                self._exit_steps.warm_up(target, size, wishes, self._send_padding)
-            wait_for(self._config.device)
+                self._exit_steps.warm_up(target, size, wishes, self.stops, self._send_padding)
             return
         plan = self._planner.plan([target])
         for size in sizes:
@@ -89,7 +113,6 @@ class WarmUp:
             self._run_plain(target, depth, plan, size, wishes)
             if isinstance(mode, SelfSpeculative):
                 self._run_drafts(mode, depth, plan, size, wishes)
-        wait_for(self._config.device)
 
     def _run_plain(
         self,
@@ -101,7 +124,7 @@ class WarmUp:
     ) -> None:
         """Steps without drafts."""
         self._send_padding(size, size)
-        segments = plan_segments([depth] * size, plan.rows_at)
+        segments = plan_segments([depth] * size, self._stops_below(depth) | {*plan.rows_at})
         for bound in self._pieces.bounds:
             self._pieces.run_layers(segments, bound, size)
         for are_listed in (False, True):
@@ -115,14 +138,14 @@ class WarmUp:
         size: int,
         wishes: Sequence[HeadWishes],
     ) -> None:
-        """Steps in which all sequences draft as many tokens."""
-        most = MOST_DRAFTS if mode.draft_len == "auto" else mode.draft_len
+        """Steps in which some sequences draft."""
+        most = MAX_DRAFT_LEN if mode.draft_len == "auto" else mode.draft_len
         for num_drafts in range(1, most + 1):
             rounds = self._drafter.even_rounds(size, 1 + num_drafts)
             if rounds.num_rows > self._memory.spare_row:
                 break
             self._send_padding(rounds.num_rows, rounds.num_rows)
-            self._drafter.warm_up(mode, depth, rounds, plan.rows_at)
+            self._drafter.warm_up(mode, depth, rounds, self._stops_below(depth))
             self._choose(target_mode(mode), plan, rounds.num_rows, size, False, wishes)
 
     def _choose(
@@ -138,6 +161,9 @@ class WarmUp:
             group = replace(plan.groups[0], rows=tuple(range(num_rows)))
             for each in wishes:
                 self._pieces.choose([group], batch, are_listed, each)
+
+    def _stops_below(self, depth: int) -> set[int]:
+        return {stop for stop in self.stops if stop <= depth}
 
     def _wishes(
         self, mode: DecodingMode, sampling: Sequence[SamplingParams], size: int
