@@ -1,11 +1,13 @@
-"""What the engine is measured against: transformers itself, and IBM's way of using it.
+"""What the engine is measured against: transformers itself, and published ways of using it.
 
 IBM's way, written plainly: every loaded exit head and the model's own head are computed at every
 step, whatever the mode needs, and the contrast sorts the whole vocabulary in probability space.
+DoLa's: the model's head on the hidden states of all candidates, one layer for the whole batch.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,34 @@ def contrast(upper: Tensor, lower: Tensor, alpha: float = 0.1, min_candidates: i
     mass = torch.where(plausible, p, 0.0).sum(-1, keepdim=True)
     ratio = torch.where(plausible, p.log() - q.log(), -torch.inf)
     return torch.where(plausible, (mass * ratio.softmax(-1)).log(), p.log())
+
+
+def load_dola_way(
+    shape: Shape, folder: Path, dtype: torch.dtype, candidates: tuple[int, ...]
+) -> Any:
+    """Transformers' model whose ``generate`` contrasts layers as transformers 4.55 did."""
+
+    class AllCandidates(shape.model_class):  # type: ignore[name-defined,misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["output_hidden_states"] = True
+            out = super().forward(*args, **kwargs)
+            states = torch.stack([out.hidden_states[layer][:, -1] for layer in candidates])
+            out.logits = dola(out.logits[:, -1], self.lm_head(states))[:, None]
+            return out
+
+    return AllCandidates.from_pretrained(folder, dtype=dtype).eval()
+
+
+def dola(mature: Tensor, premature: Tensor, relative_top: float = 0.1) -> Tensor:
+    """The published formula. [B, V] and [candidates, B, V] logits -> [B, V]."""
+    log_p, log_q = mature.float().log_softmax(-1), premature.float().log_softmax(-1)
+    mean = 0.5 * (log_p.exp() + log_q.exp())
+    divergence = torch.nn.functional.kl_div
+    first = divergence(log_p.expand_as(mean), mean, reduction="none").mean(-1)
+    second = divergence(log_q, mean, reduction="none").mean(-1)
+    base = log_q[(0.5 * (first + second)).mean(-1).argmax()]
+    threshold = log_p.amax(-1, keepdim=True) + math.log(relative_top)
+    return torch.where(log_p >= threshold, log_p - base, -torch.inf)
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@
 #include "cpu/block.h"
 #include "cpu/coded_tokens.h"
 #include "cpu/dense.h"
+#include "cpu/dola.h"
 #include "cpu/gate_odds.h"
 #include "cpu/head_statistics.h"
 #include "cpu/heads.h"
@@ -211,6 +212,22 @@ void sample(int threads, Address scores, int64_t rows, int64_t vocab, Address se
                 at<int64_t>(tokens));
 }
 
+LayerLogits layers_of(Address mature, Address premature, int64_t candidates, int64_t rows,
+                      int64_t vocab) {
+  return {at(mature), at(premature), candidates, rows, vocab};
+}
+
+void compare_layers(int threads, const LayerLogits& logits, bool is_published, Address out) {
+  Release nogil;
+  js_divergences(threads, logits, is_published, at(out));
+}
+
+void choose_dola(int threads, const LayerLogits& logits, Address relative_top, bool is_published,
+                 const Choice& choice, Address places) {
+  Release nogil;
+  dola_tokens(threads, logits, at(relative_top), is_published, choice, at<int64_t>(places));
+}
+
 // Reads the numbers once with all threads, for benchmarks.
 float plain_read(int threads, Address numbers, int64_t count) {
   Release nogil;
@@ -321,6 +338,8 @@ PYBIND11_MODULE(_C, m) {
         return LowerHead{first, count, at(hidden), head, at(alpha), at<int64_t>(least)};
       }));
 
+  py::class_<LayerLogits>(m, "LayerLogits").def(py::init(&layers_of));
+
   py::class_<RoughRows>(m, "RoughRows")
       .def(py::init([](Address hidden, Address codes, Address scales, int64_t terms,
                        Address reaches, Address slacks, int64_t rows) {
@@ -351,6 +370,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("contrast_tokens", &choose_contrast);
   m.def("shared_head_tokens", &choose_shared);
   m.def("sample_tokens", &sample);
+  m.def("js_divergences", &compare_layers);
+  m.def("dola_tokens", &choose_dola);
   m.def("gate_odds", &foretell);
   m.def("linear", &linear);
   m.def("linear_activation", &linear_activation);

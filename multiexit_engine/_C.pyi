@@ -187,6 +187,21 @@ def rough_head_sums(
     tokens: int,
     numbers: int,
 ) -> None: ...
+
+class LayerLogits:
+    def __init__(
+        self, mature: int, premature: int, candidates: int, rows: int, vocab: int
+    ) -> None: ...
+
+def js_divergences(threads: int, logits: LayerLogits, is_published: bool, out: int) -> None: ...
+def dola_tokens(
+    threads: int,
+    logits: LayerLogits,
+    relative_top: int,
+    is_published: bool,
+    choice: Choice,
+    places: int,
+) -> None: ...
 def gate_odds(
     threads: int,
     normed: int,

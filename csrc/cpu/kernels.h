@@ -54,6 +54,14 @@ struct Distribution {
   int64_t argmax;
 };
 
+// Where +inf counts as a number.
+constexpr float kMostLogit = 3.40282347e38f;
+
+// The log-probability of a logit x is x - max - log_sum.
+struct LogSoftmax {
+  float max, log_sum;
+};
+
 // Of e^y: the sum, and that of its product with y; of its square the same, and that with y * y.
 struct ExpSums {
   float sum, drops, squares, square_drops, squared_drops;
@@ -174,6 +182,12 @@ struct Kernels {
 
   // With y = x + shift, but no less than -100, of which e^y is 0.
   ExpSums (*exp_sums)(const float* x, float shift, int64_t count);
+
+  // Over count tokens of two distributions p and q with mean m, given by their logits, of which +inf
+  // counts as kMostLogit: the sum of p log(p/m) + q log(q/m), or, as published code has it, of
+  // m log(m/p) + m log(m/q). What has no weight adds nothing.
+  float (*divergence)(const float* x, const LogSoftmax& of_x, const float* y,
+                      const LogSoftmax& of_y, bool is_published, int64_t count);
 
   // Of scores / heat + Gumbel noise of the tokens first, first + 1, ...; of equals the first, but
   // NaN before all.

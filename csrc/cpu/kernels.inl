@@ -10,6 +10,7 @@
 #include "transpose.inl"
 #include "attention.inl"
 #include "distribution.inl"
+#include "dola.inl"
 #include "noise.inl"
 #include "near.inl"
 #include "packed.inl"
@@ -43,6 +44,7 @@ static const Kernels table = {
     statistics,
     distribution,
     exp_sums,
+    divergence,
     noisy_best,
     sum,
     softmax,

@@ -173,4 +173,27 @@ static inline Vec exp(Vec x) {
   return x < low ? fill(0.0f) : x != x ? x : result;
 }
 
+// log x within 2 ulp for normal x > 0; a finite number for others, but NaN stays NaN.
+// Source: Cephes `logf`.
+static inline Vec log(Vec x) {
+  const VecInt bits = (VecInt)x;
+  const Vec half = (Vec)((bits & 0x7fffff) | 0x3f000000);
+  const VecInt is_low = half < 0.707106781186547524f;
+  const Vec n = __builtin_convertvector((bits >> 23 & 0xff) - 126 + is_low, Vec);
+  const Vec y = (is_low ? half + half : half) - 1.0f, z = y * y;
+  Vec p = fill(7.0376836292e-2f);
+  p = fma(p, y, fill(-1.1514610310e-1f));
+  p = fma(p, y, fill(1.1676998740e-1f));
+  p = fma(p, y, fill(-1.2420140846e-1f));
+  p = fma(p, y, fill(1.4249322787e-1f));
+  p = fma(p, y, fill(-1.6668057665e-1f));
+  p = fma(p, y, fill(2.0000714765e-1f));
+  p = fma(p, y, fill(-2.4999993993e-1f));
+  p = fma(p, y, fill(3.3333331174e-1f));
+  p = fma(n, fill(-2.12194440e-4f), p * y * z);
+  p = fma(z, fill(-0.5f), p) + y;
+  const Vec result = fma(n, fill(0.693359375f), p);
+  return x != x ? x : result;
+}
+
 }  // namespace multiexit::cpu::ISA_NAMESPACE

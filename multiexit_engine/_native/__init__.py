@@ -18,6 +18,7 @@ from multiexit_engine._native.dense import (
     linear_activation,
     rms_norm,
 )
+from multiexit_engine._native.dola import dola_tokens, js_divergences
 from multiexit_engine._native.heads import (
     contrast_heads,
     contrast_tokens,
@@ -38,11 +39,13 @@ __all__ = [
     "contrast_heads",
     "contrast_tokens",
     "decoder_blocks",
+    "dola_tokens",
     "embed",
     "gate_odds",
     "head_logits",
     "head_statistics",
     "head_tokens",
+    "js_divergences",
     "layer_norm",
     "linear",
     "linear_activation",

@@ -6,14 +6,15 @@ Knows what the heads multiply; nothing of layers, modes or requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from multiexit_engine.decoding.draws import Draws
 from multiexit_engine.layers.exit_heads import HeadOperands
-from multiexit_engine.ops import head_logits, js_divergences, relative_top_logits
+from multiexit_engine.ops import dola_tokens, head_logits, js_divergences, relative_top_logits
 from multiexit_engine.transfer import to_device
 
 MAX_LOGIT_ROWS = 256  # rows of float32 logits held at once, over all heads
@@ -48,11 +49,8 @@ def dola_scores(
         transformers 4.55 at batch 1.
     """
     tops = to_device(relative_tops, mature.hidden.device, torch.float32)
-    at_once = max(1, MAX_LOGIT_ROWS // (1 + len(candidates)))
     parts = []
-    for start in range(0, len(relative_tops), at_once):
-        rows = slice(start, start + at_once)
-        logits = _logits([_rows(head, rows) for head in (mature, *candidates)])
+    for rows, logits in _slices(mature, candidates):
         places = _most_different(logits[0], logits[1:], jsd)
         base = logits[1:][places, torch.arange(len(places), device=places.device)]
         if chosen is not None:
@@ -60,6 +58,46 @@ def dola_scores(
         mature_logits = _only(logits[0], allowed[rows])
         parts.append(relative_top_logits(mature_logits, base, tops[rows]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def tokens_of_differences(
+    mature: HeadOperands,
+    candidates: Sequence[HeadOperands],
+    relative_tops: Sequence[float],
+    jsd: str,
+    draws: Draws,
+    chosen: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The op ``dola_tokens`` of heads; arguments as in ``dola_scores``.
+
+    Args:
+        mature: as there.
+        candidates: as there.
+        relative_tops: as there.
+        jsd: as there.
+        draws: how each row's token is drawn; nothing narrows them.
+        chosen: as there.
+
+    Returns:
+        [rows] int64 tokens and [rows] float32 their log-probabilities.
+    """
+    tops = to_device(relative_tops, mature.hidden.device, torch.float32)
+    parts = [
+        dola_tokens(logits[0], logits[1:], tops[rows], jsd, *draws.rows(rows).columns, chosen[rows])
+        for rows, logits in _slices(mature, candidates)
+    ]
+    tokens, log_probs = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(log_probs)
+
+
+def _slices(
+    mature: HeadOperands, candidates: Sequence[HeadOperands]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows in order, few enough, and their [1 + candidates, rows, vocab] logits."""
+    at_once = max(1, MAX_LOGIT_ROWS // (1 + len(candidates)))
+    for start in range(0, len(mature.hidden), at_once):
+        rows = slice(start, start + at_once)
+        yield rows, _logits([_rows(head, rows) for head in (mature, *candidates)])
 
 
 def _rows(head: HeadOperands, rows: slice) -> HeadOperands:

@@ -12,9 +12,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from multiexit_engine.decoding.dola import dola_scores
+from multiexit_engine.decoding.custom_contrast import custom_scores
+from multiexit_engine.decoding.dola import dola_scores, tokens_of_differences
 from multiexit_engine.decoding.draws import Draws, pair_tokens, shared_tokens, tokens_in_order
-from multiexit_engine.decoding.plan import ContrastFunction, ExitPlan, HeadGroup
+from multiexit_engine.decoding.plan import ExitPlan, HeadGroup
 from multiexit_engine.layers.exit_heads import ExitHeads, Head, HeadOperands
 from multiexit_engine.layers.rough_heads import HeadRows
 from multiexit_engine.ops import (
@@ -27,7 +28,7 @@ from multiexit_engine.ops import (
 from multiexit_engine.ops.best_tokens import BestTokens
 from multiexit_engine.ops.edits import TokenEdits
 from multiexit_engine.ops.tokens import RowGroup
-from multiexit_engine.params import Contrast, DecodingMode, DoLa
+from multiexit_engine.params import Contrast, DecodingMode
 from multiexit_engine.transfer import to_device
 
 # the edits of some rows of a plan
@@ -80,7 +81,7 @@ def mode_scores(
 
 def gives_tokens(mode: DecodingMode) -> bool:
     """Whether ``mode_tokens`` knows this mode."""
-    return not isinstance(mode, DoLa) and not (isinstance(mode, Contrast) and mode.function)
+    return not (isinstance(mode, Contrast) and mode.function)
 
 
 def mode_tokens(
@@ -91,6 +92,7 @@ def mode_tokens(
     num_candidates: Tensor | None = None,
     edits_of: EditsOf | None = None,
     best: BestTokens | None = None,
+    premature_layers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A token of every logit row, from its mode's distribution; no scores are kept.
 
@@ -103,18 +105,24 @@ def mode_tokens(
         draws: how each row's token is drawn.
         num_candidates: as in ``mode_scores``.
         edits_of: gives what is done to the scores of the rows that it is given, in their order,
-            before their tokens are chosen; None: nothing is done to any.
-        best: takes the best tokens of rows that ask for them; None: nobody does.
+            before their tokens are chosen; None: nothing is done to any. Rows of ``DoLa`` have
+            neither edits nor narrowed draws.
+        best: takes the best tokens of rows that ask for them, none of ``DoLa``; None: nobody does.
+        premature_layers: as in ``mode_scores``.
 
     Returns:
         [rows] int64 tokens, and [rows] float32: NaN where a row's numbers are no numbers, -inf
         where edits leave no token, else its token's log-probability before any edit or, where that
         was not computed, 0.
 
-    Source: as ``mode_scores``, then the ops ``head_tokens`` and ``contrast_tokens``.
+    Source: as ``mode_scores``, then the ops ``head_tokens``, ``contrast_tokens``, ``dola_tokens``.
     """
     order: list[int] = []
     parts: list[tuple[Tensor, Tensor]] = []
+    for group in plan.groups:
+        if group.candidates:
+            parts.append(_dola_tokens(group, plan, taps, heads, draws, premature_layers))
+            order += group.rows
     for shared in _by_weight(plan, taps, heads):
         rows = [row for groups, _ in shared for group in groups for row in group.rows]
         own, counts, told, index = draws, num_candidates, best, None
@@ -199,10 +207,11 @@ _Sharing: TypeAlias = list[tuple[list[HeadGroup], HeadOperands]]
 def _by_weight(
     plan: ExitPlan, taps: Mapping[int, Tensor], heads: ExitHeads
 ) -> Collection[_Sharing]:
-    """The groups of each upper head and its operands; heads with one matrix together."""
+    """Groups but DoLa's: those of each upper head, its operands; heads with one matrix together."""
     by_head: dict[Head, list[HeadGroup]] = {}
     for group in plan.groups:
-        by_head.setdefault(group.upper, []).append(group)
+        if not group.candidates:
+            by_head.setdefault(group.upper, []).append(group)
     sharing: dict[tuple[int, int], _Sharing] = {}
     for head, groups in by_head.items():
         rows = tuple(row for group in groups for row in group.rows)
@@ -257,6 +266,42 @@ def _chosen_together(
     return shared_tokens(upper, parts, alpha, least, draws, num_candidates, edits, best)
 
 
+def _dola_tokens(
+    group: HeadGroup,
+    plan: ExitPlan,
+    taps: Mapping[int, Tensor],
+    heads: ExitHeads,
+    draws: Draws,
+    premature_layers: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    upper = heads.operands(group.upper, _hidden(group.rows, group.upper.layer, plan, taps))
+    candidates = _candidates(group, plan, taps, heads)
+    own = draws
+    if group.rows != tuple(range(plan.num_rows)):
+        own = draws.rows(_index(group.rows, draws.seeds.device))
+    places = torch.empty_like(own.seeds)
+    chosen = tokens_of_differences(upper, candidates, group.alphas, group.jsd, own, places)
+    _tell_layers(group, places, premature_layers)
+    return chosen
+
+
+def _candidates(
+    group: HeadGroup, plan: ExitPlan, taps: Mapping[int, Tensor], heads: ExitHeads
+) -> list[HeadOperands]:
+    """Of a group of ``DoLa``."""
+    return [
+        heads.operands(head, _hidden(group.rows, head.layer, plan, taps))
+        for head in group.candidates
+    ]
+
+
+def _tell_layers(group: HeadGroup, places: Tensor, premature_layers: Tensor | None) -> None:
+    """Note the layers of a group's rows, given by their places among its candidates."""
+    if premature_layers is not None:
+        layers = _index([head.layer for head in group.candidates], places.device)
+        premature_layers[_index(group.rows, places.device)] = layers[places]
+
+
 def _lower_operands(
     group: HeadGroup, plan: ExitPlan, taps: Mapping[int, Tensor], heads: ExitHeads
 ) -> HeadOperands | None:
@@ -285,23 +330,19 @@ def _group_scores(
 ) -> Tensor:
     upper = heads.operands(group.upper, _hidden(group.rows, group.upper.layer, plan, taps))
     if group.candidates:
-        candidates = [
-            heads.operands(head, _hidden(group.rows, head.layer, plan, taps))
-            for head in group.candidates
-        ]
+        candidates = _candidates(group, plan, taps, heads)
         own = [allowed[row] for row in group.rows] if allowed else []
-        index = _index(group.rows, upper.hidden.device)
-        places = torch.empty_like(index)
+        places = torch.empty(len(group.rows), dtype=torch.int64, device=upper.hidden.device)
         scores = dola_scores(upper, candidates, group.alphas, group.jsd, own, places)
-        if premature_layers is not None:
-            layers = _index([head.layer for head in group.candidates], places.device)
-            premature_layers[index] = layers[places]
+        _tell_layers(group, places, premature_layers)
         return scores
     lower = _lower_operands(group, plan, taps, heads)
     if lower is None:
         return head_logits(*upper)
     if group.function is not None:
-        return _custom_scores(group, head_logits(*upper), head_logits(*lower), failures)
+        scores, failed = custom_scores(group.function, head_logits(*upper), head_logits(*lower))
+        failures.update({group.rows[place]: why for place, why in failed.items()})
+        return scores
     device = upper.hidden.device
     alpha = to_device(group.alphas, device, torch.float32)
     least = _least_candidates([group], device)
@@ -335,34 +376,3 @@ def _places(rows: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
 
 def _index(rows: Sequence[int], device: torch.device) -> Tensor:
     return to_device(rows, device)
-
-
-def _custom_scores(
-    group: HeadGroup, upper: Tensor, lower: Tensor, failures: dict[int, str]
-) -> Tensor:
-    assert group.function is not None
-    scores = torch.zeros_like(upper)
-    for place, row in enumerate(group.rows):
-        pair = upper[None, place : place + 1], lower[None, place : place + 1]
-        result = _call(group.function, *pair)
-        if isinstance(result, str):
-            failures[row] = result
-        else:
-            scores[place] = result[0, 0]
-    return scores
-
-
-def _call(function: ContrastFunction, upper: Tensor, lower: Tensor) -> Tensor | str:
-    """The function's scores, or why there are none. It gets copies: it may write into them."""
-    shape = list(upper.shape)
-    try:
-        result = function(upper.clone(), lower.clone())
-    except Exception as error:  # a request's own code: any failure is that request's alone
-        return f"the contrast function raised {type(error).__name__}: {error}"
-    if not isinstance(result, Tensor):
-        return f"the contrast function returned {type(result).__name__}, not a tensor {shape}"
-    if list(result.shape) != shape:
-        return f"the contrast function returned shape {list(result.shape)}, not {shape}"
-    if result.is_complex():
-        return f"the contrast function returned {result.dtype}, not real numbers"
-    return result

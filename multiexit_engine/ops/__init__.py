@@ -18,7 +18,7 @@ from multiexit_engine.ops.coded_heads import (
 )
 from multiexit_engine.ops.coded_tokens import coded_head_tokens
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
-from multiexit_engine.ops.dola import js_divergences, relative_top_logits
+from multiexit_engine.ops.dola import dola_tokens, js_divergences, relative_top_logits
 from multiexit_engine.ops.exit_rows import (
     ExitProgress,
     ExitRules,
@@ -105,6 +105,7 @@ __all__ = [
     "decide_exits",
     "decoder_blocks",
     "device_kind",
+    "dola_tokens",
     "embed",
     "gate_odds",
     "finer_head",

@@ -1,4 +1,4 @@
-"""DoLa: how far earlier layers are from the last one, and the difference to one of them.
+"""DoLa: how far earlier layers are from the last one, the difference to one, and its token.
 
 Everything happens in log space in float32. Knows nothing of layers or requests.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.ops.registry import register_op
+from multiexit_engine.ops.tokens import drawn_tokens
 
 
 @register_op
@@ -67,6 +68,61 @@ def relative_top_logits(mature: Tensor, premature: Tensor, relative_top: Tensor)
     # No threshold lies below the least finite number, so -inf never passes.
     plausible = log_p >= threshold.clamp(min=least)[:, None]
     return torch.where(plausible, log_p - log_q.clamp(min=least), -math.inf)
+
+
+@register_op
+def dola_tokens(
+    mature: Tensor,
+    premature: Tensor,
+    relative_top: Tensor,
+    form: str,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    places: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Choose a token for each row from its difference to the candidate that differs most from it.
+
+    The scores are those of ``relative_top_logits``, the choice is that of ``head_tokens``. Of
+    candidates that differ equally much the first is taken; a single one is not compared.
+
+    Args:
+        mature: [rows, vocab] logits, any float dtype; p is their softmax.
+        premature: [candidates, rows, vocab] logits, same device.
+        relative_top: [rows] float32 thresholds in [0, 1].
+        form: of ``js_divergences``.
+        temperature: [rows] float32; 0 is greedy.
+        seeds: [rows] int64, see ``gumbel_noise``; not looked at in greedy rows.
+        positions: [rows] int64, see ``gumbel_noise``.
+        places: [rows] int64, contiguous, that is overwritten with each row's place among the
+            candidates.
+
+    Returns:
+        [rows] int64 tokens and [rows] float32 their log-probabilities under the softmax of the
+        scores, without the temperature; NaN where a row's numbers are no numbers (float64 if an
+        input is).
+
+    Source: Chuang et al. 2023, arXiv:2309.03883, eqs. 2-4; Maddison et al. 2014, arXiv:1411.0030,
+        for the choice.
+    """
+    places.zero_()
+    if len(premature) > 1:
+        places.copy_(js_divergences(mature, premature, form).argmax(0))
+    base = premature[places, torch.arange(len(places), device=places.device)]
+    scores = relative_top_logits(mature, base, relative_top)
+    return drawn_tokens(scores.log_softmax(-1), temperature, seeds, positions)
+
+
+def _is_single(mature: Tensor, premature: Tensor, *_: object, **__: object) -> bool:
+    return torch.float64 not in (mature.dtype, premature.dtype)
+
+
+js_divergences.backend(
+    "cpu", "multiexit_engine._native:js_divergences", device="cpu", supports=_is_single
+)
+dola_tokens.backend(
+    "cpu", "multiexit_engine._native:dola_tokens", device="cpu", supports=_is_single
+)
 
 
 def _log_softmax(logits: Tensor, other: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from multiexit_engine.ops import js_divergences
+from tests.ops.backends import implementation_or_skip
 
 INF = math.inf
 
@@ -27,6 +28,7 @@ def definition(mature, premature, form):
     return (kl(p, m) + kl(q, m)) / 2
 
 
+BACKENDS = pytest.mark.parametrize("backend", ["reference", *js_divergences.backends])
 FORMS = pytest.mark.parametrize("form", ["exact", "reference"])
 
 
@@ -40,10 +42,12 @@ def test_equals_the_definition(candidates, vocab, form):
 
 
 @FORMS
+@BACKENDS
+@pytest.mark.parametrize("vocab", [1, 7, 511, 1031])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 20.0])
-def test_float32_is_within_rounding_of_the_truth(spread, form):
-    mature, premature = logits(4, 5, 1031, spread)
-    actual = js_divergences.reference(mature, premature, form)
+def test_float32_is_within_rounding_of_the_truth(spread, vocab, backend, form):
+    mature, premature = logits(4, 5, vocab, spread)
+    actual = implementation_or_skip(js_divergences, backend)(mature, premature, form)
     assert actual.dtype == torch.float32
     truth = definition(mature, premature, form)
     torch.testing.assert_close(actual.double(), truth, rtol=3e-5, atol=1e-7)
@@ -60,27 +64,32 @@ def test_reference_is_what_transformers_4_55_computes(vocab):
     torch.testing.assert_close(actual, 0.5 * (first + second), rtol=1e-5, atol=1e-9)
 
 
-def test_disjoint_distributions_differ_by_log_2():
+@BACKENDS
+def test_disjoint_distributions_differ_by_log_2(backend):
     mature, premature = torch.tensor([[90.0, -90.0]]), torch.tensor([[[-90.0, 90.0]]])
-    actual = js_divergences.reference(mature, premature, "exact")
+    actual = implementation_or_skip(js_divergences, backend)(mature, premature, "exact")
     torch.testing.assert_close(actual, torch.tensor([[math.log(2)]]))
 
 
 @FORMS
-def test_equal_distributions_do_not_differ(form):
+@BACKENDS
+def test_equal_distributions_do_not_differ(backend, form):
     mature, _ = logits(1, 2, 63)
-    actual = js_divergences.reference(mature, torch.stack([mature, mature + 5.0]), form)
+    actual = implementation_or_skip(js_divergences, backend)(
+        mature, torch.stack([mature, mature + 5.0]), form
+    )
     torch.testing.assert_close(actual, torch.zeros(2, 2), rtol=0, atol=1e-6)
 
 
 @FORMS
-def test_a_token_that_both_rule_out_adds_nothing(form):
+@BACKENDS
+def test_a_token_that_both_rule_out_adds_nothing(backend, form):
     mature, premature = logits(3, 2, 63)
     expected = definition(mature, premature, form)
     if form == "reference":
         expected = expected * 63 / 64
     off = torch.full((1,), -INF)
-    actual = js_divergences.reference(
+    actual = implementation_or_skip(js_divergences, backend)(
         torch.cat([mature, off.expand(2, 1)], -1),
         torch.cat([premature, off.expand(3, 2, 1)], -1),
         form,
@@ -88,9 +97,14 @@ def test_a_token_that_both_rule_out_adds_nothing(form):
     torch.testing.assert_close(actual.double(), expected, rtol=3e-5, atol=1e-7)
 
 
-def test_the_exact_divergence_stays_finite_where_one_rules_a_token_out():
+@BACKENDS
+def test_the_exact_divergence_stays_finite_where_one_rules_a_token_out(backend):
     mature, premature = torch.tensor([[0.0, -INF, 1.0]]), torch.tensor([[[0.0, 1.0, -INF]]])
-    assert 0 < js_divergences.reference(mature, premature, "exact").item() < math.log(2)
+    assert (
+        0
+        < implementation_or_skip(js_divergences, backend)(mature, premature, "exact").item()
+        < math.log(2)
+    )
 
 
 @FORMS

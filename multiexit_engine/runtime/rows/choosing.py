@@ -43,7 +43,7 @@ from multiexit_engine.decoding.sampler import (
 from multiexit_engine.layers.exit_heads import ExitHeads, Head
 from multiexit_engine.ops import device_kind
 from multiexit_engine.ops.best_tokens import BestTokens, no_best_tokens
-from multiexit_engine.params import Exit
+from multiexit_engine.params import DoLa, Exit
 from multiexit_engine.request import Request, ScoredToken
 from multiexit_engine.runtime.rows.chosen_rows import (
     NOT_A_NUMBER,
@@ -123,10 +123,10 @@ class TokenChooser:
     def choose(self, part: LogitSlice) -> Coming[Choice]:
         """What each row gives; nobody waits for it here."""
         counts = no_candidates(part.plan, self._device)
-        if part.is_direct:
-            return self._choose_directly(part, counts)
-        allowed = self._allowed(part.rows)
         layers = no_premature_layers(part.plan, self._device)
+        if part.is_direct:
+            return self._choose_directly(part, counts, layers)
+        allowed = self._allowed(part.rows)
         scores, failures = self.scores(part, allowed, counts, layers)
         requests = [row.sequence.request for row in part.rows]
         failed = {requests[place].request_id for place in failures}
@@ -138,7 +138,7 @@ class TokenChooser:
             for group in _by_request(part.rows, places)
             if requests[group[0]].is_beam_search and requests[group[0]].request_id not in failed
         ]
-        notes = ToHost([note for note in (counts, layers) if note is not None])
+        notes = _Notes(counts, layers)
 
         def read(output: StepOutput) -> list[tuple[LogitRow, Choice]]:
             chosen: list[tuple[LogitRow, Choice]] = [
@@ -147,10 +147,7 @@ class TokenChooser:
             chosen += tokens.read(output) if tokens is not None else []
             for read_beams in beams:
                 read_beams(output)
-            found = notes.lists()
-            if counts is not None:
-                output.note_candidates(found[0])
-            return chosen if layers is None else with_layers(chosen, part.rows, found[-1])
+            return notes.read(chosen, part.rows, output)
 
         if tokens is None:
             return Coming([], None, read)
@@ -206,7 +203,7 @@ class TokenChooser:
         if request.forced_token_id(count) is not None:
             return False
         if fused:
-            return not needs_whole_distribution(params)
+            return not isinstance(row.mode, DoLa) and not needs_whole_distribution(params)
         return not needs_scores(params, count, request.bad_words)
 
     def takes_best(self, row: LogitRow) -> bool:
@@ -244,18 +241,20 @@ class TokenChooser:
             [rows[i] for i in order], [masks[i] for i in order], vocab_size, device
         )
 
-    def _choose_directly(self, part: LogitSlice, counts: Tensor | None) -> Coming[Choice]:
+    def _choose_directly(
+        self, part: LogitSlice, counts: Tensor | None, layers: Tensor | None
+    ) -> Coming[Choice]:
         draws = self.draws(part.rows)
         best = self._best_tokens(part.rows)
         edits = self._edits(part)
-        chosen = mode_tokens(part.plan, part.taps, self._heads, draws, counts, edits, best)
+        chosen = mode_tokens(part.plan, part.taps, self._heads, draws, counts, edits, best, layers)
         coming = ToHost([*chosen, *(best[1:] if best else ())])
-        candidates = ToHost([] if counts is None else [counts])
+        notes = _Notes(counts, layers)
 
         def read(output: StepOutput) -> list[tuple[LogitRow, Choice]]:
             tokens, logprobs, *told = coming.lists()
-            output.note_candidates(*candidates.lists())
-            return direct_choices(part.rows, tokens, logprobs, told)
+            choices = direct_choices(part.rows, tokens, logprobs, told)
+            return notes.read(choices, part.rows, output)
 
         return Coming(part.rows, chosen[0], read)
 
@@ -336,6 +335,23 @@ class TokenChooser:
         kept = self._draws.of([row.sequence for row in rows])
         own = to_device(positions, self._device, torch.int64)
         return Draws(kept.temperature, kept.seeds, own, kept.narrowing)
+
+
+class _Notes:
+    """What modes tell of rows besides tokens, on its way to the host."""
+
+    def __init__(self, counts: Tensor | None, layers: Tensor | None) -> None:
+        self._has_counts, self._has_layers = counts is not None, layers is not None
+        self._coming = ToHost([note for note in (counts, layers) if note is not None])
+
+    def read(
+        self, chosen: list[tuple[LogitRow, Choice]], rows: Sequence[LogitRow], output: StepOutput
+    ) -> list[tuple[LogitRow, Choice]]:
+        """What rows gave with what is told of it; sizes of plausible sets go to the output."""
+        found = self._coming.lists()
+        if self._has_counts:
+            output.note_candidates(found[0])
+        return with_layers(chosen, rows, found[-1]) if self._has_layers else chosen
 
 
 def is_edited(row: LogitRow) -> bool:
