@@ -191,8 +191,8 @@ class ModelRunner:
 
         drafted = {index: item for index, item in _items(batch) if item.num_drafts}
         rounds = self._drafter.draft(drafted, drafts, tap_layers, keep) if drafted else []
-        # of a step in which all sequences draft together
-        built = rounds[0] if len(rounds) == 1 and len(drafted) == len(batch.scheduled) else None
+        # of a step in which all sequences draft together, in the order in which they go on
+        built = rounds[0] if len(rounds) == 1 and rounds[0].is_of(batch.scheduled) else None
         clock.mark()
         flight = Flight(
             self.model,

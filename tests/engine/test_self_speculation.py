@@ -60,6 +60,15 @@ def test_tokens_are_those_of_the_target_alone(engine, target, sampling):
         ]
 
 
+def test_a_shallower_target_may_have_more_drafts_than_a_deeper_one(engine):
+    """Steps stand in order of depth, rounds of drafts in order of length."""
+    given, targets = prompts(2), [Original(), Exit(4)]
+    sampling = SamplingParams(max_new_tokens=20)
+    expected = engine.generate(given, sampling, targets)
+    modes = [SelfSpeculative(2, 1, targets[0]), SelfSpeculative(2, 3, targets[1])]
+    assert tokens(engine.generate(given, sampling, modes)) == tokens(expected)
+
+
 def test_logprobs_are_those_of_the_target(engine):
     sampling = SamplingParams(max_new_tokens=20, logprobs=2)
     plain, drafted = (

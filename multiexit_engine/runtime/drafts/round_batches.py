@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -61,6 +62,10 @@ class RoundBatches:
         self._contexts = (self._positions + 1).int()
         self._starts = to_device(range(len(items) + 1), device, torch.int32)
         self._first_rows = [*accumulate(self._num_rows, initial=0)]
+
+    def is_of(self, items: Sequence[ScheduledSequence]) -> bool:
+        """Whether these are the items, and in the same order."""
+        return len(items) == len(self._items) and all(map(is_, items, self._items))
 
     @property
     def first_tokens(self) -> Tensor:
