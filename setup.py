@@ -22,7 +22,7 @@ SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").g
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off"
 # g++ 12 finds uninitialized values in its own AVX-512 headers
 WARNINGS = "-Wall -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
-CUDA_SOURCES = ["csrc/cuda/graphs.cu", "csrc/cuda/heads.cu"]
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 CUDA_LIBRARY = "multiexit_engine._cuda.libmultiexit_cuda"
 # Code of a capability runs on later ones of the same generation: sm_80 on 86 and 89, sm_100 on 103.
 CUDA_CAPABILITIES = ("80", "90", "100", "120")

@@ -66,14 +66,14 @@ __device__ __forceinline__ void stream_head(const HeadTask& task, Shared& shared
   Reader<Number, CONTRAST> reader(task, shared, share, row);
   float sums[kGroup * ROWS] = {};
   while (here.group < share.stop) {
-    ring.wait(here);
-    const char* slot = ring.slot(here.slot);
+    ring.wait(here.turn);
+    const char* slot = ring.slot(here.turn.slot);
     multiply<Number, ROWS>(
         {slot, slot + task.piece, slot + 2 * task.piece, slot + 3 * task.piece},
         hidden + here.offset, matrix.bytes, min(task.piece, matrix.bytes - here.offset), sums);
     __syncwarp();
     if (ahead.group < share.stop) {
-      ring.fill(ahead, matrix);
+      ahead.fill(ring, matrix, task.piece);
       ahead.advance(matrix.bytes, task.piece, kWarps);
     } else {
       ring.fill_nothing();

@@ -1,10 +1,10 @@
 // One launch of the head kernel: its operands, its scratch, and a block's share of the vocabulary.
 #pragma once
+#include "cuda/calls.h"
 #include "cuda/partials.cuh"
 
 namespace multiexit::cuda {
 
-constexpr int kMostRows = 4;  // of hidden states in a launch
 constexpr int kNear = 32;     // candidates of a block and row that stay in shared memory
 
 // A token that may be plausible: found while the upper head is read.
@@ -25,6 +25,39 @@ struct Partial {
 
   __device__ __forceinline__ Partial merged(const Partial& other) const {
     return {softmax.merged(other.softmax), best.merged(other.best)};
+  }
+};
+
+// Rows of bytes that lie one behind the other.
+struct Rows {
+  const char* data;
+  int count, bytes;
+};
+
+// Where a warp stands on its way through a part of a matrix: a group of rows, of which `offset`
+// bytes are done, and the slot that holds the next piece.
+struct Place {
+  int group, offset = 0;
+  Turn turn = {};
+
+  __device__ __forceinline__ bool ends_group(int row_bytes, int piece) const {
+    return offset + piece >= row_bytes;
+  }
+  __device__ __forceinline__ void advance(int row_bytes, int piece, int next_group) {
+    if (ends_group(row_bytes, piece)) {
+      group += next_group;
+      offset = 0;
+    } else {
+      offset += piece;
+    }
+    turn.advance();
+  }
+  __device__ __forceinline__ void fill(Ring& ring, const Rows& matrix, int piece) const {
+    ring.fill(turn, min(piece, matrix.bytes - offset), [&](int member) -> const char* {
+      const int row = group * kGroup + member;
+      if (row >= matrix.count) return nullptr;
+      return matrix.data + static_cast<int64_t>(row) * matrix.bytes + offset;
+    });
   }
 };
 

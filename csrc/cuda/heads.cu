@@ -1,35 +1,13 @@
 // The C interface of the head kernels: checks a call, plans it, launches it.
 #include "cuda/head_call.h"
 
+#include "cuda/calls.h"
 #include "cuda/heads.cuh"
-#ifdef MULTIEXIT_ON_HOST
-#include "cuda/host/launch.h"
-#else
-#include "cuda/launch.cuh"
-#endif
 
 namespace multiexit::cuda {
 namespace {
 
-// Raised with every change of head_call.h and graph_call.h.
-constexpr int kInterface = 2;
-
-enum Error : int {
-  kRows = -1,
-  kShape = -2,
-  kNumbers = -3,
-  kAddress = -4,
-  kTooWide = -5,
-  kOld = -6
-};
-
 constexpr int kMostPiece = 1536, kLeastPiece = 512;
-
-constexpr int64_t rounded_up(int64_t bytes, int64_t unit) {
-  return (bytes + unit - 1) / unit * unit;
-}
-
-int kernel_rows(int64_t rows) { return rows <= 2 ? static_cast<int>(rows) : kMostRows; }
 
 // The rows of a matrix are cut into as few pieces as fit the rings, of equal length. A piece is
 // whole strides of a warp, or the whole row: each lane then adds up the same numbers in any case.
@@ -68,11 +46,6 @@ bool has_addresses(const MultiexitHeadCall& call) {
     if (!address) return false;
   if (call.lower_hidden && !(call.lower_weight && call.alpha && !call.bias)) return false;
   return (call.hidden | call.weight | call.lower_hidden | call.lower_weight) % 16 == 0;
-}
-
-template <class T>
-T* at(uint64_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 HeadTask task_of(const MultiexitHeadCall& call, const MultiexitHeadPlan& plan) {
@@ -119,8 +92,6 @@ auto kernel_for(const MultiexitHeadCall& call) {
 
 using namespace multiexit::cuda;
 
-int multiexit_cuda_interface() { return kInterface; }
-
 int multiexit_head_kept_bytes() { return sizeof(Kept); }
 
 int multiexit_head_plan(const MultiexitHeadCall* call, MultiexitHeadPlan* plan) {
@@ -135,16 +106,4 @@ int multiexit_head_tokens(const MultiexitHeadCall* call, const MultiexitHeadPlan
   if (const int error = find_device(device)) return error;
   return launch(kernel_for(*call), device, plan->blocks, kThreads, plan->shared_bytes, stream,
                 task_of(*call, *plan));
-}
-
-const char* multiexit_cuda_error(int code) {
-  switch (code) {
-    case kRows: return "rows must be 1 to 4";
-    case kShape: return "the vocabulary must be 1 to 2^30 tokens, the width a multiple of 8";
-    case kNumbers: return "numbers must be bfloat16 or float16";
-    case kAddress: return "an address is missing or not a multiple of 16, or a contrast has a bias";
-    case kTooWide: return "the hidden states do not fit the shared memory of this device";
-    case kOld: return "the device must be of compute capability 8.0 or later";
-    default: return cuda_error_text(code);
-  }
 }

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 1) head_tokens_kernel(const HeadTask
   Place ahead = start;
   for (int slot = 0; slot < kSlots; ++slot) {
     if (ahead.group < share.stop) {
-      ring.fill(ahead, matrix);
+      ahead.fill(ring, matrix, task.piece);
       ahead.advance(matrix.bytes, task.piece, kWarps);
     } else {
       ring.fill_nothing();

@@ -10,28 +10,12 @@ constexpr int kLanes = 32;
 constexpr int kGroup = 4;  // matrix rows that a warp multiplies at once
 constexpr int kSlots = 4;  // of a ring; wait_for_groups needs it as a constant
 
-// Rows of bytes that lie one behind the other.
-struct Rows {
-  const char* data;
-  int count, bytes;
-};
-
-// Where a warp stands on its way through a part of a matrix: a group of rows, of which `offset`
-// bytes are done, and the slot that holds the next piece.
-struct Place {
-  int group, offset = 0, slot = 0;
+// Which slot comes next, and how often the ring has been through all of them.
+struct Turn {
+  int slot = 0;
   uint32_t parity = 0;
 
-  __device__ __forceinline__ bool ends_group(int row_bytes, int piece) const {
-    return offset + piece >= row_bytes;
-  }
-  __device__ __forceinline__ void advance(int row_bytes, int piece, int next_group) {
-    if (ends_group(row_bytes, piece)) {
-      group += next_group;
-      offset = 0;
-    } else {
-      offset += piece;
-    }
+  __device__ __forceinline__ void advance() {
     if (++slot == kSlots) {
       slot = 0;
       parity ^= 1;
@@ -59,23 +43,24 @@ class Ring {
     return slots_ + index * kGroup * piece_;
   }
 
-  // By all lanes; those of the warp have read what the slot held.
-  __device__ __forceinline__ void fill(const Place& place, const Rows& matrix) {
-    const int member = threadIdx.x % kLanes, row = place.group * kGroup + member;
+  // By all lanes; those of the warp have read what the slot held. `source` gives the address of
+  // each member's bytes, or null where there is no such row.
+  template <class Source>
+  __device__ __forceinline__ void fill(const Turn& turn, int bytes, Source&& source) {
+    const int member = threadIdx.x % kLanes;
     if (member >= kGroup) return;
-    const int bytes = row < matrix.count ? min(piece_, matrix.bytes - place.offset) : 0;
-    expect(&transfers_[place.slot], bytes);
-    if (bytes)
-      copy_bulk(slots_ + (place.slot * kGroup + member) * piece_,
-                matrix.data + static_cast<int64_t>(row) * matrix.bytes + place.offset, bytes,
-                &transfers_[place.slot]);
+    const char* from = source(member);
+    expect(&transfers_[turn.slot], from ? bytes : 0);
+    if (from)
+      copy_bulk(slots_ + (turn.slot * kGroup + member) * piece_, from, bytes,
+                &transfers_[turn.slot]);
   }
 
   // A ring without bulk copies counts its fills; this one need not.
   __device__ __forceinline__ void fill_nothing() {}
 
-  __device__ __forceinline__ void wait(const Place& place) {
-    while (!has_completed(&transfers_[place.slot], place.parity)) {
+  __device__ __forceinline__ void wait(const Turn& turn) {
+    while (!has_completed(&transfers_[turn.slot], turn.parity)) {
     }
   }
 
@@ -101,22 +86,21 @@ class Ring {
     return slots_ + index * kGroup * piece_;
   }
 
-  __device__ __forceinline__ void fill(const Place& place, const Rows& matrix) {
-    const int bytes = min(piece_, matrix.bytes - place.offset);
+  template <class Source>
+  __device__ __forceinline__ void fill(const Turn& turn, int bytes, Source&& source) {
     for (int member = 0; member < kGroup; ++member) {
-      const int row = place.group * kGroup + member;
-      if (row >= matrix.count) break;
-      char* target = slots_ + (place.slot * kGroup + member) * piece_;
-      const char* source = matrix.data + static_cast<int64_t>(row) * matrix.bytes + place.offset;
+      const char* from = source(member);
+      if (!from) continue;
+      char* target = slots_ + (turn.slot * kGroup + member) * piece_;
       for (int byte = threadIdx.x % kLanes * 16; byte < bytes; byte += kLanes * 16)
-        copy_16_bytes(target + byte, source + byte);
+        copy_16_bytes(target + byte, from + byte);
     }
     close_group();
   }
 
   __device__ __forceinline__ void fill_nothing() { close_group(); }
 
-  __device__ __forceinline__ void wait(const Place&) { wait_for_groups<kSlots - 1>(); }
+  __device__ __forceinline__ void wait(const Turn&) { wait_for_groups<kSlots - 1>(); }
 
  private:
   char* slots_;

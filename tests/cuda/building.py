@@ -14,6 +14,7 @@ from multiexit_engine._cuda.library import Library
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "heads.cu"
 GRAPHS = ROOT / "csrc" / "cuda" / "graphs.cu"
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 GXX = shutil.which("g++")
 NVCC = shutil.which("nvcc")
 HOST_FLAGS = (
@@ -44,8 +45,7 @@ class OnFibers:
 def on_fibers(capability: int, folder: Path) -> OnFibers:
     target = folder / f"libfibers{capability}.so"
     command = [GXX, *HOST_FLAGS.split(), f"-DMULTIEXIT_CAPABILITY={capability}",
-               f"-I{ROOT / 'csrc'}", "-x", "c++", str(SOURCE), str(GRAPHS),
-               "-o", str(target)]  # fmt: skip
+               f"-I{ROOT / 'csrc'}", "-x", "c++", *map(str, SOURCES), "-o", str(target)]  # fmt: skip
     subprocess.run(command, check=True)
     library = Library(target)
     return OnFibers(library, Heads(library))
