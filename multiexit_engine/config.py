@@ -150,6 +150,7 @@ class EngineConfig:
         cuda_graphs: numbers of rows that decode steps are captured for; none: they run from Python.
         async_scheduling: launch a step before the tokens of the last one are known.
         conditional_nodes: captured layers are passed over on the device where nobody is left.
+        persistent_blocks: spans of layers run in one launch for few rows.
     """
 
     device: torch.device
@@ -166,3 +167,4 @@ class EngineConfig:
     cuda_graphs: tuple[int, ...] = ()
     async_scheduling: bool = False
     conditional_nodes: bool = False
+    persistent_blocks: bool = False

@@ -96,6 +96,7 @@ class Engine:
         warm_up: bool = False,
         async_scheduling: bool = False,
         conditional_nodes: bool = False,
+        persistent_blocks: bool = False,
         revision: str | None = None,
         seed: int = 0,
     ) -> Engine:
@@ -126,6 +127,7 @@ class Engine:
             warm_up: capture at the start, for the mode ``decoding``, not when first needed.
             async_scheduling: launch a step before the last one's tokens are known; likewise.
             conditional_nodes: graphs pass over layers without rows (MULTIEXIT_CUDA=1); docs/gpu.md.
+            persistent_blocks: up to 4 rows run their layers in one launch; likewise.
             revision: of a hub id.
             seed: of requests that bring none.
 
@@ -156,6 +158,7 @@ class Engine:
             cuda_graphs=cuda_graphs,
             async_scheduling=async_scheduling,
             conditional_nodes=conditional_nodes,
+            persistent_blocks=persistent_blocks,
         )
         engine = cls(opened, config, decoding)
         if warm_up:

@@ -5,8 +5,8 @@
 
 namespace {
 
-// Raised with every change of head_call.h and graph_call.h.
-constexpr int kInterface = 2;
+// Raised with every change of head_call.h, graph_call.h and layers_call.h.
+constexpr int kInterface = 3;
 
 }  // namespace
 
@@ -21,6 +21,8 @@ const char* multiexit_cuda_error(int code) {
     case kAddress: return "an address is missing or not a multiple of 16, or a contrast has a bias";
     case kTooWide: return "the hidden states do not fit the shared memory of this device";
     case kOld: return "the device must be of compute capability 8.0 or later";
+    case kLayerShape:
+      return "widths must be multiples of 8, heads of at most 256 numbers, layers at most 512";
     default: return cuda_error_text(code);
   }
 }

@@ -15,7 +15,8 @@ enum Error : int {
   kNumbers = -3,
   kAddress = -4,
   kTooWide = -5,
-  kOld = -6
+  kOld = -6,
+  kLayerShape = -7
 };
 
 constexpr int kMostRows = 4;  // of hidden states in a launch

@@ -1,20 +1,11 @@
 // The C interface of the head kernels: checks a call, plans it, launches it.
 #include "cuda/head_call.h"
 
-#include "cuda/calls.h"
 #include "cuda/heads.cuh"
+#include "cuda/pieces.h"
 
 namespace multiexit::cuda {
 namespace {
-
-constexpr int kMostPiece = 1536, kLeastPiece = 512;
-
-// The rows of a matrix are cut into as few pieces as fit the rings, of equal length. A piece is
-// whole strides of a warp, or the whole row: each lane then adds up the same numbers in any case.
-int64_t piece_of(int64_t row_bytes, int64_t most) {
-  const int64_t pieces = (row_bytes + most - 1) / most;
-  return pieces == 1 ? row_bytes : rounded_up((row_bytes + pieces - 1) / pieces, kLeastPiece);
-}
 
 int plan_call(const MultiexitHeadCall& call, MultiexitHeadPlan& plan) {
   if (call.rows < 1 || call.rows > kMostRows) return kRows;

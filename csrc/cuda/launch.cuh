@@ -25,24 +25,43 @@ inline int find_device(Device& device) {
   return error;
 }
 
-// One stream's next kernel. On sm_90 and later it may start before the one in front has ended.
+// One stream's next kernel, with an attribute or none.
 template <class Task>
-int launch(void (*kernel)(Task), const Device& device, int64_t blocks, int threads,
-           int64_t shared_bytes, uint64_t stream, const Task& task) {
+int launch_with(const cudaLaunchAttribute* attribute, void (*kernel)(Task), int64_t blocks,
+                int threads, int64_t shared_bytes, uint64_t stream, const Task& task) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared_bytes));
   if (error) return error;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute own = attribute ? *attribute : cudaLaunchAttribute{};
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = reinterpret_cast<cudaStream_t>(stream);
-  config.attrs = &overlap;
-  config.numAttrs = device.capability >= 90 ? 1 : 0;
+  config.attrs = &own;
+  config.numAttrs = attribute ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, task);
+}
+
+// On sm_90 and later it may start before the one in front has ended.
+template <class Task>
+int launch(void (*kernel)(Task), const Device& device, int64_t blocks, int threads,
+           int64_t shared_bytes, uint64_t stream, const Task& task) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  return launch_with(device.capability >= 90 ? &overlap : nullptr, kernel, blocks, threads,
+                     shared_bytes, stream, task);
+}
+
+// All its blocks are on the device at once, or CUDA refuses it.
+template <class Task>
+int launch_together(void (*kernel)(Task), const Device&, int64_t blocks, int threads,
+                    int64_t shared_bytes, uint64_t stream, const Task& task) {
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  return launch_with(&together, kernel, blocks, threads, shared_bytes, stream, task);
 }
 
 inline const char* cuda_error_text(int code) {

@@ -4,13 +4,16 @@
 #ifdef MULTIEXIT_ON_HOST
 #include "cuda/host/builtins.h"
 #include "cuda/host/copies.h"
+#include "cuda/host/grid.h"
 #else
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 #include "cuda/copies.cuh"
+#include "cuda/grid.cuh"
 
 namespace multiexit::cuda {
 

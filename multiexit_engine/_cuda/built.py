@@ -4,11 +4,15 @@ The contract of each stands in ``multiexit_engine.ops``. Importing this raises I
 kernels were not built.
 """
 
+from multiexit_engine._cuda.blocks import Blocks
 from multiexit_engine._cuda.heads import Heads
+from multiexit_engine._cuda.layers import LayersLibrary
 from multiexit_engine._cuda.library import PATH, Library
 
 _heads = Heads(Library(PATH))
 head_tokens = _heads.head_tokens
 contrast_tokens = _heads.contrast_tokens
+blocks = Blocks(LayersLibrary(PATH))
+decoder_blocks = blocks.decoder_blocks
 
-__all__ = ["contrast_tokens", "head_tokens"]
+__all__ = ["blocks", "contrast_tokens", "decoder_blocks", "head_tokens"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from multiexit_engine._cuda.library import HeadCall, HeadPlan, Library
 from multiexit_engine.kernels.launch import kept_scratch
 
-_NUMBER_TYPES = {torch.bfloat16: 1, torch.float16: 2}
+NUMBER_TYPES = {torch.bfloat16: 1, torch.float16: 2}
 _Shape = tuple[int, int, int, int, bool, torch.device]
 
 
@@ -76,7 +76,7 @@ class Heads:
     ) -> tuple[Tensor, Tensor]:
         device, call = seeds.device, operands.call
         rows = int(call.rows)
-        with _current(device):
+        with current(device):
             plan = self._plan(operands, device)
             tokens = torch.empty(rows, dtype=torch.int64, device=device)
             log_probs = torch.empty(rows, dtype=torch.float32, device=device)
@@ -104,7 +104,7 @@ class _Operands:
     """A call, and the tensors behind its addresses, which must outlive it."""
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        if hidden.dtype not in _NUMBER_TYPES or weight.dtype != hidden.dtype:
+        if hidden.dtype not in NUMBER_TYPES or weight.dtype != hidden.dtype:
             raise ValueError(
                 f"hidden states {hidden.dtype}, weights {weight.dtype}: both must be bfloat16, or "
                 "both float16"
@@ -115,7 +115,7 @@ class _Operands:
                 f"states, {tuple(hidden.shape)}"
             )
         rows, width = hidden.shape
-        self.shape = rows, weight.shape[0], width, _NUMBER_TYPES[hidden.dtype]
+        self.shape = rows, weight.shape[0], width, NUMBER_TYPES[hidden.dtype]
         self.call = HeadCall(
             **dict(zip(("rows", "vocab", "width", "number_type"), self.shape, strict=True))
         )
@@ -129,5 +129,6 @@ class _Operands:
                 setattr(self.call, name, self._kept[-1].data_ptr())
 
 
-def _current(device: torch.device) -> AbstractContextManager[None]:
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Makes a device the current one inside the block."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -26,7 +26,13 @@ class Block(nn.Module):
         cross_norm: of the middle part; None where the block reads no source.
         cross_attention: the middle part.
         is_post_norm: where the norms stand.
+
+    Attributes:
+        most_persistent_rows: up to so many rows, spans that begin here run in one launch; 0 where
+            nobody asked for it.
     """
+
+    most_persistent_rows = 0
 
     def __init__(
         self,

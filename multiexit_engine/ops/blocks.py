@@ -77,6 +77,27 @@ def _has_matrices_to_stream(
     return is_read and batch.copied is None and is_plain(hidden)
 
 
+def _runs_in_one_launch(
+    hidden: Tensor,
+    blocks: Sequence[Any],
+    kv_cache: KVCache,
+    batch: ForwardBatch,
+    then: Weight | None = None,
+) -> bool:
+    """Whether the persistent kernel was asked for, and rows are newest tokens of sequences each."""
+    return (
+        hidden.shape[0] <= blocks[0].most_persistent_rows
+        and batch.copied is None
+        and len(batch.layout.query_lens) == hidden.shape[0]
+    )
+
+
+decoder_blocks.backend(
+    "cuda",
+    "multiexit_engine._cuda.built:decoder_blocks",
+    device="cuda",
+    supports=_runs_in_one_launch,
+)
 decoder_blocks.backend(
     "triton",
     "multiexit_engine.kernels.blocks:decoder_blocks",

@@ -9,6 +9,7 @@ from multiexit_engine.models.elmer import ElmerModel
 from multiexit_engine.runtime.core import EngineCore
 from multiexit_engine.runtime.device.graph_parts import new_capture
 from multiexit_engine.runtime.device.graphs import Graphs
+from multiexit_engine.runtime.device.persistent import run_in_one_launch
 from multiexit_engine.runtime.parallel.answer_memory import AnswerMemory
 from multiexit_engine.runtime.parallel.answer_pieces import AnswerPieces
 from multiexit_engine.runtime.parallel.parallel_core import ParallelCore
@@ -24,7 +25,10 @@ SHORT_SOURCES = 1024
 def autoregressive_core(
     config: EngineConfig, model: MultiExitModel, tokenizer: Tokenizer | None
 ) -> EngineCore:
-    """A core with a scheduler, a runner and a KV cache of its own."""
+    """A core with a scheduler, a runner and a KV cache of its own.
+
+    Raises ValueError for ``persistent_blocks`` of a model whose blocks are not served.
+    """
     shape = model.config
     kv_cache = PagedKVCache(
         shape.num_layers,
@@ -36,6 +40,8 @@ def autoregressive_core(
         config.dtype,
         config.device,
     )
+    if config.persistent_blocks:
+        run_in_one_launch(model, config.block_size)
     draft_lengths = DraftLengths()
     runner = ModelRunner(model, kv_cache, config, draft_lengths)
     return EngineCore(config, Scheduler(config, draft_lengths), runner, tokenizer)

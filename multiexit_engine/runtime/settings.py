@@ -15,6 +15,7 @@ from multiexit_engine.ops import Op
 from multiexit_engine.quantization import Quantization
 from multiexit_engine.runtime.device.graph_parts import graph_library
 from multiexit_engine.runtime.device.graphs import ANSWER_SIZES, MOST_ANSWER_ROWS, graph_sizes
+from multiexit_engine.runtime.device.persistent import persistent_kernel
 from multiexit_engine.runtime.memory import num_kv_blocks
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def make_engine_config(
     cuda_graphs: bool | Sequence[int] | str = False,
     async_scheduling: bool = False,
     conditional_nodes: bool = False,
+    persistent_blocks: bool = False,
 ) -> EngineConfig:
     """The checked limits of an engine on a checkpoint; see ``Engine.from_pretrained``."""
     check_counts(
@@ -75,6 +77,9 @@ def make_engine_config(
         cuda_graphs=pick_graph_sizes(cuda_graphs, place, checkpoint.config, max_batch_size),
         async_scheduling=pick_async_scheduling(async_scheduling, place, checkpoint.config),
         conditional_nodes=pick_conditional_nodes(conditional_nodes, cuda_graphs),
+        persistent_blocks=pick_persistent_blocks(
+            persistent_blocks, place, backend, checkpoint.config
+        ),
     )
 
 
@@ -191,6 +196,25 @@ def pick_conditional_nodes(wanted: bool, cuda_graphs: bool | Sequence[int] | str
     if wanted:
         graph_library()
     return wanted
+
+
+def pick_persistent_blocks(
+    wanted: bool, device: torch.device, backend: BackendName, model: ModelConfig
+) -> bool:
+    """Whether few rows run their layers in one launch; raises ValueError where they cannot."""
+    if not wanted:
+        return False
+    if device.type != "cuda" or backend != "native":
+        raise ValueError(
+            f"persistent_blocks=True on {str(device)!r} with backend={backend!r}: it is a kernel "
+            "of GPUs; give device='cuda' and backend='native', or persistent_blocks=False"
+        )
+    if model.encoder is not None:
+        raise ValueError(
+            f"persistent_blocks=True: not for encoder-decoders such as {model.model_type!r}"
+        )
+    persistent_kernel()
+    return True
 
 
 def pick_async_scheduling(wanted: bool, device: torch.device, model: ModelConfig) -> bool:

@@ -8,11 +8,14 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from multiexit_engine._cuda.blocks import Blocks
 from multiexit_engine._cuda.heads import Heads
+from multiexit_engine._cuda.layers import LayersLibrary
 from multiexit_engine._cuda.library import Library
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "heads.cu"
+LAYERS = ROOT / "csrc" / "cuda" / "layers.cu"
 GRAPHS = ROOT / "csrc" / "cuda" / "graphs.cu"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 GXX = shutil.which("g++")
@@ -29,13 +32,15 @@ class OnFibers:
 
     library: Library
     heads: Heads
+    blocks: Blocks
 
     def shaped(self, *, seed: int = 0, multiprocessors: int = 3, shared_kib: int = 227) -> OnFibers:
         """The model changed; even seeds run blocks one after the other, odd ones side by side."""
         self.library.constant("multiexit_host_seed").value = seed
         self.library.constant("multiexit_host_multiprocessors").value = multiprocessors
         self.library.constant("multiexit_host_shared_bytes").value = shared_kib * 1024
-        return replace(self, heads=Heads(self.library))
+        layers = LayersLibrary(self.library.path)
+        return replace(self, heads=Heads(self.library), blocks=Blocks(layers))
 
     def copied_bytes(self) -> int:
         """That the last kernel brought to shared memory."""
@@ -45,10 +50,11 @@ class OnFibers:
 def on_fibers(capability: int, folder: Path) -> OnFibers:
     target = folder / f"libfibers{capability}.so"
     command = [GXX, *HOST_FLAGS.split(), f"-DMULTIEXIT_CAPABILITY={capability}",
-               f"-I{ROOT / 'csrc'}", "-x", "c++", *map(str, SOURCES), "-o", str(target)]  # fmt: skip
+               f"-I{ROOT / 'csrc'}", "-x", "c++", *map(str, SOURCES),
+               "-o", str(target)]  # fmt: skip
     subprocess.run(command, check=True)
     library = Library(target)
-    return OnFibers(library, Heads(library))
+    return OnFibers(library, Heads(library), Blocks(LayersLibrary(target)))
 
 
 @dataclass(frozen=True)

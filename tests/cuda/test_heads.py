@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from tests.cuda.amid_nan import amid_nan
 from tests.kernels.hidden_states import (
     TwoExits,
     assert_chosen,
@@ -22,13 +23,6 @@ DTYPES = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
 )
 TEMPERATURES = pytest.mark.parametrize("temperature", [0.0, 0.8])
-
-
-def amid_nan(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers in memory that has 128 bytes of NaN on both sides."""
-    beside = 128 // tensor.element_size()
-    around = torch.full((tensor.numel() + 2 * beside,), torch.nan, dtype=tensor.dtype)
-    return around[beside:-beside].view(tensor.shape).copy_(tensor)
 
 
 def exits(rows: int, vocab: int, width: int, dtype=torch.bfloat16, **options) -> TwoExits:

@@ -12,6 +12,8 @@ from tests.ops.backends import all_backends, implementation_or_skip
 
 TEXTS = [[5, 17, 99, 3, 3, 42, 0, 61, 8, 7, 1], [9, 8, 7], [1, 2, 3, 4, 5, 6, 7]]
 STEPS = [[(0, 4), (0, 1), (0, 7)], [(4, 5), (1, 2)], [(5, 11), (2, 3)]]
+# tests/cuda has the one that runs few rows
+EVERY_ROW = all_backends(decoder_blocks, is_long=True, but=("cuda",))
 FAMILIES = pytest.mark.parametrize(
     "name",
     ["gpt2 with every switch", "gpt_neo in another pattern", "llama 3", "mistral",
@@ -42,7 +44,7 @@ def hidden_after(model, function, texts=TEXTS, steps=STEPS, blocks=slice(None)):
     return outputs, cache.kv_cache
 
 
-@all_backends(decoder_blocks, is_long=True)
+@EVERY_ROW
 @FAMILIES
 def test_backend_equals_the_modules_in_float32(checkpoints, backend, name):
     function = implementation_or_skip(decoder_blocks, backend)
@@ -59,7 +61,7 @@ def test_backend_equals_the_modules_in_float32(checkpoints, backend, name):
             torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4, equal_nan=True)
 
 
-@all_backends(decoder_blocks, is_long=True)
+@EVERY_ROW
 @FAMILIES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_backend_is_as_near_to_float32_as_the_modules(checkpoints, backend, name, dtype):
@@ -80,7 +82,7 @@ def test_backend_is_as_near_to_float32_as_the_modules(checkpoints, backend, name
         assert own_error <= 1.2 * (other.float() - true).abs().mean() + 1e-6
 
 
-@all_backends(decoder_blocks, is_long=True)
+@EVERY_ROW
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_a_row_is_the_same_in_any_batch(checkpoints, backend, name):
     function = implementation_or_skip(decoder_blocks, backend)
@@ -93,7 +95,7 @@ def test_a_row_is_the_same_in_any_batch(checkpoints, backend, name):
     assert torch.equal(torch.cat(one_by_one), rows)
 
 
-@all_backends(decoder_blocks)
+@all_backends(decoder_blocks, but=("cuda",))
 def test_spans_of_layers_are_told_apart(checkpoints, backend):
     function = implementation_or_skip(decoder_blocks, backend)
     model = build_model(open_checkpoint(checkpoints["gpt2"]), CPU, torch.float32)

@@ -6,16 +6,27 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-struct float2 {
+// Aligned as a GPU wants them.
+struct alignas(8) float2 {
   float x, y;
 };
-struct uint4 {
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 struct __half2 {
+  uint16_t low, high;
+};
+struct __nv_bfloat162 {
   uint16_t low, high;
 };
 
@@ -37,6 +48,20 @@ inline float widened(uint16_t half) {
   _Float16 number;
   memcpy(&number, &half, 2);
   return number;
+}
+
+inline uint16_t half_of(float number) {
+  const auto half = static_cast<_Float16>(number);
+  uint16_t bits;
+  memcpy(&bits, &half, 2);
+  return bits;
+}
+
+inline uint16_t bfloat16_of(float number) {
+  uint32_t bits;
+  memcpy(&bits, &number, 4);
+  if (number != number) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
 }  // namespace multiexit::host
@@ -130,6 +155,14 @@ inline float __uint_as_float(uint32_t bits) {
 inline float2 __half22float2(const __half2& pair) {
   return {multiexit::host::widened(pair.low), multiexit::host::widened(pair.high)};
 }
+
+inline __half2 __floats2half2_rn(float first, float second) {
+  return {multiexit::host::half_of(first), multiexit::host::half_of(second)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float first, float second) {
+  return {multiexit::host::bfloat16_of(first), multiexit::host::bfloat16_of(second)};
+}
+inline float rsqrtf(float number) { return 1.0f / sqrtf(number); }
 
 namespace multiexit::cuda {
 

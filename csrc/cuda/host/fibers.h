@@ -77,6 +77,9 @@ struct Fiber {
   std::deque<std::vector<Copy>> groups{1};  // of 16-byte copies; the last one is open
 };
 
+// Whether blocks run side by side: those of a grid that waits for itself must.
+enum class Order { kOneByOne, kTogether };
+
 class Machine {
  public:
   std::string failure;
@@ -126,7 +129,7 @@ class Machine {
 
   // Whether the kernel ran to its end; `failure` says why not.
   bool run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned seed,
-           std::function<void()> kernel) {
+           Order block_order, std::function<void()> kernel) {
     failure.clear();
     copied_bytes = 0;
     num_blocks = blocks;
@@ -136,7 +139,7 @@ class Machine {
     std::vector<unsigned> order(blocks);
     for (unsigned i = 0; i < blocks; ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), random);
-    const size_t together = seed % 2 ? blocks : 1;
+    const size_t together = block_order == Order::kTogether ? blocks : 1;
     for (size_t first = 0; first < blocks && failure.empty(); first += together)
       run_together({order.begin() + first, order.begin() + first + together}, shared_bytes);
     return failure.empty();
