@@ -143,6 +143,10 @@ class ExitHeads:
             return HeadOperands(hidden, own, None)
         return HeadOperands(linear(hidden, own, None), self._weight, self._bias)
 
+    def last_matrix(self) -> Weight:
+        """What is read first for the last layer: its exit's own weights if loaded, or the head."""
+        return self._loaded.get(self._config.num_layers, self._weight)
+
     def normed(self, tap: Tensor) -> Tensor:
         """[rows, hidden] in the dtype of the weights: a block's output after the final norm."""
         hidden = tap if self._final_norm is None else self._final_norm(tap)

@@ -85,6 +85,16 @@ class MultiExitModel(nn.Module):
             return hidden
         return decoder_blocks(hidden, self._order[start:stop], kv_cache, batch, then)
 
+    def read_behind(self, layer: int) -> Weight:
+        """The matrix that most steps read first behind a layer, counted from 1.
+
+        The next layer's; of the last layer its exit's own, where that is in use, or the model's.
+        """
+        if layer == self.config.num_layers:
+            return self.heads.last_matrix()
+        weight: Weight = self._order[layer].attention.qkv.weight
+        return weight
+
     def run_listed(
         self,
         hidden: Tensor,

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from multiexit_engine import Contrast, DoLa, Exit, Original, SamplingParams
+from multiexit_engine.layers.exit_heads import Head
+from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.runtime.device.graphs import Graphs, graph_sizes, key_bounds
 from multiexit_engine.runtime.settings import pick_graph_sizes
 from tests.runtime.on_simulated_device import on_cpu, on_device, token_ids
@@ -44,6 +46,29 @@ def test_what_one_request_captured_serves_another(folder):
         found.append(engine.generate(prompts[1], sampling[1], Contrast(4, 2)))
     assert device.counts["captures"] == captures
     assert list(map(token_ids, found)) == list(map(token_ids, wanted))
+
+
+@pytest.mark.parametrize("mode", [Contrast(4, 2), Original()], ids=["own head", "original head"])
+def test_each_span_is_told_what_is_read_behind_it(folder, mode, monkeypatch):
+    told = {}
+    run_layers = MultiExitModel.run_layers
+
+    def noted(model, hidden, start, stop, cache, batch, then=None):
+        if then is not None:
+            told[stop] = then
+        return run_layers(model, hidden, start, stop, cache, batch, then)
+
+    monkeypatch.setattr(MultiExitModel, "run_layers", noted)
+    with on_device(folder, cuda_graphs=(1,)) as (engine, _):
+        engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4, ignore_eos=True), mode)
+        model = engine._model
+        head = Head(4) if mode == Contrast(4, 2) else model.heads.original
+        expected = {4: model.heads.operands(head, torch.zeros(1, 64, device="sim:0")).weight}
+        if mode == Contrast(4, 2):
+            expected[2] = model.blocks[2].attention.qkv.weight
+    assert {stop: id(then) for stop, then in told.items()} == {
+        stop: id(then) for stop, then in expected.items()
+    }
 
 
 def test_a_replayed_step_launches_graphs_and_nothing_else(folder):

@@ -165,7 +165,9 @@ class DecodePieces:
         forward = self.forward(rows, size, tokens, rows, bound)
         embed = self._model.embed
         hidden = self._states[start][rows] if start else embed(tokens, forward.positions)
-        hidden = self._model.run_layers(hidden, start, stop, self._kv_cache, forward)
+        hidden = self._model.run_layers(
+            hidden, start, stop, self._kv_cache, forward, self._model.read_behind(stop)
+        )
         self.states_after(stop, hidden)[rows] = hidden
 
     def forward(
