@@ -109,8 +109,7 @@ class Engine:
                 where it has no instructions for it. Else "float32", "bfloat16", "float16", a dtype.
             backend: "reference" runs every op in plain PyTorch; "native" takes the fast kernels or
                 fails; "auto" takes the CPU's where they are built, and the reference on CUDA.
-            decoding: mode of the requests that name none; by default the model's own head, with
-                ELMER's decoder one pass, with feedback where the checkpoint has it.
+            decoding: mode of requests that name none; by default the own head, or ELMER's one pass.
             vocab_projection_mode: how exits project, for checkpoints that do not say.
             lm_head_layer_indices: exit layers, instead of the checkpoint's own list.
             architecture: model family, instead of the checkpoint's model_type.
@@ -122,8 +121,7 @@ class Engine:
             prefix_caching: keep the KV blocks of prompts for later prompts that begin alike.
             quantization: "int8" or "int4" stores weight matrices as small integers with a scale for
                 each 32 columns ("int8-g64": 64), "fp8" as e4m3; docs/quantization.md. None: dtype.
-            cuda_graphs: capture steps for some numbers of rows (True), or those given: [1, 2, 4] or
-                "1,2,4". CUDA; docs/gpu.md.
+            cuda_graphs: capture steps for some numbers of rows (True), or [1, 2, 4]; docs/gpu.md.
             warm_up: capture at the start, for the mode ``decoding``, not when first needed.
             async_scheduling: launch a step before the last one's tokens are known; likewise.
             conditional_nodes: graphs pass over layers without rows (MULTIEXIT_CUDA=1); docs/gpu.md.
