@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.config import ModelConfig
+from multiexit_engine.layers.probes import chances_of
 from multiexit_engine.parallel_mode import Parallel
 from multiexit_engine.transfer import to_device
 
@@ -78,7 +79,7 @@ def rows_to_test(
     kept = odds >= rules.least
     if asked is not None:
         kept = kept & asked
-    chances = (odds.sigmoid() * _ONE).long().masked_fill(~kept, 0)
+    chances = (chances_of(odds) * _ONE).long().masked_fill(~kept, 0)
     sums = chances.new_zeros(num_answers).index_add_(0, owners, chances)
     return kept & (sums.index_select(0, owners) * num_layers_above >= rules.gains)
 

@@ -5,13 +5,12 @@ Knows nothing of thresholds, or of how probes learn.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from multiexit_engine.checkpoint import TensorLoader
 from multiexit_engine.checkpoint.probes import EXIT_PROBES, ProbeWeights
 from multiexit_engine.config import ModelConfig
-from multiexit_engine.layers.probes import Probes, probe_outputs
+from multiexit_engine.layers.probes import Probes, chances_of, probe_outputs
 
 
 class ExitProbes(Probes):
@@ -34,4 +33,4 @@ class ExitProbes(Probes):
 
 def probe_chances(probe: ProbeWeights, normed: Tensor) -> Tensor:
     """[rows] float32 chances that a probe gives to [rows, hidden] normalised states."""
-    return torch.sigmoid(probe_outputs(probe, normed)[:, 0])
+    return chances_of(probe_outputs(probe, normed)[:, 0])

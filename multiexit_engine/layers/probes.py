@@ -73,6 +73,16 @@ class Probes:
         }
 
 
+def chances_of(odds: Tensor) -> Tensor:
+    """Chances, float32, of log-odds of any shape, whose bits do not depend on their places.
+
+    PyTorch's float32 sigmoid gives the last few numbers of a CPU tensor, which do not fill a
+    vector, other bits than the rest. In float64 the two differ by what rounding to float32 loses,
+    but for one number in some hundred million.
+    """
+    return odds.double().sigmoid().float() if odds.device.type == "cpu" else odds.sigmoid()
+
+
 def probe_outputs(probe: ProbeWeights, normed: Tensor) -> Tensor:
     """[rows, outputs] float32 of a probe for [rows, hidden] normalised states.
 
