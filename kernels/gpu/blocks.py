@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.kernels.attention import attend_paged
-from multiexit_engine.kernels.block_parts import PartNorm, added, inner, inner_matrix
+from multiexit_engine.kernels.block_parts import PartNorm, Stream, added, inner, inner_matrix
 from multiexit_engine.kernels.matrices import Matrix
 from multiexit_engine.kernels.norms import rms_norm
 from multiexit_engine.kernels.products import Norm, product
@@ -23,21 +23,21 @@ def decoder_blocks(
     hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: Any, then: Matrix | None = None
 ) -> Tensor:
     """See ``multiexit_engine.ops.blocks``. The residual stream is float32 between layers."""
-    hidden = hidden.float()
+    stream = Stream.entering(hidden, blocks[0])
     coming = Coming(blocks, then)
     for block in blocks:
         attention, cross, mlp = block.attention, block.cross_attention, block.mlp
-        norm = PartNorm(block.attention_norm, block.is_post_norm)
-        attended = _attended(hidden, norm.before, attention, kv_cache, batch, coming)
-        hidden = norm.after(added(hidden, attended, attention.output, coming.next()))
+        norm = PartNorm(block, block.attention_norm)
+        attended = _attended(stream.read, norm.before, attention, kv_cache, batch, coming)
+        stream = norm.after(added(stream.states, attended, attention.output, coming.next()))
         if cross is not None:
-            norm = PartNorm(block.cross_norm, block.is_post_norm)
-            mixed = _of_sources(hidden, norm.before, cross, kv_cache, batch, coming)
-            hidden = norm.after(added(hidden, mixed, cross.output, coming.next()))
-        norm = PartNorm(block.mlp_norm, block.is_post_norm)
-        through = inner(hidden, norm.before, mlp, ahead=coming.next())
-        hidden = norm.after(added(hidden, through, mlp.down, coming.next()))
-    return hidden
+            norm = PartNorm(block, block.cross_norm)
+            mixed = _of_sources(stream.read, norm.before, cross, kv_cache, batch, coming)
+            stream = norm.after(added(stream.states, mixed, cross.output, coming.next()))
+        norm = PartNorm(block, block.mlp_norm)
+        through = inner(stream.read, norm.before, mlp, ahead=coming.next())
+        stream = norm.after(added(stream.states, through, mlp.down, coming.next()))
+    return stream.states
 
 
 class Coming:

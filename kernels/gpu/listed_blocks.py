@@ -24,17 +24,19 @@ from multiexit_engine.kernels.row_lists import RowList
 def listed_decoder_blocks(
     hidden: Tensor, blocks: Sequence[Any], kv_cache: Any, batch: Any, listed: Any
 ) -> Tensor:
-    """See ``multiexit_engine.ops.listed_blocks``. Eight launches a pre-norm block.
+    """See ``multiexit_engine.ops.listed_blocks``. Eight launches a block, thirteen with a source.
 
     Five more where some rows only give keys and values, two more with norms of heads, and one
     more with quantized weights.
     """
     states = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    span = _Span(states, kv_cache, batch, listed)
+    span = _Span(states, kv_cache, batch, listed, blocks[0])
     for block in blocks:
         if listed.copied is not None:
             span.copy_keys_values(block)
         span.attend(block)
+        if block.cross_attention is not None:
+            span.read_sources(block)
         span.feed_forward(block)
     return states
 
@@ -42,8 +44,8 @@ def listed_decoder_blocks(
 class _Span(ListedStream):
     """The stream, which the rows that go on are changed in, part by part."""
 
-    def __init__(self, states: Tensor, kv_cache: Any, batch: Any, listed: Any) -> None:
-        super().__init__(states, listed.running)
+    def __init__(self, states: Tensor, kv_cache: Any, batch: Any, listed: Any, block: Any) -> None:
+        super().__init__(states, listed.running, block)
         self._kv_cache = kv_cache
         self._batch = batch
         self._copied: RowList | None = listed.copied
@@ -75,10 +77,27 @@ class _Span(ListedStream):
             self._batch.layout,
             attention.scale,
             attention.window,
-            None,
+            attention.bias,
             only=self._only,
         )
         self.add(mixed.flatten(1), attention.output, block, block.attention_norm)
+
+    def read_sources(self, block: Any) -> None:
+        """Attend over what was stored of each row's source, and add what was found."""
+        cross = block.cross_attention
+        read = self.before(block, block.cross_norm)
+        query = product(read, cross.query.weight, cross.query.bias, listed=self.rows)
+        mixed = attend_paged(
+            query.view(len(query), -1, cross.head_dim),
+            self._kv_cache.key(cross.layer),
+            self._kv_cache.value(cross.layer),
+            self._batch.sources,
+            cross.scale,
+            None,
+            None,
+            only=self._only,
+        )
+        self.add(mixed.flatten(1), cross.output, block, block.cross_norm)
 
     def _stored(self, read: Tensor, attention: Any) -> Tensor:
         """[rows, heads, head_dim] queries; keys and values are written."""

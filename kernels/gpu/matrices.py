@@ -19,15 +19,33 @@ FLOAT_STAGES = 6
 class Codes(Protocol):
     """A quantized matrix, as ``multiexit_engine.quantization`` describes it."""
 
-    codes: Tensor
-    scales: Tensor
-    quantization: Any
+    @property
+    def codes(self) -> Tensor: ...
+
+    @property
+    def scales(self) -> Tensor: ...
+
+    @property
+    def quantization(self) -> Any: ...
 
     @property
     def shape(self) -> torch.Size: ...
 
 
 Matrix = Tensor | Codes
+
+
+class SpanOfCodes(NamedTuple):
+    """Rows of a quantized matrix, side by side in it."""
+
+    codes: Tensor
+    scales: Tensor
+    columns: int
+    quantization: Any
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.codes.shape[0], self.columns))
 
 
 class Stored(NamedTuple):
@@ -60,6 +78,14 @@ class Stored(NamedTuple):
         if not self.bits:
             return plain
         return CODE_STAGES if self.group else FLOAT_STAGES
+
+
+def row_span(weight: Matrix, start: int, stop: int) -> Matrix:
+    """A view of the rows ``start`` to ``stop - 1``."""
+    if isinstance(weight, Tensor):
+        return weight[start:stop]
+    codes, scales = weight.codes[start:stop], weight.scales[start:stop]
+    return SpanOfCodes(codes, scales, weight.shape[1], weight.quantization)
 
 
 def stored(weight: Matrix) -> Stored:

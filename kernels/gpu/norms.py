@@ -80,6 +80,7 @@ def norm_kernel(
     gain_ptr,
     shift_ptr,
     output_ptr,
+    rounded_ptr,
     row_ptr,
     count_ptr,
     num_rows,
@@ -89,9 +90,13 @@ def norm_kernel(
     eps,
     LISTED: tl.constexpr,
     IS_LAYER: tl.constexpr,
+    ROUNDED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """``rows_each`` rows of the tile's four, the others masked; the output may be x."""
+    """``rows_each`` rows of the tile's four, the others masked; the output may be x.
+
+    ROUNDED: the result is written once more, in another type.
+    """
     arrive(None, 0, OVERLAP)
     if LISTED:  # noqa: SIM102 - without a list there is no count
         if tl.program_id(0) * rows_each >= tl.load(count_ptr):
@@ -114,6 +119,9 @@ def norm_kernel(
         x = normalised(x, center, scale, gain, shift, IS_LAYER)
         target = output_ptr + row * width + (k + columns)[None, :]
         tl.store(target, x.to(output_ptr.dtype.element_ty), mask=mask)
+        if ROUNDED:
+            again = rounded_ptr + row * width + (k + columns)[None, :]
+            tl.store(again, x.to(rounded_ptr.dtype.element_ty), mask=mask)
 
 
 def norm(
@@ -124,10 +132,12 @@ def norm(
     dtype: torch.dtype,
     listed: RowList | None = None,
     output: Tensor | None = None,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """[rows, width] in ``dtype``: LayerNorm with a shift, RMSNorm without. One launch.
 
-    Of ``listed`` rows only, where there is a list; into ``output``, which may be x, where given.
+    Of ``listed`` rows only, where there is a list; into ``output``, which may be x, where given,
+    and once more into ``rounded``, of another type, where given.
     """
     rows, width = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -136,10 +146,10 @@ def norm(
     if rows:
         rows_each = min(NORM_ROWS.value, triton.cdiv(rows, _PROGRAMS))
         norm_kernel[(triton.cdiv(rows, rows_each),)](
-            x, gain, shift, output,
+            x, gain, shift, output, rounded,
             *((None, None) if listed is None else (listed.rows, listed.count)),
             rows, rows_each, width, x.stride(0), eps,
-            LISTED=listed is not None, IS_LAYER=shift is not None,
+            LISTED=listed is not None, IS_LAYER=shift is not None, ROUNDED=rounded is not None,
             **options(_NUM_WARPS), **overlapped(x.device),
         )  # fmt: skip
     return output

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multiexit_engine.kernels.block_parts import PartNorm, added, inner
+from multiexit_engine.kernels.block_parts import PartNorm, Stream, added, inner
+from multiexit_engine.kernels.matrices import row_span
 from multiexit_engine.kernels.packed_attention import PackedStarts, attend_packed
 from multiexit_engine.kernels.products import Norm, product
 
@@ -29,18 +30,18 @@ def packed_blocks(
     here = _Texts.of(texts, hidden.device)
     if sources is not None:
         read = PackedStarts.of(sources.query_lens, sources.lens, hidden.device)
-    states = hidden.float().contiguous()
+    stream = Stream.entering(hidden, blocks[0])
     for place, block in enumerate(blocks):
-        own = states
+        own = stream
         if not (is_attended and place == 0):
-            own = _attended(states, block, here)
+            own = _attended(stream, block, here)
         if block.cross_attention is not None:
             own = _of_sources(own, block, sources.keys_values[:, place], read)
-        norm = PartNorm(block.mlp_norm, block.is_post_norm)
-        own = norm.after(added(own, inner(own, norm.before, block.mlp), block.mlp.down))
-        rows = here.rows
-        states = own if rows is None else states.index_copy(0, rows, own)
-    return states
+        norm = PartNorm(block, block.mlp_norm)
+        through = inner(own.read, norm.before, block.mlp)
+        own = norm.after(added(own.states, through, block.mlp.down))
+        stream = own if here.rows is None else stream.replaced(here.rows, own)
+    return stream.states
 
 
 class _Texts(NamedTuple):
@@ -66,24 +67,24 @@ class _Texts(NamedTuple):
         return cls(texts.rows, keyed, PackedStarts.of(counts, lens, device))
 
 
-def _attended(hidden: Tensor, block: Any, texts: _Texts) -> Tensor:
-    """[queries, hidden]: the rows that go on, after their first part."""
+def _attended(stream: Stream, block: Any, texts: _Texts) -> Stream:
+    """The rows that go on, after their first part."""
     attention = block.attention
-    norm = PartNorm(block.attention_norm, block.is_post_norm)
-    own, width, qkv = hidden, attention.widths[0], attention.qkv
+    norm = PartNorm(block, block.attention_norm)
+    own, width, qkv = stream, attention.widths[0], attention.qkv
     if texts.rows is None:
-        fused = product(hidden, qkv.weight, qkv.bias, norm_before=norm.before)
+        fused = product(stream.read, qkv.weight, qkv.bias, norm_before=norm.before)
         query, key, value = torch.split(fused, width, dim=1)
     else:
-        own = hidden[texts.rows]
-        keyed = hidden if texts.keyed is None else hidden[texts.keyed]
-        query = _span(own, qkv, 0, width, norm.before)
+        own = stream.taken(texts.rows)
+        keyed = stream.read if texts.keyed is None else stream.read[texts.keyed]
+        query = _span(own.read, qkv, 0, width, norm.before)
         fused = _span(keyed, qkv, width, 3 * width, norm.before)
         key, value = torch.split(fused, width, dim=1)
     query, key, value = (_heads(part, attention.head_dim) for part in (query, key, value))
     assert texts.rows is None or attention.bias is None, "distances are those of whole texts"
     mixed = attend_packed(query, key, value, texts.starts, attention.scale, bias=attention.bias)
-    return norm.after(added(own, mixed.flatten(1), attention.output))
+    return norm.after(added(own.states, mixed.flatten(1), attention.output))
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
@@ -94,14 +95,14 @@ def _heads(x: Tensor, head_dim: int) -> Tensor:
 def _span(x: Tensor, layer: Any, start: int, stop: int, norm: Norm | None) -> Tensor:
     """The product with some rows of a layer's matrix."""
     bias = None if layer.bias is None else layer.bias[start:stop]
-    return product(x, layer.weight[start:stop], bias, norm_before=norm)
+    return product(x, row_span(layer.weight, start, stop), bias, norm_before=norm)
 
 
-def _of_sources(own: Tensor, block: Any, keys_values: Tensor, starts: PackedStarts) -> Tensor:
-    """[queries, hidden]: after the part that reads keys and values [rows, 2, heads, head_dim]."""
+def _of_sources(own: Stream, block: Any, keys_values: Tensor, starts: PackedStarts) -> Stream:
+    """The rows after the part that reads keys and values [rows, 2, heads, head_dim]."""
     cross = block.cross_attention
-    norm = PartNorm(block.cross_norm, block.is_post_norm)
-    query = product(own, cross.query.weight, cross.query.bias, norm_before=norm.before)
+    norm = PartNorm(block, block.cross_norm)
+    query = product(own.read, cross.query.weight, cross.query.bias, norm_before=norm.before)
     key, value = keys_values.unbind(1)
     mixed = attend_packed(_heads(query, cross.head_dim), key, value, starts, cross.scale)
-    return norm.after(added(own, mixed.flatten(1), cross.output))
+    return norm.after(added(own.states, mixed.flatten(1), cross.output))

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.kernels.block_parts import ListedStream
+from multiexit_engine.kernels.matrices import Matrix, row_span
 from multiexit_engine.kernels.packed_attention import PackedStarts, attend_packed
 from multiexit_engine.kernels.products import product
 from multiexit_engine.kernels.row_lists import RowList
 
 
-def listed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, listed: Any) -> Tensor:
+def listed_linear(x: Tensor, weight: Matrix, bias: Tensor | None, listed: Any) -> Tensor:
     """See ``multiexit_engine.ops.row_lists``. One launch."""
     return product(x, weight, bias, listed=listed)
 
@@ -33,7 +34,7 @@ def ragged_blocks(
 ) -> Tensor:
     """See ``multiexit_engine.ops.ragged_blocks``. 12 launches a post-norm block, 8 of encoders."""
     states = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    span = _Span(states, texts, sources)
+    span = _Span(states, texts, sources, blocks[0])
     for place, block in enumerate(blocks):
         if place or not is_attended:
             span.attend(block)
@@ -46,8 +47,8 @@ def ragged_blocks(
 class _Span(ListedStream):
     """The stream, which the rows that go on are changed in, part by part."""
 
-    def __init__(self, states: Tensor, texts: Any, sources: Any) -> None:
-        super().__init__(states, texts.rows)
+    def __init__(self, states: Tensor, texts: Any, sources: Any, block: Any) -> None:
+        super().__init__(states, texts.rows, block)
         self._keyed: RowList = texts.keyed
         self._own = PackedStarts(texts.query_starts, texts.starts)
         if sources is not None:
@@ -77,4 +78,4 @@ class _Span(ListedStream):
 def _span(x: Tensor, layer: Any, start: int, stop: int, listed: RowList) -> Tensor:
     """The product with some rows of a layer's matrix."""
     bias = None if layer.bias is None else layer.bias[start:stop]
-    return product(x, layer.weight[start:stop], bias, listed=listed)
+    return product(x, row_span(layer.weight, start, stop), bias, listed=listed)

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from multiexit_engine.batch import ForwardBatch
-from multiexit_engine.ops.operands import is_dense, is_plain
+from multiexit_engine.ops.operands import is_plain, is_streamed
 from multiexit_engine.ops.registry import register_op
-from multiexit_engine.quantization import QuantizedWeight, Weight
+from multiexit_engine.quantization import Weight
 
 
 class KVCache(Protocol):
@@ -69,11 +69,9 @@ def _has_matrices_to_stream(
 ) -> bool:
     """Whether the GPU's kernels read the matrices: all of a model's, or none.
 
-    They know no copied rows. Codes take the type of their rows, which blocks with norms behind
-    their parts keep in float32.
+    They know no copied rows.
     """
-    weight, is_post_norm = blocks[0].attention.qkv.weight, blocks[0].is_post_norm
-    is_read = not is_post_norm if isinstance(weight, QuantizedWeight) else is_dense(weight)
+    is_read = is_streamed(blocks[0].attention.qkv.weight)
     return is_read and batch.copied is None and is_plain(hidden)
 
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from multiexit_engine.batch import ForwardBatch, SequenceLayout
 from multiexit_engine.ops.blocks import KVCache
-from multiexit_engine.ops.operands import is_dense, is_plain
+from multiexit_engine.ops.operands import is_plain, is_streamed
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.ops.row_lists import RowList
-from multiexit_engine.quantization import QuantizedWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,19 +96,8 @@ def _slots(slots: Tensor, listed: RowList, spare_slot: int) -> Tensor:
 def _are_matrices_streamed(
     hidden: Tensor, blocks: Sequence[Any], kv_cache: KVCache, *_: object
 ) -> bool:
-    """Whether the GPU's kernels read the matrices, and no attention has a bias for distances.
-
-    Codes take the type of their rows, which blocks with norms behind their parts keep in float32.
-    """
-    block = blocks[0]
-    weight = block.attention.qkv.weight
-    is_read = not block.is_post_norm if isinstance(weight, QuantizedWeight) else is_dense(weight)
-    return (
-        is_read
-        and block.attention.bias is None
-        and block.cross_attention is None
-        and is_plain(hidden)
-    )
+    """Whether the GPU's kernels read the matrices."""
+    return is_streamed(blocks[0].attention.qkv.weight) and is_plain(hidden)
 
 
 listed_decoder_blocks.backend(

@@ -54,6 +54,11 @@ def is_dense(*matrices: Weight) -> bool:
     )
 
 
+def is_streamed(weight: Weight) -> bool:
+    """Whether the GPU's fused blocks read a matrix: laid out as they want it, or quantized."""
+    return isinstance(weight, QuantizedWeight) or is_dense(weight)
+
+
 def is_dense_or_coded(states: Sequence[Tensor], matrices: Sequence[Weight]) -> bool:
     """Whether the fused heads of GPUs read operands: matrices all dense, or all quantized alike."""
     coded = [m for m in matrices if isinstance(m, QuantizedWeight)]

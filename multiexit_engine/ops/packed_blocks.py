@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from multiexit_engine.ops.operands import is_dense, is_plain
+from multiexit_engine.ops.operands import is_plain, is_streamed
 from multiexit_engine.ops.registry import register_op
 
 
@@ -109,7 +109,7 @@ def _has_matrices_to_stream(
     hidden: Tensor, blocks: Sequence[Any], *_: object, **__: object
 ) -> bool:
     """Whether the GPU's kernels read the matrices: all of a model's, or none."""
-    return is_plain(hidden) and is_dense(blocks[0].attention.qkv.weight)
+    return is_plain(hidden) and is_streamed(blocks[0].attention.qkv.weight)
 
 
 packed_blocks.backend(

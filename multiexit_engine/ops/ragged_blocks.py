@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from multiexit_engine.ops.operands import is_dense, is_plain
+from multiexit_engine.ops.operands import is_plain, is_streamed
 from multiexit_engine.ops.packed_blocks import PackedSources, PackedTexts, packed_blocks
 from multiexit_engine.ops.registry import device_kind, is_reference_forced, register_op
 from multiexit_engine.ops.row_lists import RowList, compact_rows
@@ -112,7 +112,7 @@ def _lens(starts: Tensor) -> list[int]:
 def _are_matrices_streamed(hidden: Tensor, blocks: Sequence[Any], *_: object) -> bool:
     """Whether the GPU's kernels read the matrices, and no attention has a bias for distances."""
     attention = blocks[0].attention
-    return is_dense(attention.qkv.weight) and attention.bias is None and is_plain(hidden)
+    return is_streamed(attention.qkv.weight) and attention.bias is None and is_plain(hidden)
 
 
 def are_rows_ragged(hidden: Tensor, blocks: Sequence[Any]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multiexit_engine.ops.heads import HeadStatistics, head_statistics
 from multiexit_engine.ops.linear import linear
-from multiexit_engine.ops.operands import is_dense, is_dense_or_coded, is_plain
+from multiexit_engine.ops.operands import is_dense_or_coded
 from multiexit_engine.ops.registry import register_op
 from multiexit_engine.quantization import Weight
 
@@ -117,7 +117,7 @@ listed_linear.backend(
     "triton",
     "multiexit_engine.kernels.ragged_blocks:listed_linear",
     device="cuda",
-    supports=lambda x, weight, bias, listed: is_plain(x, weight) and is_dense(weight),
+    supports=lambda x, weight, bias, listed: is_dense_or_coded([x], [weight]),
 )
 listed_head_statistics.backend(
     "triton",

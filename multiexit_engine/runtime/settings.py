@@ -52,7 +52,7 @@ def make_engine_config(
     place = pick_device(device)
     kind = pick_dtype(dtype, checkpoint.dtype, place)
     if place.type == "cuda" and cuda_graphs is not False and _answers_at_once(checkpoint.config):
-        check_lists_rows(backend, quantization)
+        check_lists_rows(backend)
     length = pick_max_model_len(max_model_len, checkpoint.config)
     return EngineConfig(
         device=place,
@@ -179,13 +179,12 @@ def pick_graph_sizes(
     return tuple(sorted(set(sizes)))
 
 
-def check_lists_rows(backend: BackendName, quantization: str | None) -> None:
+def check_lists_rows(backend: BackendName) -> None:
     """Raises ValueError where answers found at once could not be captured."""
-    if backend != "native" or quantization is not None:
+    if backend != "native":
         raise ValueError(
-            f"cuda_graphs with backend={backend!r} and quantization={quantization!r}: answers that "
-            "are found at once are captured where kernels list their rows; give backend='native' "
-            "and no quantization, or cuda_graphs=False"
+            f"cuda_graphs with backend={backend!r}: answers that are found at once are captured "
+            "where kernels list their rows; give backend='native', or cuda_graphs=False"
         )
 
 

@@ -89,7 +89,7 @@ def _attention(
     }
     begins = {"OVERLAP": overlap, **({} if overlap else {"ahead_ptr": None})}
     merged = {"PARTS": 64, "MOST_QUERIES": 16, "OVERLAP": overlap}
-    for alone, is_listed in product((False, True), (False,) if reach else (False, True)):
+    for alone, is_listed in product((False, True), (False, True)):
         listed: dict[str, Any] = {"LISTED": is_listed}
         listed |= {} if is_listed else {"row_ptr": None, "count_ptr": None}
         yield Shipped(

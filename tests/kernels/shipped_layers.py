@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ PRODUCTS = {
 
 
 LISTED_CODES = {"LISTED": True, "HAS_BIAS": True, "HAS_RESIDUAL": True}
+CODED_ACTIVATION = {"HAS_BIAS": True, "FORM": "erf"}
 # what stands before attention, per family: width of a head, the rest
 QKV = {
     "gpt2": (64, {"NORM": "layer", "ROTARY": False, "HAS_BIAS": True, "SPLITS": 16}),
@@ -53,14 +55,15 @@ _Item = tuple[str, Any, torch.dtype, dict[str, Any], dict[str, int], dict[str, s
 def layers(dtype: torch.dtype, overlap: bool) -> Iterator[_Item]:
     """Name, kernel, dtype, constants, options, types of arguments that are not of ``dtype``."""
     begins = {"OVERLAP": overlap, **_without({"ahead_ptr": overlap})}
-    for is_layer in (True, False):
-        for listed in (True, False):
-            constants = {
-                "IS_LAYER": is_layer, "LISTED": listed, "OVERLAP": overlap,
-                **_without({"shift_ptr": is_layer, "row_ptr": listed, "count_ptr": listed}),
-            }  # fmt: skip
-            name = f"norm layer={is_layer} listed={listed}"
-            yield name, norms.norm_kernel, dtype, constants, options(4), {"x_ptr": "*fp32"}
+    for is_layer, listed, rounded in product((True, False), repeat=3):
+        constants = {
+            "IS_LAYER": is_layer, "LISTED": listed, "ROUNDED": rounded, "OVERLAP": overlap,
+            **_without({"shift_ptr": is_layer, "row_ptr": listed, "count_ptr": listed}),
+            **_without({"rounded_ptr": rounded}),
+        }  # fmt: skip
+        name = f"norm layer={is_layer} listed={listed} rounded={rounded}"
+        types = {"x_ptr": "*fp32", **({"output_ptr": "*fp32"} if rounded else {})}
+        yield name, norms.norm_kernel, dtype, constants, options(4), types
     for rows in (1, 16, 32, 64):
         is_normed = rows == 1 and dtype != torch.float32
         for name, has in PRODUCTS.items():
@@ -69,10 +72,14 @@ def layers(dtype: torch.dtype, overlap: bool) -> Iterator[_Item]:
         for bits, group in ((8, 32), (8, 64), (4, 32), (4, 64)):
             codes = {"BITS": bits, "GROUP": group, "SPLITS": 16, "STAGES": matrices.CODE_STAGES}
             yield _product(f"product rows={rows} int{bits}-g{group}", rows, dtype, codes | begins)
+            name = f"product rows={rows} bias, erf int{bits}-g{group}"
+            yield _product(name, rows, dtype, codes | CODED_ACTIVATION | begins)
             name = f"product rows={rows} listed int{bits}-g{group}"
             yield _product(name, rows, dtype, codes | LISTED_CODES | begins)
         numbers = {"BITS": 8, "GROUP": 0, "SPLITS": 16, "STAGES": matrices.FLOAT_STAGES}
         yield _product(f"product rows={rows} fp8", rows, dtype, numbers | begins)
+        name = f"product rows={rows} bias, erf fp8"
+        yield _product(name, rows, dtype, numbers | CODED_ACTIVATION | begins)
         yield _product(
             f"product rows={rows} listed fp8", rows, dtype, numbers | LISTED_CODES | begins
         )

@@ -29,10 +29,9 @@ MODES = [
 UNCUT = SamplingParams(ignore_eos=True)
 
 
-def opened(device, backend="native"):
-    return Engine.from_pretrained(
-        FOLDER / "t1", device=device, dtype="float32", backend=backend, max_batch_size=8
-    )
+def opened(device, backend="native", quantization=None):
+    options = {"dtype": "float32", "max_batch_size": 8, "quantization": quantization}
+    return Engine.from_pretrained(FOLDER / "t1", device=device, backend=backend, **options)
 
 
 def answers(engine, modes):
@@ -63,6 +62,17 @@ def test_mixed_modes_give_the_answers_and_the_work_of_the_host(device, waits):
     assert engine.stats().keyed_rows_per_layer == reference.stats().keyed_rows_per_layer
     # the pass and its refinement
     assert len(waits) == 2
+
+
+@pytest.mark.parametrize("name", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_quantized_weights_give_the_answers_of_the_host(device, waits, name):
+    engine, reference = opened(device, "native", name), opened("cpu", "reference", name)
+    modes = [replace(mode, refine=0) for mode in MODES[1:3]]
+    with rehearsal(device):
+        found = answers(engine, modes)
+    assert found == answers(reference, modes)
+    assert engine.stats().rows_per_layer == reference.stats().rows_per_layer
+    assert len(waits) == 1
 
 
 def test_pieces_with_padding_give_the_answers_and_the_work_of_the_host(device, monkeypatch):
