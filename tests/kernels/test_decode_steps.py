@@ -7,8 +7,7 @@ import torch
 
 from multiexit_engine import Contrast, Engine, Exit, Original, SamplingParams
 from multiexit_engine.ops import assume_device
-from multiexit_engine.runtime.device.graphs import Graphs
-from multiexit_engine.runtime.launched.decode_steps import DecodeSteps
+from tests.kernels.launched import in_pieces
 from tests.tiny import save_gpt2
 
 pytest.importorskip("multiexit_engine.kernels.heads")
@@ -41,11 +40,7 @@ def test_padded_pieces_give_the_ids_of_the_reference(folder, sampling, device):
     """Pieces are called again instead of captured, with what their first call was given."""
     kept = {"device": device, "dtype": "float32", "max_model_len": 64}
     engine = Engine.from_pretrained(folder, backend="native", **kept)
-    runner = engine._core.runner
-    pieces = Graphs((2, 4), 64, capture=lambda call: call)
-    kept_by_runner = runner.kv_cache, runner._states, runner._chooser
-    parts = engine._model, *kept_by_runner, engine.config, pieces
-    runner._decode = DecodeSteps(*parts)
+    pieces = in_pieces(engine, (2, 4))
     with nullcontext() if device == "cuda" else assume_device("cuda"):
         found = ids(engine, sampling)
     assert pieces.num_captured

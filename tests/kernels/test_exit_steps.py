@@ -7,8 +7,7 @@ import torch
 
 from multiexit_engine import EarlyExit, Engine, Original, SamplingParams, SelfSpeculative
 from multiexit_engine.ops import assume_device
-from multiexit_engine.runtime.device.graphs import Graphs
-from multiexit_engine.runtime.launched.decode_steps import DecodeSteps
+from tests.kernels.launched import in_pieces
 from tests.tiny import save_gpt2
 
 pytest.importorskip("multiexit_engine.kernels.exit_rows")
@@ -40,10 +39,7 @@ def opened(folder, device, backend, quantization=None):
 def launching(folder, device, quantization=None):
     """An engine whose steps are launched as on a GPU; pieces are called again, not captured."""
     engine = opened(folder, device, "native", quantization)
-    runner = engine._core.runner
-    kept = runner.kv_cache, runner._states, runner._chooser
-    pieces = Graphs((2, 4), 64, capture=lambda call: call)
-    runner._decode = DecodeSteps(engine._model, *kept, engine.config, pieces)
+    in_pieces(engine, (2, 4))
     return engine
 
 

@@ -10,8 +10,8 @@ import torch
 
 from multiexit_engine import Contrast, EarlyExit, Engine, Original, SamplingParams, SelfSpeculative
 from multiexit_engine.ops import assume_device
-from multiexit_engine.runtime.device.graphs import Graphs
-from multiexit_engine.runtime.launched.decode_steps import DecodeSteps
+from tests.engine.families import FAMILIES, SOURCED
+from tests.kernels.launched import in_pieces
 from tests.tiny import save_gpt2
 
 pytest.importorskip("multiexit_engine.kernels.heads")
@@ -23,6 +23,7 @@ pytestmark = [
 GREEDY = SamplingParams(max_new_tokens=4, ignore_eos=True)
 DRAWN = SamplingParams(max_new_tokens=4, ignore_eos=True, temperature=0.9, top_p=0.8, seed=3)
 PROMPTS = [[1, 2, 3], [200, 100, 50, 25, 12, 7, 7], [9] * 20]
+SOURCES = [[5] * 7, [9, 8, 7, 300, 4], [44] * 20]
 MODES = [Original(), Contrast(4, 2), EarlyExit(0.05), SelfSpeculative(2, 2)]
 
 
@@ -66,21 +67,32 @@ def _variant(kernel, args, kwargs):
     return kernel.fn.__name__, tuple(own), tuple(sorted(options.items()))
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: type(mode).__name__)
-def test_requests_of_a_warm_mode_launch_known_kernels(folder, mode, compiled):
-    opened = Engine.from_pretrained(
-        folder, dtype="float32", max_model_len=64, max_batch_size=4, device="cpu"
-    )
+def assert_warm(folder, mode, prompts, compiled, **options):
+    """Requests of a warm engine capture nothing, and launch what the warm-up launched."""
+    small = {"dtype": "float32", "max_model_len": 64, "max_batch_size": 4, "device": "cpu"}
+    opened = Engine.from_pretrained(folder, **small, **options)
     config = replace(opened.config, cuda_graphs=(1, 4), backend="native")
     engine = Engine(opened.checkpoint, config, None)
-    runner = engine._core.runner
-    pieces = Graphs((1, 4), 64, capture=lambda call: call)
-    kept = runner.kv_cache, runner._states, runner._chooser
-    runner._decode = DecodeSteps(engine._model, *kept, config, pieces)
+    pieces = in_pieces(engine, (1, 4))
     with assume_device("cuda"):
         engine.warm_up(mode)
         known, num_captured = set(compiled), pieces.num_captured
-        engine.generate(PROMPTS[:1], GREEDY, mode)
-        engine.generate(PROMPTS, [GREEDY, DRAWN, GREEDY], mode)
+        engine.generate(prompts[:1], GREEDY, mode)
+        engine.generate(prompts, [GREEDY, DRAWN, GREEDY], mode)
     assert known and pieces.num_captured == num_captured
     assert not [variant for variant in compiled if variant not in known]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: type(mode).__name__)
+def test_requests_of_a_warm_mode_launch_known_kernels(folder, mode, compiled):
+    assert_warm(folder, mode, PROMPTS, compiled)
+
+
+@pytest.mark.parametrize("family", SOURCED)
+@pytest.mark.parametrize(
+    "mode",
+    [Contrast("original", 2), EarlyExit(0.4, layers=(1, 2, 3))],
+    ids=lambda mode: type(mode).__name__,
+)
+def test_so_do_requests_with_sources(family, mode, compiled):
+    assert_warm(SOURCED[family], mode, SOURCES, compiled, **FAMILIES[family].options)
