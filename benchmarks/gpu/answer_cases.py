@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nar import MASK, SOURCE_LEN, autoregressive, modes, save
+from nar import MASK, SOURCE_LEN, TARGET_LEN, autoregressive, modes, save
 from report import alternate, median
 from transformers import BartConfig, BartForConditionalGeneration
 
@@ -26,6 +26,8 @@ BATCHES = sized((1, 16, 64), (2,))
 ROUNDS = 1 if COMPILES_ONLY else sized(5, 1)
 # answers of 1 and 16 requests; sources of more have more tokens than are captured
 ROWS, CAPTURED_BATCH = (32, 512), 16
+# of an engine that writes one token after the other
+KV_BYTES = sized(2**30, 2**24)
 
 
 class _Made(NamedTuple):
@@ -60,8 +62,15 @@ def _make() -> _Made:
         save(model, torch.randn(WIDTH, 2 * WIDTH) * 0.02, Path(folder))
         kept = {"device": DEVICE, "dtype": sized("bfloat16", "float32")}
         kept["backend"] = sized("native", "reference")
-        engines = {"engine": Engine.from_pretrained(folder, **kept)}
+        one_by_one = {**kept, "architecture": "bart", "kv_cache_memory": KV_BYTES}
+        engines = {
+            "engine": Engine.from_pretrained(folder, **kept),
+            "BART": Engine.from_pretrained(folder, **one_by_one),
+        }
         if DEVICE == "cuda" and not COMPILES_ONLY:
+            engines["BART, captured"] = Engine.from_pretrained(
+                folder, **one_by_one, cuda_graphs=BATCHES
+            )
             engines["captured"] = Engine.from_pretrained(folder, **kept, cuda_graphs=ROWS)
             if any(CONDITIONAL.values()):
                 engines["captured, conditional nodes"] = Engine.from_pretrained(
@@ -71,22 +80,31 @@ def _make() -> _Made:
 
 
 def _turns(engines: dict[str, Any], model: Any, batch: int) -> dict[str, Callable[[], float]]:
-    from multiexit_engine import SamplingParams
-
     generator = torch.Generator().manual_seed(batch)
     sources = torch.randint(3, MASK, (batch, SOURCE_LEN), generator=generator)
-    sampling, lists, there = SamplingParams(ignore_eos=True), sources.tolist(), sources.to(DEVICE)
+    lists, there = sources.tolist(), sources.to(DEVICE)
     turns = {"transformers greedy": _timed(lambda: autoregressive(model, there, 1))}
     for kind, engine in engines.items():
         if kind.startswith("captured") and batch > CAPTURED_BATCH:
             continue
-        for name, mode in modes().items():
-            if mode.layers is None or max(mode.layers) <= LAYERS:
-                answer = partial(engine.generate, lists, sampling, mode, progress=False)
-                # what is captured or compiled on the way is no part of an answer
-                answer()
-                turns[f"{kind} {name}"] = _timed(answer)
+        for name, sampling, mode in _ways(kind):
+            answer = partial(engine.generate, lists, sampling, mode, progress=False)
+            # what is captured or compiled on the way is no part of an answer
+            answer()
+            turns[f"{kind} {name}"] = _timed(answer)
     return turns
+
+
+def _ways(kind: str) -> Iterator[tuple[str, Any, Any]]:
+    """Name, sampling and mode of what a kind of engine does."""
+    from multiexit_engine import Original, SamplingParams
+
+    if kind.startswith("BART"):
+        yield "greedy", SamplingParams(max_new_tokens=TARGET_LEN, ignore_eos=True), Original()
+        return
+    for name, mode in modes().items():
+        if mode.layers is None or max(mode.layers) <= LAYERS:
+            yield name, SamplingParams(ignore_eos=True), mode
 
 
 def _timed(run: Callable[[], object]) -> Callable[[], float]:
