@@ -6,7 +6,7 @@
 namespace {
 
 // Raised with every change of head_call.h, graph_call.h and layers_call.h.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 }  // namespace
 

@@ -68,6 +68,11 @@ __device__ __forceinline__ void copy_bulk(void* target, const void* source, int 
       : "memory");
 }
 
+// L2 fetches bytes, in multiples of 16, that will be read soon.
+__device__ __forceinline__ void ask_for_bytes(const void* source, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 // What comes before it may run while the kernel launched before this one still does.
 __device__ __forceinline__ void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -80,6 +85,7 @@ __device__ __forceinline__ void let_next_kernel_start() {
 
 #else
 
+__device__ __forceinline__ void ask_for_bytes(const void*, int) {}
 __device__ __forceinline__ void wait_for_previous_kernel() {}
 __device__ __forceinline__ void let_next_kernel_start() {}
 

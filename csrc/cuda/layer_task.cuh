@@ -63,6 +63,8 @@ struct LayersTask {
   const void* cos;               // [positions, head_dim / 2], or null
   const void* sin;
   GridCounters* counters;
+  const char* then;   // what is read behind the layers
+  int64_t then_bytes;
   uint16_t* query;    // [rows, heads, head_dim]
   uint16_t* inner;    // [rows, down.row_bytes / 2]
   float* attended;    // [rows, heads, kMostParts, head_dim]: means of values over parts of the keys

@@ -115,7 +115,8 @@ bool has_addresses(const MultiexitLayersCall& call) {
   for (const uint64_t address : needed)
     if (!address) return false;
   if (call.cos && !(call.sin && call.positions)) return false;
-  return (call.hidden | call.output | call.scratch) % 16 == 0;
+  if (call.then && (call.then_bytes < 0 || call.then_bytes >> 30)) return false;
+  return (call.then | call.hidden | call.output | call.scratch) % 16 == 0;
 }
 
 LayersTask task_of(const MultiexitLayersCall& call, const MultiexitLayersPlan& plan) {
@@ -131,6 +132,8 @@ LayersTask task_of(const MultiexitLayersCall& call, const MultiexitLayersPlan& p
   task.cos = at<const void>(call.cos);
   task.sin = at<const void>(call.sin);
   task.counters = at<GridCounters>(call.kept);
+  task.then = at<const char>(call.then);
+  task.then_bytes = call.then ? call.then_bytes : 0;
   const int64_t parts = call.rows * call.heads * kMostParts;
   task.attended = at<float>(call.scratch);
   task.attention = reinterpret_cast<float2*>(task.attended + parts * call.head_dim);

@@ -34,6 +34,15 @@ __device__ __forceinline__ void read_rows(const LayersTask& task, LayersShared& 
   __syncthreads();
 }
 
+// This block's share of what is read behind the layers, while their last one runs.
+__device__ __forceinline__ void ask_for_share(const LayersTask& task) {
+  if (threadIdx.x != 0) return;
+  const int64_t blocks = gridDim.x;
+  const int64_t share = (task.then_bytes + blocks * 128 - 1) / (blocks * 128) * 128;
+  const int64_t start = share * blockIdx.x, bytes = min(share, task.then_bytes - start) / 16 * 16;
+  if (bytes > 0) ask_for_bytes(task.then + start, static_cast<int>(bytes));
+}
+
 template <class Number, int ROWS>
 __global__ void __launch_bounds__(kThreads, 1) decoder_layers_kernel(const LayersTask task) {
   char* memory = dynamic_shared();
@@ -63,6 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1) decoder_layers_kernel(const Layer
     }
     barrier.arrive();
     ask_for_keys(task, shared, layer);
+    if (index == task.num_layers - 1) ask_for_share(task);
     barrier.wait();
     attend<Number>(task, shared, layer, room);
     barrier.arrive();

@@ -39,6 +39,8 @@ struct MultiexitLayersCall {
   uint64_t cos, sin;      // [positions, head_dim / 2], or 0: nothing is turned
   uint64_t kept;          // multiexit_layers_kept_bytes(), zero before the first call; left zero
   uint64_t scratch;       // plan.scratch_bytes
+  uint64_t then;          // what is read behind the layers, or 0
+  int64_t then_bytes;     // of it to be asked for while they run
   int64_t rows, width, heads, kv_heads, head_dim, inner, num_layers, block_size, table_stride;
   int64_t number_type;
   int64_t activation;     // see Activation in layer_outputs.cuh

@@ -26,6 +26,8 @@ from multiexit_engine._cuda.layers import (
 from multiexit_engine.kernels.launch import kept_scratch
 
 MOST_ROWS = 4
+# Asked for behind the layers at most: a part of a large card's L2.
+MOST_AHEAD = 16 << 20
 
 
 class Blocks:
@@ -57,6 +59,7 @@ class Blocks:
             call.slots, call.positions = batch.slot_mapping.data_ptr(), batch.positions.data_ptr()
             call.contexts = layout.context_lens_device.data_ptr()
             call.block_tables = layout.block_tables.data_ptr()
+            call.then, call.then_bytes = _first_bytes(then)
             call.kept, call.scratch = kept.data_ptr(), scratch.data_ptr()
             stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
             self._library.run(call, plan, stream)
@@ -171,6 +174,14 @@ def _layer(block: Any, kv_cache: Any) -> Layer:
         attention.scale,
         (ctypes.c_float * 2)(*(norm.eps for norm in norms)),
     )
+
+
+def _first_bytes(then: Any) -> tuple[int, int]:
+    """Where a matrix, plain or quantized, begins, and how many of its bytes are asked for."""
+    if then is None:
+        return 0, 0
+    numbers = then if isinstance(then, Tensor) else then.codes
+    return numbers.data_ptr(), min(numbers.nbytes, MOST_AHEAD)
 
 
 def _matrix(linear: Any) -> Matrix:

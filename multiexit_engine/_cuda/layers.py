@@ -65,11 +65,13 @@ class LayersCall(ctypes.Structure):
                 "sin",
                 "kept",
                 "scratch",
+                "then",
             )
         ),
         *(
             (name, c_int64)
             for name in (
+                "then_bytes",
                 "rows",
                 "width",
                 "heads",

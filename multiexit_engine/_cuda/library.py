@@ -10,7 +10,7 @@ from ctypes import c_char_p, c_int, c_int64, c_uint64
 from pathlib import Path
 
 PATH = Path(__file__).with_name("libmultiexit_cuda.so")
-INTERFACE = 3
+INTERFACE = 4
 
 
 class HeadCall(ctypes.Structure):

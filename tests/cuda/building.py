@@ -46,6 +46,10 @@ class OnFibers:
         """That the last kernel brought to shared memory."""
         return self.library.constant("multiexit_host_copied_bytes").value
 
+    def asked_bytes(self) -> int:
+        """That the last kernel had L2 fetch in bulk."""
+        return self.library.constant("multiexit_host_asked_bytes").value
+
 
 def on_fibers(capability: int, folder: Path) -> OnFibers:
     target = folder / f"libfibers{capability}.so"

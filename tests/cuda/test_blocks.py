@@ -108,6 +108,15 @@ def test_every_weight_is_read_once(ring, name):
     assert ring.copied_bytes() == sum(matrix.nbytes for matrix in matrices)
 
 
+@pytest.mark.parametrize("columns", [8, 1000])
+def test_what_is_read_behind_is_asked_for_once(ring, columns):
+    case, then = case_of("one row"), amid_nan(torch.randn(33, columns).half())
+    expected = run(ring, case)
+    found = ring.blocks.decoder_blocks(case.hidden, case.blocks, case.kv_cache, case.batch, then)
+    assert torch.equal(found, expected)
+    assert ring.asked_bytes() == then.nbytes
+
+
 @pytest.mark.parametrize("name", ["four lengths and a window", "groups of heads"])
 def test_a_row_is_the_same_in_any_company(ring, name):
     case = case_of(name)

@@ -67,7 +67,7 @@ def test_a_file_that_is_no_library_is_an_import_error(tmp_path):
 
 def test_a_library_of_other_sources_is_an_import_error(ring, monkeypatch):
     monkeypatch.setattr("multiexit_engine._cuda.library.INTERFACE", 999)
-    with pytest.raises(ImportError, match="interface 3, these sources have 999: build it anew"):
+    with pytest.raises(ImportError, match="interface 4, these sources have 999: build it anew"):
         Library(ring.library.path)
 
 

@@ -62,6 +62,11 @@ inline void copy_bulk(void* target, const void* source, int bytes, Transfers* tr
   memset(target, 0xff, bytes);
 }
 
+inline void ask_for_bytes(const void* source, int bytes) {
+  check_alignment(source, source, bytes);
+  host::Machine::get().asked_bytes += bytes;
+}
+
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
 

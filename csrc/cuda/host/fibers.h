@@ -84,6 +84,7 @@ class Machine {
  public:
   std::string failure;
   int64_t copied_bytes = 0;  // to shared memory, by the last kernel
+  int64_t asked_bytes = 0;   // to L2
   unsigned num_blocks = 0, block_threads = 0;
   std::mt19937 random;
   Fiber* current = nullptr;
@@ -131,7 +132,7 @@ class Machine {
   bool run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned seed,
            Order block_order, std::function<void()> kernel) {
     failure.clear();
-    copied_bytes = 0;
+    copied_bytes = asked_bytes = 0;
     num_blocks = blocks;
     block_threads = threads;
     random.seed(seed);

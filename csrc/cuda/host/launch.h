@@ -12,6 +12,7 @@ __attribute__((visibility("default"))) inline int multiexit_host_shared_bytes = 
 __attribute__((visibility("default"))) inline int multiexit_host_apart = 0;
 // What the last kernel did.
 __attribute__((visibility("default"))) inline int multiexit_host_copied_bytes = 0;
+__attribute__((visibility("default"))) inline int multiexit_host_asked_bytes = 0;
 }
 
 namespace multiexit::cuda {
@@ -33,6 +34,7 @@ int launch_in(host::Order order, void (*kernel)(Task), int64_t blocks, int threa
   const bool ended = host::Machine::get().run(static_cast<unsigned>(blocks), threads, shared_bytes,
                                               multiexit_host_seed, order, [&] { kernel(task); });
   multiexit_host_copied_bytes = static_cast<int>(host::Machine::get().copied_bytes);
+  multiexit_host_asked_bytes = static_cast<int>(host::Machine::get().asked_bytes);
   return ended ? 0 : kLaunchFailed;
 }
 
