@@ -25,6 +25,7 @@ from report import alternate, median
 from benchmarks.gpu.cases import Card, Case, Once
 from benchmarks.gpu.part import shortened
 from benchmarks.gpu.timing import DEVICE, sized
+from multiexit_engine._cuda.library import PATH
 
 # off a GPU, what is rehearsed in their place
 TINY = {"gpt2-medium": "tiny", "gpt-neo-125m": "tiny", "llama-8b": "tiny-llama"}
@@ -33,6 +34,8 @@ MANY = sized(256, 4)
 KV_BYTES = sized(8 << 30, 32 << 20)
 # off a GPU the options are refused, and no time is given anyway
 FAST = sized({"cuda_graphs": True, "async_scheduling": True}, {})
+# all layers of a few rows are one launch; where the CUDA kernels are built
+PERSISTENT = sized({"persistent_blocks": True}, {})
 SPARE_BYTES = 40 << 30
 NAN = float("nan")
 Turn = Callable[[], float]
@@ -50,6 +53,11 @@ def cases(card: Card, of: str) -> Iterator[Case]:
         yield Case(alone, lambda: _lines(shape, _engine_turns(engine(), shape), card))
         yield Case(many, lambda: _line_of_many(shape, engine(), card))
         yield Case(beside, lambda: _beside(shape, engine(), checkpoint(), card))
+        engine.forget()
+        if sized(PATH.exists(), True):
+            staying = Once(lambda: _engine(shape, checkpoint(), PERSISTENT))
+            label = {"model": of, "in turn": "its modes, layers in one launch"}
+            yield Case(label, lambda: _lines(shape, _engine_turns(staying(), shape), card))
 
 
 def _lines(shape: Shape, turns: dict[str, Turn], card: Card) -> list[dict[str, Any]]:
@@ -89,7 +97,7 @@ def _line_of_many(shape: Shape, engine: Any, card: Card) -> dict[str, Any]:
     return way | {"token_us": 1e6 * median(many), "floor_us": floor}
 
 
-def _engine(shape: Shape, checkpoint: Path) -> Any:
+def _engine(shape: Shape, checkpoint: Path, options: dict[str, Any] | None = None) -> Any:
     from multiexit_engine import Engine
 
     return Engine.from_pretrained(
@@ -104,6 +112,7 @@ def _engine(shape: Shape, checkpoint: Path) -> Any:
         kv_cache_memory=KV_BYTES,
         prefix_caching=False,
         **FAST,
+        **(options or {}),
     )
 
 

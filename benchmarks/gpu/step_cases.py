@@ -37,17 +37,23 @@ WAYS = {
 CONDITIONAL = sized({"conditional_nodes": PATH.exists()}, {})
 # what the launches of a block do for each other is left out
 APART = "graphs, launches one after the other"
+# all layers of a few rows are one launch; where the CUDA kernels are built
+STAYING = "graphs, layers in one launch"
+PERSISTENT = sized({"cuda_graphs": True, "persistent_blocks": True}, {})
+FEW = sized((1, 4), (2,))
 
 
 def cases(_: Card) -> Iterator[Case]:
     """Microseconds of a decode step of GPT-2-medium's shape with random weights, in bfloat16."""
     with checkpoint() as folder:
         for way, options in WAYS.items():
-            yield from _steps(folder, way, options, _wishes(), nullcontext)
+            yield from _steps(folder, way, options, _wishes(), nullcontext, BATCHES)
             if COMPILES_ONLY:
                 return
         plain = {name: _wishes()[name] for name in ("original", "contrast")}
-        yield from _steps(folder, APART, WAYS["graphs"], plain, one_after_the_other)
+        yield from _steps(folder, APART, WAYS["graphs"], plain, one_after_the_other, BATCHES)
+        if sized(PATH.exists(), True):
+            yield from _steps(folder, STAYING, PERSISTENT, plain, nullcontext, FEW)
 
 
 def _steps(
@@ -56,8 +62,9 @@ def _steps(
     options: dict[str, Any],
     wishes: dict[str, _Wish],
     launched: Callable[[], AbstractContextManager[None]],
+    sizes: tuple[int, ...],
 ) -> Iterator[Case]:
-    """One line for each wish and batch, of one engine."""
+    """One line for each wish and number of rows, of one engine."""
     engine = Once(partial(new_engine, folder, options))
 
     def measured(wish: _Wish, size: int) -> dict[str, float]:
@@ -69,7 +76,7 @@ def _steps(
                 raise
 
     for name, wish in wishes.items():
-        for size in BATCHES:
+        for size in sizes:
             yield Case({"way": way, "mode": name, "rows": size}, partial(measured, wish, size))
     engine.forget()
     if DEVICE == "cuda":
