@@ -50,6 +50,16 @@ class ScheduledSequence(NamedTuple):
         """Whether its last known token is computed, so that a next one can be chosen."""
         return self.stop == self.sequence.num_tokens
 
+    @property
+    def left_at(self) -> int | None:
+        """The layer at which its rows left before, where keys and values were copied then.
+
+        They are computed again, and have to leave there again.
+        """
+        sequence = self.sequence
+        may_return = sequence.request.copies_kv and self.start >= sequence.num_exact_at_most
+        return sequence.layer_left_at(self.start) if may_return else None
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:

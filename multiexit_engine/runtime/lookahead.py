@@ -45,7 +45,8 @@ class StepLoop:
             self._scheduler.advance(step, output.waiting, output.held)
             return output
         if self._config.async_scheduling and step.coming.may_be_followed:
-            self._scheduler.advance(step.batch, unsettled=step.coming.leaving)
+            coming = step.coming
+            self._scheduler.advance(step.batch, coming.waiting, unsettled=coming.leaving)
             self._look_ahead(step)
             output = self._runner.finish(step)
             self._scheduler.advance(_only(step.batch, step.coming.leaving), output.waiting)

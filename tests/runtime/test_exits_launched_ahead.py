@@ -9,7 +9,7 @@ import pytest
 from multiexit_engine import Contrast, EarlyExit, Exit, Original, SamplingParams
 from multiexit_engine.runtime.runner import ModelRunner
 from tests.engine.company import run_in_random_company
-from tests.runtime.exit_models import assert_same, exits, own_heads
+from tests.runtime.exit_models import are_launched, assert_same, exits, own_heads
 from tests.runtime.on_simulated_device import on_cpu, on_device
 
 COUNTED = {"max_new_tokens": 9, "ignore_eos": True, "confidences": True}
@@ -89,7 +89,9 @@ def test_preempted_and_cached_sequences_give_what_they_give_on_the_cpu(folder, k
     options = {"kv_cache_memory": 9 * 4 * 2 * 6 * 64 * 4, "block_size": 4, "max_model_len": 32}
     wanted = on_cpu(folder, **options).generate(prompts, GREEDY, EarlyExit(0.3, kv=kv))
     with ahead(folder, **options) as (engine, _):
+        steps = are_launched(engine)
         assert_same(engine.generate(prompts, GREEDY, EarlyExit(0.3, kv=kv)), wanted)
+        assert all(steps)
         # blocks of the output, whose rows waited, are found by who goes on from there
         outputs = [output.outputs[0].token_ids for output in wanted]
         longer = [[*prompt, *own] for prompt, own in zip(prompts, outputs, strict=True)]

@@ -90,7 +90,8 @@ class EarlyRows:
     def __init__(self, exits: EarlyExits, rows: Sequence[LogitRow], batch: ScheduledBatch) -> None:
         self._exits = exits
         self._batch = batch
-        self._returning = _layers_left_at(batch)
+        left_at = {index: item.left_at for index, item in enumerate(batch.scheduled)}
+        self._returning = {index: at for index, at in left_at.items() if at is not None}
         self.joining = {
             index: item.sequence.waiting
             for index, item in enumerate(batch.scheduled)
@@ -295,18 +296,6 @@ class EarlyRows:
             self.waiting[self._batch.scheduled[item].sequence] = deeper
         flight.keep(items)
         flight.leave(items)
-
-
-def _layers_left_at(batch: ScheduledBatch) -> dict[int, int]:
-    """For the items whose rows copied their keys and values before, where these left."""
-    found = {}
-    for index, item in enumerate(batch.scheduled):
-        sequence = item.sequence
-        if sequence.request.copies_kv and item.start >= sequence.num_exact_at_most:
-            layer = sequence.layer_left_at(item.start)
-            if layer is not None:
-                found[index] = layer
-    return found
 
 
 def _rows_of(kept: _Decided) -> list[LogitRow]:

@@ -48,15 +48,15 @@ from multiexit_engine.runtime.launched.plain_rows import (
     lists_best,
     num_edits_at_most,
 )
+from multiexit_engine.runtime.launched.prompt_chunks import PromptChunks, waiting_again
 from multiexit_engine.runtime.launched.state_rows import StateRows
 from multiexit_engine.runtime.launched.warm_steps import WarmUp
 from multiexit_engine.runtime.launched.wished_tokens import WishedTokens
 from multiexit_engine.runtime.rows.choosing import TokenChooser
 from multiexit_engine.runtime.rows.chosen_rows import Choice, Coming, direct_choices
-from multiexit_engine.runtime.rows.flight import Flight, Place
+from multiexit_engine.runtime.rows.flight import Place
 from multiexit_engine.runtime.rows.logit_rows import LogitRow, choice_rows, target_rows
 from multiexit_engine.runtime.rows.logit_slices import LogitSlice
-from multiexit_engine.transfer import to_device
 
 PLAIN = (Original, Exit, Contrast)
 # Rows of the decode memory: so many for each sequence, and some for long drafts of few. The last
@@ -105,6 +105,7 @@ class DecodeSteps:
         tokens = WishedTokens(self._memory, self._edits)
         self._pieces = DecodePieces(model, kv_cache, self._memory, tokens, pieces)
         self._drafter = PieceDrafter(model.config, self._memory, self._pieces, chooser)
+        self._chunks = PromptChunks(model, kv_cache, states, self._pieces)
         own = self._memory, self._pieces, tokens, pieces
         self._exit_steps = ExitSteps.of(model, kv_cache, states, chooser, config, *own)
         parts = self._memory, self._edits, self._pieces, self._drafter, self._exit_steps, pieces
@@ -166,7 +167,7 @@ class DecodeSteps:
         self._run_rows(rounds, layers | self._warm_up.stops, early, places, clock)
         if chunks:
             looked = layers if early is None else {*layers, *early.layers}
-            self._run_chunks(batch, chunks, looked, places, targets)
+            self._chunks.run(batch, chunks, looked, places, targets)
         batch_size = rounds.batch_size if rounds.items else self._pieces.size(len(rows) or 1)
         chosen = plain if early is None else [*plain, *early.wishing]
         edits = self._edits.send(turn, edits_of(chosen, places))
@@ -188,6 +189,7 @@ class DecodeSteps:
                 if not row.sequence.request.continuation
             },
             {} if early is None else self._exit_steps.leaving(early, places),
+            waiting_again(chunks),
             not _has_drafts(batch) and not any(map(_branches, rows)),
             lambda: self._drafter.drafts(rounds, places, turn),
         )
@@ -261,42 +263,6 @@ class DecodeSteps:
             depths = [item.sequence.request.depth for _, item in rounds.items]
             segments = plan_segments(depths, {at for at in layers if at <= depths[0]})
             self._pieces.run_layers(segments, rounds.num_keys, rounds.batch_size)
-
-    def _run_chunks(
-        self,
-        batch: ScheduledBatch,
-        chunks: Items,
-        layers: Collection[int],
-        places: Mapping[Place, int],
-        targets: Sequence[LogitSlice],
-    ) -> None:
-        """Run chunks of prompts beside the pieces; the states of last rows go to the memory.
-
-        They have a pass of their own: the rows of others then have the same bits beside them as
-        without them, and these are under way while Python launches the pass.
-        """
-        flight = Flight(self._model, self._kv_cache, self._exit_states, dict(chunks))
-        ends = [(index, item.stop - 1) for index, item in chunks if item.reaches_end]
-        last = {place: places[place] for place in ends}
-        depths = [item.sequence.request.depth for item in batch.scheduled]
-        scored = {layer for part in targets for layer in part.plan.rows_at}
-        for segment in plan_segments(depths, {*layers, *scored}):
-            flight.narrow(segment.num_seqs)
-            if not flight.aboard:
-                break
-            flight.run(segment.start, segment.stop)
-            for part in targets:
-                part.keep(segment.stop, flight)
-            if segment.stop in layers:
-                self._put_states(segment.stop, flight, last)
-
-    def _put_states(self, layer: int, flight: Flight, last: Mapping[Place, int]) -> None:
-        found = zip(flight.rows_of([*last]), last.values(), strict=True)
-        here = [(row, place) for row, place in found if row is not None]
-        if here:
-            states = flight.take([row for row, _ in here])
-            rows = to_device([place for _, place in here], self._device)
-            self._pieces.put_states(layer, rows, states)
 
     def _choose_looking(self, part: LogitSlice, places: Mapping[Place, int]) -> Coming[Choice]:
         """Choose tokens of rows whose distributions are looked at, and leave them in memory."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
-from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
+from multiexit_engine.batch import ScheduledBatch, StepOutput
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
 from multiexit_engine.config import EngineConfig, ModelConfig
@@ -116,7 +116,7 @@ class ExitSteps:
     ) -> bool:
         """Whether the device can decide about the rows of a step that choose their exit.
 
-        Rows that are computed again, or score, are the host's.
+        Rows that score are the host's.
         Arguments as for ``step``, and how many rows stand behind all others, and how many edits
         there is room for.
         """
@@ -125,8 +125,7 @@ class ExitSteps:
             return True
         choosing = [item for item in batch.scheduled if chooses_its_exit(item)]
         return (
-            not any(map(_returns, choosing))
-            and not target_rows(enumerate(choosing))
+            not target_rows(enumerate(choosing))
             and num_edits_at_most(step.wishing) <= most_edits
             and step.layout.num_rows + num_ends <= self._memory.spare_row
         )
@@ -353,13 +352,3 @@ class ExitSteps:
             exits = resolve_mode(mode, self._config).exits
             self._layers[mode] = frozenset(head.layer for head in exits)
         return self._layers[mode]
-
-
-def _returns(item: ScheduledSequence) -> bool:
-    """Whether its rows left before, with copied keys and values, and have to do so again."""
-    sequence = item.sequence
-    return (
-        sequence.request.copies_kv
-        and item.start >= sequence.num_exact_at_most
-        and sequence.layer_left_at(item.start) is not None
-    )

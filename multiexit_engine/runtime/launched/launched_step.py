@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from multiexit_engine.batch import ScheduledBatch, StepOutput
-from multiexit_engine.request import ScoredToken
+from multiexit_engine.request import Joining, ScoredToken
 from multiexit_engine.request import Sequence as TokenSequence
 from multiexit_engine.runtime.device.step_clock import StepClock
 from multiexit_engine.runtime.rows.chosen_rows import Choice, Coming
@@ -40,6 +40,7 @@ class ComingStep:
         scores: of rows that score.
         token_rows: for each sequence whose next token lies in the decode memory its row there.
         leaving: for each sequence whose last row may leave at an exit that row.
+        waiting: of other sequences what waits after the step.
         may_be_followed: whether the next step is known but for tokens and for who left where.
         drafts: gives the drafts of each drafted item of the step, once it was waited for.
     """
@@ -48,6 +49,7 @@ class ComingStep:
     scores: Sequence[Coming[ScoredToken]]
     token_rows: Mapping[TokenSequence, int]
     leaving: Mapping[TokenSequence, Leaving]
+    waiting: Mapping[TokenSequence, tuple[Joining, ...]]
     may_be_followed: bool
     drafts: Callable[[], Mapping[int, list[int]]]
 
@@ -73,7 +75,7 @@ class LaunchedStep:
     def wait(self) -> StepOutput:
         """What it gave, as soon as it is known; what ended meanwhile is left out."""
         self._done.synchronize()
-        output = StepOutput()
+        output = StepOutput(waiting={**self.coming.waiting})
         chosen = [pair for part in self.coming.choices for pair in part.read(output)]
         hand_out(chosen, self.coming.drafts(), output)
         hand_out_scores([p for part in self.coming.scores for p in part.read(output)], output)
