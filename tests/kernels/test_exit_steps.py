@@ -70,6 +70,15 @@ def test_launched_steps_give_the_choices_of_the_reference(folder, sampling, devi
     assert {layer for (_, layers), _ in wanted[0] for layer in layers} >= {1, 2, 4}
 
 
+@pytest.mark.parametrize("mode", MODES[:2], ids=str)
+def test_prompts_are_scored_by_the_exits_of_the_reference(folder, mode, device):
+    engine = launching(folder, device)
+    with rehearsal(device):
+        (found,) = engine.score(PROMPTS[1:2], decoding=mode)
+    (wanted,) = opened(folder, device, "reference").score(PROMPTS[1:2], decoding=mode)
+    assert found.token_logprobs[1:] == pytest.approx(wanted.token_logprobs[1:], abs=1e-4)
+
+
 def test_drafts_beside_early_exits_give_the_choices_of_the_reference(folder, device):
     modes = [SelfSpeculative(2, 2), EarlyExit(0.3), EarlyExit(0.85, "similarity")]
     engine = launching(folder, device)

@@ -54,7 +54,7 @@ from multiexit_engine.runtime.launched.warm_steps import WarmUp
 from multiexit_engine.runtime.launched.wished_tokens import WishedTokens
 from multiexit_engine.runtime.rows.choosing import TokenChooser
 from multiexit_engine.runtime.rows.chosen_rows import Choice, Coming, direct_choices
-from multiexit_engine.runtime.rows.flight import Place
+from multiexit_engine.runtime.rows.flight import Flight, Place
 from multiexit_engine.runtime.rows.logit_rows import LogitRow, choice_rows, target_rows
 from multiexit_engine.runtime.rows.logit_slices import LogitSlice
 
@@ -150,7 +150,9 @@ class DecodeSteps:
         plan = self._plan(plain)
         groups, are_listed = _groups_in_memory(plan, plain, places, rounds)
         slices = self._chooser.slices(looked_at)
-        targets = self._chooser.scored_slices(target_rows(chunks))
+        scoring = target_rows(chunks)
+        fixed = [row for row in scoring if not isinstance(row.mode, EarlyExit)]
+        targets, exit_targets = self._chooser.scored_slices(fixed), self._exit_steps.scores(scoring)
         layers = {layer for p in (plan, *(s.plan for s in slices)) for layer in p.rows_at}
         inputs = decode_rows(batch, places, alphas_of(plan, plain), before)
         if early is not None:
@@ -167,7 +169,16 @@ class DecodeSteps:
         self._run_rows(rounds, layers | self._warm_up.stops, early, places, clock)
         if chunks:
             looked = layers if early is None else {*layers, *early.layers}
-            self._chunks.run(batch, chunks, looked, places, targets)
+            scored = {layer for part in targets for layer in part.plan.rows_at}
+            scored |= {layer for part in exit_targets for layer in part.layers}
+
+            def keep(layer: int, flight: Flight) -> None:
+                for part in targets:
+                    part.keep(layer, flight)
+                for own in exit_targets:
+                    own.keep(layer, flight)
+
+            self._chunks.run(batch, chunks, looked, places, scored, keep)
         batch_size = rounds.batch_size if rounds.items else self._pieces.size(len(rows) or 1)
         chosen = plain if early is None else [*plain, *early.wishing]
         edits = self._edits.send(turn, edits_of(chosen, places))
@@ -182,7 +193,10 @@ class DecodeSteps:
         self._memory.fetch(turn, are_told=any(map(lists_best, chosen)))
         coming = ComingStep(
             [*([self._plain_choices(plain, places)] if plain else []), *choices],
-            [self._chooser.score(part) for part in targets],
+            [
+                *(self._chooser.score(part) for part in targets),
+                *(part.score(self._chooser) for part in exit_targets),
+            ],
             {
                 row.sequence: places[row.item, row.position]
                 for row in rows

@@ -95,7 +95,9 @@ class ExitMemory:
         arrays["depths"][:count] = [row.depth for row in rows]
         arrays["flags"][:count] = [row.flags for row in rows]
         arrays["sources"][:count] = [row.source for row in rows]
-        arrays["thresholds"][:count] = [0.0 if mode is None else _threshold(mode) for mode in modes]
+        arrays["thresholds"][:count] = [
+            0.0 if mode is None else float32_threshold(mode) for mode in modes
+        ]
         asks = arrays["asks"]
         asks[:, :count] = 0
         for place, row in enumerate(rows):
@@ -144,7 +146,7 @@ class ExitMemory:
         self._counts.zero_()
 
 
-def _threshold(mode: EarlyExit) -> float:
+def float32_threshold(mode: EarlyExit) -> float:
     """The float32 number that decides about float32 numbers as the mode's threshold does."""
     assert mode.threshold is not None, "the intake replaces what is calibrated by its threshold"
     exact, near = mode.threshold, np.float32(mode.threshold)

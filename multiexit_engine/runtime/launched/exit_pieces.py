@@ -18,42 +18,18 @@ from torch import Tensor
 
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
-from multiexit_engine.decoding.gates import similarity
-from multiexit_engine.layers.exit_heads import Head
 from multiexit_engine.models.base import MultiExitModel
-from multiexit_engine.ops import (
-    ListedRows,
-    decide_exits,
-    listed_head_statistics,
-    rows_asked,
-    rows_beyond,
-)
-from multiexit_engine.ops.exit_rows import MEASURES
+from multiexit_engine.ops import ListedRows, rows_beyond
 from multiexit_engine.runtime.device.graph_parts import only_if
 from multiexit_engine.runtime.device.graphs import Pieces
 from multiexit_engine.runtime.drafts.draft_rounds import NumKeys
 from multiexit_engine.runtime.launched.decode_memory import DecodeMemory
 from multiexit_engine.runtime.launched.decode_pieces import DecodePieces
 from multiexit_engine.runtime.launched.exit_memory import ExitMemory
+from multiexit_engine.runtime.launched.exit_questions import Question, ask_exit
 from multiexit_engine.runtime.launched.exit_tokens import ExitTokens
 from multiexit_engine.runtime.launched.wished_tokens import HeadWishes
 from multiexit_engine.transfer import to_device
-
-_OF_HEADS = sum(1 << place for place, kind in enumerate(MEASURES[:4]))
-_SIMILARITY, _PROBE = (1 << MEASURES.index(kind) for kind in ("similarity", "probe"))
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What rows are asked at an exit: hashable, as a part of a piece's key.
-
-    Attributes:
-        kinds: bits of the measures.
-        shortlists: numbers of tokens that some look at first, ascending.
-    """
-
-    kinds: int
-    shortlists: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,24 +218,8 @@ class ExitPieces:
     def _ask(self, rows: slice, layer: int, question: Question, keeps_heads: bool) -> None:
         rules, progress = self._exits.rules(rows), self._exits.progress(rows)
         here, tap = self._exits.inputs["asks"][layer][rows], self._rows.states(layer)[rows]
-        kinds = question.kinds
-        operands = self._model.heads.operands(Head(layer), tap)
-        for shortlist in question.shortlists:
-            asked = rows_asked(here, layer, _OF_HEADS, shortlist, rules, progress)
-            found = listed_head_statistics(*operands.first(shortlist), asked)
-            decide_exits(asked.before, layer, found, rules, progress, is_bound=True)
-        if kinds & _OF_HEADS:
-            asked = rows_asked(here, layer, _OF_HEADS, 0, rules, progress)
-            found = listed_head_statistics(*operands, asked)
-            decide_exits(asked.before, layer, found, rules, progress)
-        if kinds & _SIMILARITY:
-            asked = rows_asked(here, layer, _SIMILARITY, 0, rules, progress)
-            values = similarity(self._rows.states(layer - 1)[rows], tap)
-            decide_exits(asked.before, layer, values, rules, progress)
-        if kinds & _PROBE:
-            asked = rows_asked(here, layer, _PROBE, 0, rules, progress)
-            heads = self._model.heads
-            values = heads.probes.chances(layer, heads.normed(tap))
-            decide_exits(asked.before, layer, values, rules, progress)
+        before = self._rows.states(layer - 1)[rows] if question.compares else None
+        what = layer, question, tap, before, here, rules, progress
+        hidden = ask_exit(self._model.heads, *what)
         if keeps_heads:
-            self._tokens.keep(rows, progress.left == layer, operands.hidden)
+            self._tokens.keep(rows, progress.left == layer, hidden)

@@ -15,7 +15,8 @@ from multiexit_engine.params import EarlyExit, SelfSpeculative
 from multiexit_engine.runtime.drafts.draft_rounds import Items, Rounds
 from multiexit_engine.runtime.launched.edit_memory import EditRoom
 from multiexit_engine.runtime.launched.exit_layout import ExitLayout
-from multiexit_engine.runtime.launched.exit_pieces import ExitWays, Question
+from multiexit_engine.runtime.launched.exit_pieces import ExitWays
+from multiexit_engine.runtime.launched.exit_questions import Question
 from multiexit_engine.runtime.launched.plain_rows import head_wishes
 from multiexit_engine.runtime.launched.wished_tokens import HeadWishes
 from multiexit_engine.runtime.rows.logit_rows import LogitRow

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from multiexit_engine.batch import ScheduledBatch, StepOutput
 from multiexit_engine.cache.exit_states import ExitStates
 from multiexit_engine.cache.paged_kv_cache import PagedKVCache
-from multiexit_engine.config import EngineConfig, ModelConfig
+from multiexit_engine.config import EngineConfig
 from multiexit_engine.decoding.plan import resolve_mode
 from multiexit_engine.models.base import MultiExitModel
 from multiexit_engine.ops.exit_rows import IS_COPIED, RUNS_ANYHOW
@@ -39,6 +39,7 @@ from multiexit_engine.runtime.launched.exit_plan import (
     looked_at,
     may_leave,
 )
+from multiexit_engine.runtime.launched.exit_scores import ExitScores, exit_scores
 from multiexit_engine.runtime.launched.exit_tokens import ExitTokens
 from multiexit_engine.runtime.launched.launched_step import LaunchedStep, Leaving
 from multiexit_engine.runtime.launched.plain_rows import lists_best, num_edits_at_most
@@ -46,7 +47,7 @@ from multiexit_engine.runtime.launched.wished_tokens import HeadWishes, WishedTo
 from multiexit_engine.runtime.rows.choosing import TokenChooser
 from multiexit_engine.runtime.rows.chosen_rows import Choice, Coming, direct_choices
 from multiexit_engine.runtime.rows.flight import Place
-from multiexit_engine.runtime.rows.logit_rows import LogitRow, choice_rows, target_rows
+from multiexit_engine.runtime.rows.logit_rows import LogitRow, choice_rows
 
 # fills the first rows of the decode memory with padding: those that get a token, and all
 SendPadding: TypeAlias = Callable[[int, int], None]
@@ -66,14 +67,15 @@ class ExitSteps:
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: MultiExitModel,
         memory: DecodeMemory,
         exits: ExitMemory,
         pieces: ExitPieces,
         chooser: TokenChooser,
         max_batch_size: int,
     ) -> None:
-        self._config = config
+        self._config = model.config
+        self._heads = model.heads
         self._memory = memory
         self._exits = exits
         self._pieces = pieces
@@ -104,7 +106,7 @@ class ExitSteps:
         tokens = ExitTokens(model, memory, exits, rows, wished)
         parts = memory, exits, rows, tokens, pieces, spare_slot
         own = ExitPieces(model, kv_cache, states, *parts)
-        return cls(model.config, memory, exits, own, chooser, config.max_batch_size)
+        return cls(model, memory, exits, own, chooser, config.max_batch_size)
 
     def fits(
         self,
@@ -116,17 +118,18 @@ class ExitSteps:
     ) -> bool:
         """Whether the device can decide about the rows of a step that choose their exit.
 
-        Rows that score are the host's.
-        Arguments as for ``step``, and how many rows stand behind all others, and how many edits
-        there is room for.
+        Args:
+            batch: the step.
+            rounds: its rows that get one token each.
+            num_ends: rows behind all others.
+            most_edits: that there is room for.
+            before: the step whose rows are not known to have left or not, if there is one.
         """
         step = self.step(batch, rounds, before)
         if step is None:
             return True
-        choosing = [item for item in batch.scheduled if chooses_its_exit(item)]
         return (
-            not target_rows(enumerate(choosing))
-            and num_edits_at_most(step.wishing) <= most_edits
+            num_edits_at_most(step.wishing) <= most_edits
             and step.layout.num_rows + num_ends <= self._memory.spare_row
         )
 
@@ -164,6 +167,11 @@ class ExitSteps:
         """Those of some rows that choose their exit, and want no look at whole distributions."""
         own = (row for row in rows if isinstance(row.mode, EarlyExit))
         return [row for row in own if self._chooser.is_direct(row, fused=True)]
+
+    def scores(self, rows: Sequence[LogitRow]) -> list[ExitScores]:
+        """Those of some rows that score with an exit that each chooses."""
+        modes = {row.mode for row in rows if isinstance(row.mode, EarlyExit)}
+        return exit_scores(self._heads, rows, {mode: self._layers_of(mode) for mode in modes})
 
     def waiting_rows(self, step: ExitStep) -> dict[int, DecodeRow]:
         """What the decode memory has to know of the rows that wait."""

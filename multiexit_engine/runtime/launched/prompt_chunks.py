@@ -6,7 +6,7 @@ if their keys and values were copied. Knows nothing of pieces' keys, or of how t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence
 from multiexit_engine.cache.exit_states import ExitStates
@@ -19,7 +19,6 @@ from multiexit_engine.runtime.drafts.draft_rounds import Items
 from multiexit_engine.runtime.launched.decode_pieces import DecodePieces
 from multiexit_engine.runtime.launched.exit_layout import waits_after
 from multiexit_engine.runtime.rows.flight import Flight, Place
-from multiexit_engine.runtime.rows.logit_slices import LogitSlice
 from multiexit_engine.transfer import to_device
 
 
@@ -51,7 +50,8 @@ class PromptChunks:
         chunks: Items,
         layers: Collection[int],
         places: Mapping[Place, int],
-        targets: Sequence[LogitSlice],
+        scored: Collection[int],
+        keep: Callable[[int, Flight], None],
     ) -> None:
         """Run chunks beside the pieces; the states of last rows go to the memory.
 
@@ -63,7 +63,8 @@ class PromptChunks:
             chunks: those of its items that are not run by pieces.
             layers: after which states of last rows are looked at.
             places: the rows of last positions.
-            targets: take the states of rows that score.
+            scored: layers after which ``keep`` takes the states of rows that score.
+            keep: is called where they are there.
         """
         joining = {i: item.sequence.waiting for i, item in chunks if item.sequence.waiting}
         flight = Flight(self._model, self._kv_cache, self._exit_states, dict(chunks), joining)
@@ -73,14 +74,12 @@ class PromptChunks:
             if item.reaches_end
         }
         depths = [item.sequence.request.depth for item in batch.scheduled]
-        scored = {layer for part in targets for layer in part.plan.rows_at}
         for segment in plan_segments(depths, {*layers, *scored, *_ways(chunks)}):
             flight.narrow(segment.num_seqs)
             if not flight.aboard:
                 break
             flight.run(segment.start, segment.stop)
-            for part in targets:
-                part.keep(segment.stop, flight)
+            keep(segment.stop, flight)
             if segment.stop in layers:
                 self._put_states(segment.stop, flight, last)
             leaving = [index for index, item in chunks if _leaves_at(item) == segment.stop]

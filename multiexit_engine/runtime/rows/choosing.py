@@ -7,7 +7,8 @@ states came to be.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ from multiexit_engine.runtime.rows.logit_rows import LogitRow, allowed_masks, to
 from multiexit_engine.runtime.rows.logit_slices import LogitSlice
 from multiexit_engine.transfer import ToHost, to_device
 
+NO_FAILURES: Mapping[str, str] = MappingProxyType({})
 MAX_LOGIT_ROWS = 256  # rows of a float32 [rows, vocab] tensor made at once: 51 MB at GPT-2's vocab
 
 
@@ -214,16 +216,23 @@ class TokenChooser:
         """The score of each row's given token; nobody waits for it here."""
         scores, failed = self.scores(part)
         requests = [row.sequence.request for row in part.rows]
+        messages = {requests[place].request_id: why for place, why in failed.items()}
+        return self.score_from(part.rows, scores, messages)
+
+    def score_from(
+        self, rows: Sequence[LogitRow], scores: Tensor, messages: Mapping[str, str] = NO_FAILURES
+    ) -> Coming[ScoredToken]:
+        """The same where the [rows, vocab] scores are there already; some requests failed."""
+        requests = [row.sequence.request for row in rows]
         asked = [request.sampling.prompt_logprobs for request in requests]
         num_top = _num_alternatives(asked, scores.shape[1]) or 0
-        wanted = to_device([row.target for row in part.rows], scores.device)
+        wanted = to_device([row.target for row in rows], scores.device)
         coming = ToHost([scores.argmax(-1), *token_logprobs(scores, wanted, num_top)])
-        messages = {requests[place].request_id: why for place, why in failed.items()}
 
         def read(output: StepOutput) -> list[tuple[LogitRow, ScoredToken]]:
             output.failures |= messages
             greedy, *logprobs = coming.lists()
-            return scored_tokens(part.rows, greedy, logprobs, output)
+            return scored_tokens(rows, greedy, logprobs, output)
 
         return Coming([], None, read)
 
