@@ -195,7 +195,7 @@ class DecodeSteps:
             [*([self._plain_choices(plain, places)] if plain else []), *choices],
             [
                 *(self._chooser.score(part) for part in targets),
-                *(part.score(self._chooser) for part in exit_targets),
+                *(part.score() for part in exit_targets),
             ],
             {
                 row.sequence: places[row.item, row.position]

@@ -20,8 +20,9 @@ from multiexit_engine.request import ScoredToken
 from multiexit_engine.runtime.launched.exit_memory import float32_threshold
 from multiexit_engine.runtime.launched.exit_plan import exit_ways, looked_at
 from multiexit_engine.runtime.launched.exit_questions import ask_exit
-from multiexit_engine.runtime.rows.choosing import MAX_LOGIT_ROWS, TokenChooser
+from multiexit_engine.runtime.rows.choosing import MAX_LOGIT_ROWS
 from multiexit_engine.runtime.rows.chosen_rows import Coming
+from multiexit_engine.runtime.rows.given_tokens import score_tokens
 from multiexit_engine.runtime.rows.logit_rows import LogitRow
 from multiexit_engine.runtime.rows.logit_slices import StatesAtLayer
 from multiexit_engine.transfer import to_device
@@ -60,9 +61,9 @@ class ExitScores:
             assert None not in found, "rows of prompts run through all layers"
             self._states[layer] = flight.take([row for row in found if row is not None])
 
-    def score(self, chooser: TokenChooser) -> Coming[ScoredToken]:
+    def score(self) -> Coming[ScoredToken]:
         """The score of each row's given token; nobody waits for it here."""
-        return chooser.score_from(self._rows, self._scores())
+        return score_tokens(self._rows, self._scores())
 
     def _scores(self) -> Tensor:
         """[rows, vocab] float32: raw scores by the exits that the rows choose."""

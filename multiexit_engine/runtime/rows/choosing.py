@@ -7,8 +7,7 @@ states came to be.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,15 +51,14 @@ from multiexit_engine.runtime.rows.chosen_rows import (
     Coming,
     direct_choices,
     looked_at_choices,
-    scored_tokens,
     with_layers,
 )
+from multiexit_engine.runtime.rows.given_tokens import num_alternatives, score_tokens
 from multiexit_engine.runtime.rows.kept_draws import KeptDraws
 from multiexit_engine.runtime.rows.logit_rows import LogitRow, allowed_masks, token_row
 from multiexit_engine.runtime.rows.logit_slices import LogitSlice
 from multiexit_engine.transfer import ToHost, to_device
 
-NO_FAILURES: Mapping[str, str] = MappingProxyType({})
 MAX_LOGIT_ROWS = 256  # rows of a float32 [rows, vocab] tensor made at once: 51 MB at GPT-2's vocab
 
 
@@ -217,24 +215,7 @@ class TokenChooser:
         scores, failed = self.scores(part)
         requests = [row.sequence.request for row in part.rows]
         messages = {requests[place].request_id: why for place, why in failed.items()}
-        return self.score_from(part.rows, scores, messages)
-
-    def score_from(
-        self, rows: Sequence[LogitRow], scores: Tensor, messages: Mapping[str, str] = NO_FAILURES
-    ) -> Coming[ScoredToken]:
-        """The same where the [rows, vocab] scores are there already; some requests failed."""
-        requests = [row.sequence.request for row in rows]
-        asked = [request.sampling.prompt_logprobs for request in requests]
-        num_top = _num_alternatives(asked, scores.shape[1]) or 0
-        wanted = to_device([row.target for row in rows], scores.device)
-        coming = ToHost([scores.argmax(-1), *token_logprobs(scores, wanted, num_top)])
-
-        def read(output: StepOutput) -> list[tuple[LogitRow, ScoredToken]]:
-            output.failures |= messages
-            greedy, *logprobs = coming.lists()
-            return scored_tokens(rows, greedy, logprobs, output)
-
-        return Coming([], None, read)
+        return score_tokens(part.rows, scores, messages)
 
     def _slice(self, rows: list[LogitRow], is_direct: bool = False) -> LogitSlice:
         return LogitSlice(rows, self._planner.plan([row.mode for row in rows]), is_direct)
@@ -272,7 +253,7 @@ class TokenChooser:
         if not self._is_fused:
             return None
         asked = [row.sequence.request.sampling.logprobs for row in rows]
-        most = _num_alternatives(asked, self._planner.config.vocab_size)
+        most = num_alternatives(asked, self._planner.config.vocab_size)
         if most is None:
             return None
         counts = [-1 if count is None else min(count, most) for count in asked]
@@ -394,11 +375,5 @@ def _num_choices(row: LogitRow) -> int:
 
 
 def _alternatives(scores: Tensor, tokens: Tensor, rows: list[TokenRow]) -> list[Tensor]:
-    num_top = _num_alternatives([row.params.logprobs for row in rows], scores.shape[1])
+    num_top = num_alternatives([row.params.logprobs for row in rows], scores.shape[1])
     return [] if num_top is None else list(token_logprobs(scores, tokens, num_top))
-
-
-def _num_alternatives(asked: list[int | None], vocab_size: int) -> int | None:
-    """The most alternatives that any row asks for; None when no row asks."""
-    counts = [vocab_size if k == -1 else min(k, vocab_size) for k in asked if k is not None]
-    return max(counts, default=None)
