@@ -118,6 +118,18 @@ def _is_single(mature: Tensor, premature: Tensor, *_: object, **__: object) -> b
 
 
 js_divergences.backend(
+    "triton",
+    "multiexit_engine.kernels.dola:js_divergences",
+    device="cuda",
+    supports=_is_single,
+)
+dola_tokens.backend(
+    "triton",
+    "multiexit_engine.kernels.dola:dola_tokens",
+    device="cuda",
+    supports=_is_single,
+)
+js_divergences.backend(
     "cpu", "multiexit_engine._native:js_divergences", device="cpu", supports=_is_single
 )
 dola_tokens.backend(

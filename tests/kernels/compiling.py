@@ -23,6 +23,7 @@ from multiexit_engine.kernels import kv, row_lists
 from multiexit_engine.kernels.launch import options
 from tests.kernels.shipped import DTYPES, Shipped
 from tests.kernels.shipped_attention import attentions
+from tests.kernels.shipped_dola import differences
 from tests.kernels.shipped_exits import exits
 from tests.kernels.shipped_heads import heads
 from tests.kernels.shipped_layers import POINTERS, layers
@@ -67,6 +68,7 @@ def shipped(capability: int) -> Iterator[Shipped]:
     """Every configuration that a GPU of this capability may be asked to run."""
     overlap = capability >= 90
     yield from (Shipped(*item) for item in exits())
+    yield from differences()
     for dtype in DTYPES:
         yield from (Shipped(*item) for item in layers(dtype, overlap))
     yield from heads(overlap)

@@ -6,6 +6,7 @@ import pytest
 
 from multiexit_engine import (
     Contrast,
+    DoLa,
     EarlyExit,
     Engine,
     Exit,
@@ -53,6 +54,15 @@ def test_a_mixed_batch_gives_the_ids_of_the_reference(folder, temperature, devic
     with rehearsal(device):
         found = ids(on_kernels(folder, device), PROMPTS, MIXED, **asked)
     assert found == expected(folder, PROMPTS, MIXED, **asked)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_dola_beside_another_mode_gives_the_ids_of_the_reference(folder, temperature, device):
+    modes = [DoLa((0, 1, 3)), Contrast(4, 2), DoLa((2,))]
+    asked = {"max_new_tokens": 3, "temperature": temperature, "seed": 5, "top_k": 0}
+    with rehearsal(device):
+        found = ids(on_kernels(folder, device), PROMPTS[:3], modes, **asked)
+    assert found == expected(folder, PROMPTS[:3], modes, **asked)
 
 
 def test_cached_prefixes_and_chunks_change_nothing(folder, device):

@@ -42,7 +42,7 @@ def truth(own, form):
 @BACKENDS
 @pytest.mark.parametrize("form", ["exact", "reference"])
 @pytest.mark.parametrize(
-    ("candidates", "rows", "vocab"), [(1, 1, 7), (3, 2, 511), (5, 3, 1031), (2, 4, 1)]
+    ("candidates", "rows", "vocab"), [(1, 1, 7), (3, 2, 511), (5, 3, 4999), (2, 4, 1), (1, 2, 6001)]
 )
 def test_greedy_rows_take_the_best_score(backend, candidates, rows, vocab, form):
     own = operands(candidates, rows, vocab)
@@ -55,10 +55,10 @@ def test_greedy_rows_take_the_best_score(backend, candidates, rows, vocab, form)
 
 @BACKENDS
 def test_sampled_rows_take_the_best_noisy_score(backend):
-    own = operands(4, 6, 1031, spread=0.5)
+    own = operands(4, 6, 4999, spread=0.5)
     tokens, log_probs, _ = run(backend, own, temperature=0.7)
     log_p, _ = truth(own, "exact")
-    noisy = log_p / 0.7 + gumbel_noise(*own[3:], 1031)
+    noisy = log_p / 0.7 + gumbel_noise(*own[3:], 4999)
     assert tokens.tolist() == noisy.argmax(-1).tolist()
     chosen = log_p.gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(log_probs.double(), chosen, rtol=1e-5, atol=1e-5)
@@ -77,8 +77,8 @@ def test_of_equals_the_first_candidate_and_the_lowest_token(backend):
 
 @BACKENDS
 def test_no_number_gives_none_in_its_own_row_alone(backend):
-    own = operands(3, 4, 600)
-    own[0][1, 599] = math.nan
+    own = operands(3, 4, 4999)
+    own[0][1, 4998] = math.nan
     own[1][2, 2, 5] = math.nan
     _, log_probs, _ = run(backend, own)
     assert log_probs.isnan().tolist() == [False, True, True, False]
@@ -94,6 +94,18 @@ def test_infinite_logits_rule_out_or_win(backend):
     tokens, log_probs, _ = run(backend, (mature, premature, *rest))
     assert tokens.tolist() == [550, 77]
     assert log_probs.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+@BACKENDS
+def test_memory_around_the_logits_is_not_read(backend):
+    own = operands(3, 2, 4999)
+    around = []
+    for logits in own[:2]:
+        memory = torch.full((logits.numel() + 128,), math.nan)
+        memory[64:-64] = logits.flatten()
+        around.append(memory[64:-64].view_as(logits))
+    found = run(backend, (*around, *own[2:]), 0.9)
+    assert all(torch.equal(a, b) for a, b in zip(found, run(backend, own, 0.9), strict=True))
 
 
 def test_a_row_gives_the_same_bits_in_any_company():

@@ -202,8 +202,8 @@ class TokenChooser:
             return False
         if request.forced_token_id(count) is not None:
             return False
-        if fused:
-            return not isinstance(row.mode, DoLa) and not needs_whole_distribution(params)
+        if fused and not isinstance(row.mode, DoLa):
+            return not needs_whole_distribution(params)
         return not needs_scores(params, count, request.bad_words)
 
     def takes_best(self, row: LogitRow) -> bool:
