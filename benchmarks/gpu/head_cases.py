@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks.gpu.cases import Card, Case, Once
 from benchmarks.gpu.timing import DEVICE, copies_of, graph_us, sized
-from multiexit_engine.kernels import heads
+from multiexit_engine.kernels import dola, heads
+from multiexit_engine.ops import dola_tokens
 from multiexit_engine.ops.best_tokens import no_best_tokens
 from multiexit_engine.ops.edits import TokenEdits
 from multiexit_engine.ops.narrowing import Narrowing
@@ -26,6 +27,8 @@ ROWS = sized((1, 4, 16, 64), (1, 4))
 ALPHA = 0.1
 # tokens of a row with a penalty
 EDITS = sized(500, 20)
+# premature layers of DoLa
+CANDIDATES = 6
 # Standard deviation of logits: leaves about ten plausible tokens, as trained models do.
 SPREAD = 4.0
 
@@ -66,6 +69,7 @@ def cases(card: Card) -> Iterator[Case]:
             label = {"model": model, "rows": rows}
             yield Case(label, partial(_plain, pairs, rows, card.read_tb_s))
             yield Case(label | {"draws": "changed"}, partial(_changed, pairs, rows))
+            yield Case(label | {"draws": "dola"}, partial(_dola, vocab, rows, card.read_tb_s))
         pairs.forget()
         torch.cuda.empty_cache()
 
@@ -169,3 +173,17 @@ def _changed(made: Once[Pairs], rows: int) -> dict[str, Any]:
     states = upper, _ = hidden_states(rows, pairs[0][0].shape[1])
     listed = graph_us([lambda w=w: torch_listed(upper, w[0]) for w in pairs])
     return changed_us(pairs, states) | {"torch_listed_us": listed}
+
+
+def _dola(vocab: int, rows: int, read_tb_s: float) -> dict[str, Any]:
+    """DoLa's greedy choice from logits that are there: each must be read once at least."""
+    mature = torch.randn(rows, vocab, device=DEVICE) * SPREAD
+    premature = 0.7 * mature + 0.7 * torch.randn(CANDIDATES, rows, vocab, device=DEVICE) * SPREAD
+    ids, places = (torch.zeros(rows, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    top, heat = torch.full((rows,), ALPHA, device=DEVICE), torch.zeros(rows, device=DEVICE)
+    ours, theirs = (
+        graph_us([lambda op=op: op(mature, premature, top, "exact", heat, ids, ids, places)])
+        for op in (dola.dola_tokens, dola_tokens.reference)
+    )
+    least = (mature.nbytes + premature.nbytes) / read_tb_s / 1e6
+    return {"dola_us": ours, "torch_dola_us": theirs, "dola_floor_us": least}
