@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+import torch
 
 from multiexit_engine import Contrast, EarlyExit, Engine, Original, SamplingParams, SelfSpeculative
 from multiexit_engine.ops import assume_device
@@ -88,3 +89,24 @@ def test_launched_steps_give_the_choices_of_the_reference(family, name, quantiza
     reference = Engine.from_pretrained(SOURCED[family], backend="reference", **options)
     assert pieces.num_captured
     assert found == told(reference, MODES[name])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
+@pytest.mark.parametrize("family", SOURCED)
+def test_layers_above_the_exit_of_all_rows_read_no_weight(family, bytes_read):
+    options = {**FAMILIES[family].options, "dtype": "float32", "max_batch_size": 4}
+    engine = Engine.from_pretrained(SOURCED[family], backend="native", device="cpu", **options)
+    in_pieces(engine, (2, 4))
+    names = ["attention.qkv", "cross_attention.query", "cross_attention.output", "mlp.down"]
+    blocks = [
+        [block.get_submodule(name).weight for name in names] for block in engine._model.blocks
+    ]
+    with rehearsal("cpu"):
+        engine.add_request(SOURCES[0], GREEDY, EarlyExit(0.0, layers=(1, 2)))
+        engine.step()
+        before = [[bytes_read(weight) for weight in each] for each in blocks]
+        engine.step()
+    after = [[bytes_read(weight) for weight in each] for each in blocks]
+    read = [[b - a for a, b in zip(*each, strict=True)] for each in zip(before, after, strict=True)]
+    assert read[0] == [weight.nbytes for weight in blocks[0]]
+    assert read[1:] == [[0] * 4] * (len(blocks) - 1)

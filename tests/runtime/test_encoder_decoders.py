@@ -92,6 +92,16 @@ def test_a_replayed_step_copies_once_each_way_and_waits_once(family):
     assert device.counts == {"pinned copies": 1, "copies to the host": 1, "synchronisations": 1}
 
 
+def test_layers_that_nobody_is_left_for_are_passed_over():
+    folder, mode = SOURCED["bart"], EarlyExit(0.2, layers=(1, 2, 3))
+    wanted = on_cpu(folder, **options("bart")).generate(SOURCES[:3], GREEDY, mode)
+    own = options("bart", cuda_graphs=(4,), conditional_nodes=True)
+    with on_device(folder, **own) as (engine, device):
+        for _ in range(2):
+            assert_same(engine.generate(SOURCES[:3], GREEDY, mode), wanted)
+        assert device.counts["passed over"]
+
+
 @KINDS
 def test_the_step_that_reads_a_source_waits_once_and_is_launched_ahead(family):
     own = options(family, cuda_graphs=(1, 2), async_scheduling=True)
@@ -145,7 +155,8 @@ def test_preempted_sequences_give_the_ids_of_the_cpu(family, mode):
 def test_a_warm_engine_captures_nothing_more_in_its_mode(family, mode, monkeypatch):
     monkeypatch.setattr("multiexit_engine.runtime.launched.decode_steps.SPARE_ROWS", 20)
     own = options(family, cuda_graphs=(4,), max_model_len=32, max_batch_size=4)
-    sampling = [GREEDY, replace(DRAWN, max_new_tokens=9), GREEDY]
+    # the checkpoint forces an end upon the last, at full length
+    sampling = [GREEDY, replace(DRAWN, max_new_tokens=9), replace(GREEDY, ignore_eos=False)]
     wanted = on_cpu(SOURCED[family], **options(family)).generate(SOURCES[:3], sampling, mode)
     with on_device(SOURCED[family], **own) as (engine, device):
         engine.warm_up(mode)

@@ -77,7 +77,7 @@ class _Span(NamedTuple):
 
 
 class ExitPieces:
-    """Runs the pieces of such steps of one decoder-only model.
+    """Runs the pieces of such steps of one model.
 
     Args:
         model: the decoder.

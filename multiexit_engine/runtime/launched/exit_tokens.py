@@ -23,7 +23,7 @@ from multiexit_engine.runtime.launched.wished_tokens import HeadWishes, WishedTo
 
 
 class ExitTokens:
-    """Chooses tokens of one decoder-only model.
+    """Chooses tokens of one model.
 
     Args:
         model: the decoder.

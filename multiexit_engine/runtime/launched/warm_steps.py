@@ -36,7 +36,7 @@ _TURN = 0
 
 
 class WarmUp:
-    """Captures the steps of one decoder-only model.
+    """Captures the steps of one model.
 
     Args:
         model: its shape.
