@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multiexit_engine.decoding.processors import TokenRow, asks_for_processing, process_scores
-from multiexit_engine.decoding.warpers import is_warped, warp_scores
+from multiexit_engine.decoding.warpers import TIES, is_warped, warp_scores
 from multiexit_engine.ops import sample_tokens
 from multiexit_engine.ops.best_tokens import MOST_LISTED
 from multiexit_engine.params import SamplingParams
@@ -127,10 +127,41 @@ def token_logprobs(scores: Tensor, tokens: Tensor, num_top: int) -> LogprobTenso
     Args:
         scores: [rows, vocab] float32 raw scores of the rows' modes.
         tokens: [rows] int64.
-        num_top: how many best tokens to list, at most the vocabulary; may be 0.
+        num_top: how many best tokens to list, of equal ones the lowest ids; at most the
+            vocabulary; may be 0.
     """
     logprobs = scores.log_softmax(-1)
     chosen = logprobs.gather(1, tokens[:, None])
-    values, ids = logprobs.topk(min(num_top, logprobs.shape[1]), -1)
+    values, ids = _best(logprobs, min(num_top, logprobs.shape[1]))
     ranks = (logprobs > chosen).sum(-1) + 1
     return LogprobTensors(values, ids, chosen[:, 0], ranks)
+
+
+def _best(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[rows, count] values, best first, and ids, of equal ones the lowest.
+
+    Which of equal values topk gives depends on the count, which is that of the neediest row: of
+    DoLa's many tokens at -inf a row would list others in company.
+    """
+    if count == 0:
+        return logprobs[:, :0], logprobs[:, :0].long()
+    width = min(count + TIES, logprobs.shape[1])
+    best = logprobs.topk(width, -1)
+    ids = best.indices
+    # a device is not asked whether more tokens tie than there is room for
+    if logprobs.device.type != "cpu" or (best.values[:, count - 1] == best.values[:, -1]).any():
+        ids = _lowest_of_best(logprobs, best.values[:, count - 1 : count], count)
+    ids = ids.sort(-1).values
+    values, order = logprobs.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return values[:, :count], ids.gather(1, order)[:, :count]
+
+
+def _lowest_of_best(logprobs: Tensor, last: Tensor, count: int) -> Tensor:
+    """[rows, count] ids of those above ``last`` [rows, 1], and the lowest of those equal to it."""
+    equal, better = logprobs == last, logprobs > last
+    room = count - better.sum(-1, keepdim=True)
+    kept = better | (equal & (equal.cumsum(-1) <= room))
+    vocab = logprobs.shape[1]
+    places = torch.arange(vocab, device=logprobs.device).where(kept, vocab)
+    # of a row of NaN, which ends its request, nothing was kept
+    return places.topk(count, -1, largest=False).values.clamp(max=vocab - 1)

@@ -102,6 +102,22 @@ def test_log_probabilities_of_the_best_tokens():
     assert torch.equal(found.ranks, (order == tokens[:, None]).int().argmax(-1) + 1)
 
 
+def test_of_equal_alternatives_the_lowest_come_first_however_many_are_asked_for():
+    scores = torch.randint(-2, 2, (3, 500), generator=torch.Generator().manual_seed(1)).float()
+    scores[1] = -torch.inf
+    scores[1, 7:10] = 1.0
+    whole = scores.log_softmax(-1).sort(dim=-1, descending=True, stable=True)
+    for count in (1, 2, 5, 130, 499, 500):
+        found = token_logprobs(scores, torch.tensor([0, 7, 1]), count)
+        assert torch.equal(found.ids, whole.indices[:, :count])
+        assert torch.equal(found.values, whole.values[:, :count])
+
+
+def test_alternatives_of_scores_that_are_no_numbers_are_tokens_all_the_same():
+    found = token_logprobs(torch.full((1, 9), torch.nan), torch.tensor([0]), 3)
+    assert found.ids.max() < 9
+
+
 def test_no_alternatives_and_more_than_there_are():
     scores, tokens = random_scores(2), torch.tensor([3, 4])
     assert token_logprobs(scores, tokens, 0).values.shape == (2, 0)
