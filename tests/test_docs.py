@@ -33,3 +33,10 @@ def test_links_of_the_documents_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_files_that_the_documents_name_exist():
+    folders = [ROOT, ROOT / "multiexit_engine", ROOT / "docs", ROOT / "csrc", ROOT / "tests"]
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|md|cpp|h|inl|cu))`", page.read_text()):
+            assert any((folder / name).exists() for folder in folders), f"{page.name}: {name}"
