@@ -9,9 +9,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from multiexit_engine.kernels.launch import options
+
 WORD_BITS = 32
+_BLOCK = 1024
 
 
 class PackedEdits(NamedTuple):
@@ -46,7 +51,9 @@ class PackedEdits(NamedTuple):
 
 
 def pack_edits(edits: Any, vocab: int) -> PackedEdits:
-    """Of ``multiexit_engine.ops.edits.TokenEdits``; what does nothing has a place of its own."""
+    """Either form of ``multiexit_engine.ops.edits``; what does nothing has a place of its own."""
+    if hasattr(edits, "entries"):
+        return PackedEdits(*edits)
     num_rows, num_words = edits.edited.shape[0], -(-vocab // WORD_BITS)
     device = edits.edited.device
     is_nothing = edits.rows >= num_rows
@@ -71,3 +78,113 @@ def pack_edits(edits: Any, vocab: int) -> PackedEdits:
         edits.penalty,
         edits.loss,
     )
+
+
+def memory_edits(rows: Tensor, lists: Any, vocab_size: int) -> PackedEdits:
+    """See ``multiexit_engine.ops.memory_edits``. One launch, a program for each row."""
+    num_rows, num_words = rows.shape[0], triton.cdiv(vocab_size, WORD_BITS)
+    room, device = lists.listed.shape[0], rows.device
+    bits = torch.empty(2, num_rows, num_words, dtype=torch.int32, device=device)
+    entries = torch.empty(num_rows, vocab_size, dtype=torch.int32, device=device)
+    is_edited = torch.empty(num_rows, dtype=torch.int32, device=device)
+    # behind the listed ones each row's latest token has a place
+    numbers = torch.empty(3, room + num_rows, dtype=torch.float32, device=device)
+    made = PackedEdits(bits[0], entries, bits[1], is_edited, *numbers.unbind())
+    if num_rows:
+        edits_kernel[(num_rows,)](
+            rows, *lists[:7], lists.listed, lists.listed.view(torch.float32), lists.words, *made,
+            room, num_words, vocab_size, BLOCK=_BLOCK, **options(4, 128),
+        )  # fmt: skip
+    return made
+
+
+def note_latest(latest: Tensor, tokens: Tensor, chosen_by: Tensor) -> None:
+    """See ``multiexit_engine.ops.memory_edits``. One launch of one program."""
+    latest_kernel[(1,)](
+        latest, tokens, chosen_by, latest.shape[0], BLOCK=_BLOCK, **options(4)
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def latest_kernel(latest_ptr, token_ptr, chosen_by_ptr, num_rows, BLOCK: tl.constexpr):
+    """Each row's token, -1 where none of these is."""
+    for start in range(0, num_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        inside = rows < num_rows
+        places = tl.load(chosen_by_ptr + rows, mask=inside, other=-1)
+        tokens = tl.load(token_ptr + places, mask=places >= 0, other=-1)
+        tl.store(latest_ptr + rows, tokens, mask=inside)
+
+
+@triton.jit(do_not_specialize=["room", "num_words", "vocab"])
+def edits_kernel(
+    row_ptr,
+    is_listed_ptr,
+    start_ptr,
+    count_ptr,
+    mask_ptr,
+    row_penalty_ptr,
+    row_loss_ptr,
+    latest_ptr,
+    list_ptr,
+    number_ptr,
+    words_ptr,
+    edited_ptr,
+    entry_ptr,
+    allowed_ptr,
+    is_edited_ptr,
+    add_ptr,
+    penalty_ptr,
+    loss_ptr,
+    room,
+    num_words,
+    vocab,
+    BLOCK: tl.constexpr,
+):
+    """All that is done to one row: its bits, its listed edits, and that of its latest token."""
+    place = tl.program_id(0)
+    row = tl.load(row_ptr + place)
+    edited_ptr += place.to(tl.int64) * num_words
+    allowed_ptr += place.to(tl.int64) * num_words
+    entry_ptr += place.to(tl.int64) * vocab
+    if words_ptr is not None:
+        words_ptr += tl.load(mask_ptr + row) * num_words
+    for start in range(0, num_words, BLOCK):
+        words = start + tl.arange(0, BLOCK)
+        inside = words < num_words
+        allowed = tl.full((BLOCK,), -1, tl.int32)
+        if words_ptr is not None:
+            allowed = tl.load(words_ptr + words, mask=inside, other=0)
+        tl.store(allowed_ptr + words, allowed, mask=inside)
+        tl.store(edited_ptr + words, tl.zeros((BLOCK,), tl.int32), mask=inside)
+    # bits are set by other threads than those that cleared them
+    tl.debug_barrier()
+    latest = tl.load(latest_ptr + row).to(tl.int32)
+    row_penalty = tl.load(row_penalty_ptr + row)
+    row_loss = tl.load(row_loss_ptr + row)
+    first, count = tl.load(start_ptr + row), tl.load(count_ptr + row)
+    is_known = 0
+    for start in range(0, count, BLOCK):
+        inside = start + tl.arange(0, BLOCK) < count
+        edits = (first + start + tl.arange(0, BLOCK)).to(tl.int64)
+        tokens = tl.load(list_ptr + edits * 6 + 1, mask=inside, other=0)
+        is_late = inside & (tokens == latest)
+        is_known = tl.maximum(is_known, tl.max(is_late.to(tl.int32), 0))
+        bias = tl.load(number_ptr + edits * 6 + 2, mask=inside, other=0.0)
+        penalty = tl.load(number_ptr + edits * 6 + 3, mask=inside, other=1.0)
+        loss = tl.load(number_ptr + edits * 6 + 4, mask=inside, other=0.0)
+        more = tl.load(number_ptr + edits * 6 + 5, mask=inside, other=0.0)
+        tl.store(add_ptr + edits, bias, mask=inside)
+        tl.store(penalty_ptr + edits, tl.where(is_late, row_penalty, penalty), mask=inside)
+        tl.store(loss_ptr + edits, tl.where(is_late, loss + more, loss), mask=inside)
+        tl.store(entry_ptr + tokens, edits.to(tl.int32), mask=inside)
+        tl.atomic_or(edited_ptr + tokens // 32, 1 << (tokens % 32), mask=inside)
+    changes = (row_penalty != 1.0) | (row_loss != 0.0)
+    is_new = (latest >= 0) & (is_known == 0) & changes
+    own = room + place
+    tl.store(add_ptr + own, 0.0)
+    tl.store(penalty_ptr + own, row_penalty)
+    tl.store(loss_ptr + own, row_loss)
+    tl.store(entry_ptr + latest, own, mask=is_new)
+    tl.atomic_or(edited_ptr + latest // 32, 1 << (latest % 32), mask=is_new)
+    tl.store(is_edited_ptr + place, tl.load(is_listed_ptr + row) | is_new.to(tl.int32))

@@ -20,7 +20,7 @@ from multiexit_engine.ops import (
     shared_head_tokens,
 )
 from multiexit_engine.ops.best_tokens import BestTokens
-from multiexit_engine.ops.edits import TokenEdits
+from multiexit_engine.ops.edits import Edits
 from multiexit_engine.ops.narrowing import Narrowing
 from multiexit_engine.ops.tokens import RowGroup
 
@@ -121,7 +121,7 @@ def group_tokens(
     least: Tensor | None,
     draws: Draws,
     num_candidates: Tensor,
-    edits: TokenEdits | None,
+    edits: Edits | None,
     best: BestTokens | None,
 ) -> tuple[Tensor, Tensor]:
     """``shared_tokens``, by the op that is made for it where nothing but tokens is wanted.
@@ -145,7 +145,7 @@ def shared_tokens(
     least: Tensor | None,
     draws: Draws,
     num_candidates: Tensor | None,
-    edits: TokenEdits | None = None,
+    edits: Edits | None = None,
     best: BestTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op ``shared_head_tokens``; ``alpha`` may be None where no group has a lower head."""

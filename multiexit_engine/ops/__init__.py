@@ -33,6 +33,7 @@ from multiexit_engine.ops.heads import HeadStatistics, head_logits, head_statist
 from multiexit_engine.ops.kv import rotate_and_write_kv, write_kv
 from multiexit_engine.ops.linear import linear, linear_activation
 from multiexit_engine.ops.listed_blocks import ListedRows, listed_decoder_blocks
+from multiexit_engine.ops.memory_edits import EditLists, memory_edits, note_latest
 from multiexit_engine.ops.norm import layer_norm, rms_norm
 from multiexit_engine.ops.packed_attention import packed_attention
 from multiexit_engine.ops.packed_blocks import PackedSources, PackedTexts, packed_blocks
@@ -72,6 +73,7 @@ from multiexit_engine.ops.sampling import gumbel_noise, sample_tokens
 from multiexit_engine.ops.tokens import contrast_tokens, head_tokens, shared_head_tokens
 
 __all__ = [
+    "EditLists",
     "NATIVE",
     "REFERENCE",
     "CodedHead",
@@ -123,6 +125,8 @@ __all__ = [
     "listed_decoder_blocks",
     "listed_head_statistics",
     "listed_linear",
+    "memory_edits",
+    "note_latest",
     "logit_bounds",
     "logit_errors",
     "packed_attention",

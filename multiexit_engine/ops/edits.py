@@ -41,7 +41,32 @@ class TokenEdits(NamedTuple):
     edited: Tensor
 
 
-def edited_scores(scores: Tensor, edits: TokenEdits) -> Tensor:
+class EditTable(NamedTuple):
+    """The same by token, as kernels read it that go through a vocabulary in tiles.
+
+    Attributes:
+        edited: [rows, ceil(vocab / 32)] int32: the bit of each token with numbers, as ``allowed``.
+        entries: [rows, vocab] int32: where a token's numbers stand, if it has any; else anything.
+        allowed: as in ``TokenEdits``, all bits set in rows that allow all.
+        is_edited: [rows] int32, ``TokenEdits.edited``.
+        bias: [numbers] float32.
+        penalty: [numbers] float32.
+        loss: [numbers] float32.
+    """
+
+    edited: Tensor
+    entries: Tensor
+    allowed: Tensor
+    is_edited: Tensor
+    bias: Tensor
+    penalty: Tensor
+    loss: Tensor
+
+
+Edits = TokenEdits | EditTable
+
+
+def edited_scores(scores: Tensor, edits: Edits) -> Tensor:
     """[rows, vocab] scores after the edits, in a tensor of their own.
 
     Args:
@@ -51,17 +76,32 @@ def edited_scores(scores: Tensor, edits: TokenEdits) -> Tensor:
     Source: transformers' ``RepetitionPenaltyLogitsProcessor`` for the penalty; the presence and
         frequency penalties of vLLM for the loss.
     """
+    if not isinstance(edits, TokenEdits):
+        return _edited_by_table(scores, EditTable(*edits))
     num_rows = scores.shape[0]
     # what does nothing is done to a row that nobody looks at
     scores = torch.cat([scores, scores.new_zeros(1, scores.shape[1])])
     places = edits.rows, edits.tokens
-    found = scores[places] + edits.bias
-    found = torch.where(found < 0, found * edits.penalty, found / edits.penalty)
-    scores[places] = torch.where(edits.loss == math.inf, -math.inf, found - edits.loss)
+    scores[places] = _edited(scores[places], edits.bias, edits.penalty, edits.loss)
     scores = scores[:num_rows]
     if edits.allowed is not None:
         scores.masked_fill_(~allowed_tokens(edits.allowed, scores.shape[1]), -math.inf)
     return scores
+
+
+def _edited(scores: Tensor, bias: Tensor, penalty: Tensor, loss: Tensor) -> Tensor:
+    found = scores + bias
+    found = torch.where(found < 0, found * penalty, found / penalty)
+    return torch.where(loss == math.inf, -math.inf, found - loss)
+
+
+def _edited_by_table(scores: Tensor, table: EditTable) -> Tensor:
+    has_numbers = allowed_tokens(table.edited, scores.shape[1])
+    # what stands for other tokens is no number of theirs, nor a place that there is
+    places = torch.where(has_numbers, table.entries, 0).long()
+    edited = _edited(scores, table.bias[places], table.penalty[places], table.loss[places])
+    scores = torch.where(has_numbers, edited.to(scores.dtype), scores)
+    return scores.masked_fill_(~allowed_tokens(table.allowed, scores.shape[1]), -math.inf)
 
 
 class LatestTokens(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from multiexit_engine.ops.best_tokens import BestTokens, tell_best
 from multiexit_engine.ops.contrast import contrast_heads, contrast_logits
-from multiexit_engine.ops.edits import TokenEdits, edited_scores
+from multiexit_engine.ops.edits import Edits, edited_scores
 from multiexit_engine.ops.heads import head_logits
 from multiexit_engine.ops.narrowing import Narrowing, narrowed_scores
 from multiexit_engine.ops.operands import (
@@ -132,7 +132,7 @@ def shared_head_tokens(
     positions: Tensor,
     num_candidates: Tensor | None = None,
     *,
-    edits: TokenEdits | None = None,
+    edits: Edits | None = None,
     narrowing: Narrowing | None = None,
     best: BestTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -276,7 +276,7 @@ def _shared_reads(
     bias: Tensor | None,
     groups: Sequence[RowGroup],
     *_: object,
-    edits: TokenEdits | None = None,
+    edits: Edits | None = None,
     narrowing: Narrowing | None = None,
     best: BestTokens | None = None,
 ) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from multiexit_engine.kernels import head_finish, head_statistics, head_tiles
+from multiexit_engine.kernels import head_edits, head_finish, head_statistics, head_tiles
 from multiexit_engine.kernels import heads as configs
 from multiexit_engine.kernels.launch import options
 from multiexit_engine.kernels.matrices import Stored
@@ -100,6 +100,15 @@ def heads(overlap: bool) -> Iterator[Shipped]:
                 yield _head(rows, dtype, kind, overlap, kept)
             yield _statistics(rows, dtype, is_listed=True, kept=kept)
     yield from _finishes(overlap)
+    yield from (_laid_out(are_masked) for are_masked in BOTH)
+    yield Shipped(
+        "latest tokens",
+        head_edits.latest_kernel,
+        DTYPES[0],
+        {"BLOCK": head_edits._BLOCK},
+        options(4),
+        dict.fromkeys(("latest_ptr", "chosen_by_ptr"), "*i64"),
+    )
 
 
 def _head(
@@ -165,6 +174,23 @@ def _statistics(rows: int, dtype: torch.dtype, is_listed: bool, kept: Kept = PLA
         },
         options(config.num_warps, config.max_registers),
         kept.types,
+    )
+
+
+def _laid_out(are_masked: bool) -> Shipped:
+    """What is done to scores of rows of a memory, by token."""
+    integers = "is_listed", "start", "count", "list", "words", "edited", "entry", "allowed"
+    types = dict.fromkeys([f"{name}_ptr" for name in (*integers, "is_edited")], "*i32")
+    types |= dict.fromkeys(("row_ptr", "mask_ptr", "latest_ptr"), "*i64")
+    numbers = "row_penalty", "row_loss", "number", "add", "penalty", "loss"
+    types |= dict.fromkeys([f"{name}_ptr" for name in numbers], "*fp32")
+    return Shipped(
+        f"edits masked={are_masked}",
+        head_edits.edits_kernel,
+        DTYPES[0],
+        {"BLOCK": head_edits._BLOCK, **({} if are_masked else {"words_ptr": None})},
+        options(4, 128),
+        types,
     )
 
 

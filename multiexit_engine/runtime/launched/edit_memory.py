@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multiexit_engine.ops.edits import WORD_BITS, LatestTokens, TokenEdits, with_latest
+from multiexit_engine.ops.edits import WORD_BITS, Edits
+from multiexit_engine.ops.memory_edits import EditLists, memory_edits, note_latest
 from multiexit_engine.runtime.device.packed import Packed
 from multiexit_engine.score_edits import ScoreEdits
 
@@ -66,10 +67,13 @@ class EditMemory:
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
         self.most = EDITS_OF_A_ROW * num_rows
         self._num_rows = num_rows
+        self._vocab_size = vocab_size
         rows, num_words = (num_rows,), -(-vocab_size // WORD_BITS)
         self._lists = Packed(
             [
                 ("edited", torch.int32, rows),
+                ("starts", torch.int32, rows),
+                ("counts", torch.int32, rows),
                 ("masks", torch.int64, rows),
                 ("penalties", torch.float32, rows),
                 ("losses", torch.float32, rows),
@@ -81,6 +85,7 @@ class EditMemory:
         self._masks = Packed([("words", torch.int32, (num_rows + 1, num_words))], device)
         self._masks.on_device["words"].fill_(-1)
         self._latest = torch.full(rows, -1, dtype=torch.int64, device=device)
+        self._rows = torch.arange(num_rows, device=device)
 
     def send(self, turn: int, rows: Mapping[int, CountedEdits]) -> EditRoom:
         """Copy the edits of some rows to the device; all others have none.
@@ -93,6 +98,7 @@ class EditMemory:
             return NO_EDITS
         arrays = self._lists.on_host(turn)
         arrays["edited"].fill(0)
+        arrays["counts"].fill(0)
         arrays["masks"].fill(self._num_rows)
         arrays["penalties"].fill(1)
         arrays["losses"].fill(0)
@@ -104,6 +110,7 @@ class EditMemory:
             arrays["edited"][row] = len(own.tokens) > 0 or mask is not None
             arrays["penalties"][row], arrays["losses"][row], _ = latest
             start, stop = stop, stop + len(own.tokens)
+            arrays["starts"][row], arrays["counts"][row] = start, stop - start
             edits = arrays["edits"][start:stop]
             edits[:, 0], edits[:, 1] = row, own.tokens
             edits[:, 2:].view(np.float32)[:] = own.numbers
@@ -120,34 +127,25 @@ class EditMemory:
             chosen_by: [rows] int64: which of them is a row's last token; -1 where the host knows
                 it.
         """
-        self._latest.copy_(torch.where(chosen_by < 0, -1, tokens[chosen_by.clamp(min=0)]))
+        note_latest(self._latest, tokens, chosen_by)
 
-    def edits(self, rows: Tensor | slice, count: int, room: EditRoom) -> TokenEdits:
-        """What is done to ``count`` rows of the memory, in their order."""
+    def edits(self, rows: Tensor | slice, room: EditRoom) -> Edits:
+        """What is done to rows of the memory, in their order."""
         lists = self._lists.on_device
-        edits = lists["edits"][: room.num_edits]
-        numbers = edits.view(torch.float32)
-        allowed = None
-        if room.are_masked:
-            allowed = self._masks.on_device["words"][lists["masks"][rows]]
-        listed = TokenEdits(
-            self._places(rows, count)[edits[:, 0].long()],
-            edits[:, 1].long(),
-            numbers[:, 2].contiguous(),
-            numbers[:, 3].contiguous(),
-            numbers[:, 4].contiguous(),
-            allowed,
-            lists["edited"][rows],
+        words = self._masks.on_device["words"] if room.are_masked else None
+        listed = EditLists(
+            lists["edited"],
+            lists["starts"],
+            lists["counts"],
+            lists["masks"],
+            lists["penalties"],
+            lists["losses"],
+            self._latest,
+            lists["edits"][: room.num_edits],
+            words,
         )
-        latest = (self._latest[rows], lists["penalties"][rows], lists["losses"][rows])
-        return with_latest(listed, LatestTokens(*latest, numbers[:, 5].contiguous()))
-
-    def _places(self, rows: Tensor | slice, count: int) -> Tensor:
-        """[rows of the memory + 1] int64: where a row stands among ``rows``; ``count`` for none."""
-        device = self._latest.device
-        places = torch.full((self._num_rows + 1,), count, device=device)
-        places[rows] = torch.arange(count, device=device)
-        return places
+        own = self._rows[rows] if isinstance(rows, slice) else rows
+        return memory_edits(own, listed, self._vocab_size)
 
     def _send_masks(self, turn: int, masks: Mapping[int, bytes]) -> None:
         """Copy masks to the device, and note for each row which is its own."""

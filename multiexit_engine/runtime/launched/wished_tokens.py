@@ -78,7 +78,7 @@ class WishedTokens:
         best = self._best_tokens(own) if wishes.are_told else None
         edits = None
         if wishes.edits.num_edits:
-            edits = self._edits.edits(own, len(counts), wishes.edits)
+            edits = self._edits.edits(own, wishes.edits)
         least = inputs["min_candidates"][own] if wishes.have_least else None
         alpha = inputs["alphas"][own]
         tokens, logprobs = group_tokens(upper, groups, alpha, least, draws, counts, edits, best)
