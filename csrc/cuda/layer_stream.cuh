@@ -10,6 +10,7 @@ namespace multiexit::cuda {
 // of which `offset` bytes are done. The parts of all matrices are dealt out to warps in turn.
 struct Progress {
   int layer = 0, matrix = 0, unit, offset = 0;
+  int group = 0, start = 0, bytes = 0;  // of the block's; of a row, before this part; of this part
   Turn turn = {};
 
   __device__ __forceinline__ Progress(const LayersTask& task, const LayersShared& shared)
@@ -20,28 +21,19 @@ struct Progress {
   __device__ __forceinline__ bool is_at(int this_layer, int this_matrix) const {
     return layer == this_layer && matrix == this_matrix;
   }
+  __device__ __forceinline__ int piece_bytes(const Matrix& own) const {
+    return min(own.piece, bytes - offset);
+  }
 
   // To the next piece; gives whether it was the last one of a part.
   __device__ __forceinline__ bool advance(const LayersTask& task, const LayersShared& shared) {
-    const Matrix& own = task.matrices[matrix];
     turn.advance();
-    offset += own.piece;
-    if (offset < part_bytes(own)) return false;
+    offset += task.matrices[matrix].piece;
+    if (offset < bytes) return false;
     offset = 0;
     unit += kWarps;
     settle(task, shared);
     return true;
-  }
-
-  // Of a row, before this part.
-  __device__ __forceinline__ int part_start(const Matrix& own) const {
-    return unit % own.splits * own.split_bytes;
-  }
-  __device__ __forceinline__ int part_bytes(const Matrix& own) const {
-    return min(own.split_bytes, own.row_bytes - part_start(own));
-  }
-  __device__ __forceinline__ int piece_bytes(const Matrix& own) const {
-    return min(own.piece, part_bytes(own) - offset);
   }
 
  private:
@@ -54,6 +46,10 @@ struct Progress {
         ++layer;
       }
     }
+    const Matrix& own = task.matrices[matrix];
+    group = unit / own.splits;
+    start = (unit - group * own.splits) * own.split_bytes;
+    bytes = min(own.split_bytes, own.row_bytes - start);
   }
 };
 
@@ -69,6 +65,7 @@ class WeightStream {
               shared.transfers[threadIdx.x / kLanes], task.slot_bytes / kGroup),
         here_(task, shared),
         ahead_(here_) {
+    find_source();
     for (int slot = 0; slot < kSlots; ++slot) fill();
   }
 
@@ -87,7 +84,7 @@ class WeightStream {
         ring_.wait(here_.turn);
         const char* slot = ring_.slot(here_.turn.slot);
         multiply<Number, ROWS>({slot, slot + piece, slot + 2 * piece, slot + 3 * piece},
-                               states + here_.part_start(own) + here_.offset, own.row_bytes,
+                               states + here_.start + here_.offset, own.row_bytes,
                                here_.piece_bytes(own), sums);
         __syncwarp();
         fill();
@@ -106,14 +103,21 @@ class WeightStream {
       return;
     }
     const Matrix& own = task_.matrices[ahead_.matrix];
-    const int group = shared_.shares[ahead_.matrix].first + ahead_.unit / own.splits;
-    const char* start =
-        reinterpret_cast<const char*>(layers_[ahead_.layer].matrices[ahead_.matrix].weight) +
-        ahead_.part_start(own) + ahead_.offset;
+    const char* from = source_ + ahead_.offset;
     ring_.fill(ahead_.turn, ahead_.piece_bytes(own), [&](int member) -> const char* {
-      return start + static_cast<int64_t>(own.row(group, member)) * own.row_bytes;
+      return from + static_cast<int64_t>(own.rows_on(member)) * own.row_bytes;
     });
-    ahead_.advance(task_, shared_);
+    if (ahead_.advance(task_, shared_)) find_source();
+  }
+
+  // Of the part that is asked for: its first row.
+  __device__ __forceinline__ void find_source() {
+    if (ahead_.layer == task_.num_layers) return;
+    const Matrix& own = task_.matrices[ahead_.matrix];
+    const int row = own.first_row(shared_.shares[ahead_.matrix].first + ahead_.group);
+    source_ = reinterpret_cast<const char*>(
+                  layers_[ahead_.layer].matrices[ahead_.matrix].weight) +
+              static_cast<int64_t>(row) * own.row_bytes + ahead_.start;
   }
 
   const LayersTask& task_;
@@ -121,6 +125,7 @@ class WeightStream {
   const MultiexitLayer* layers_;
   Ring ring_;
   Progress here_, ahead_;
+  const char* source_ = nullptr;
 };
 
 }  // namespace multiexit::cuda

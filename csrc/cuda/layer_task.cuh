@@ -28,9 +28,15 @@ struct Matrix {
   // The row that is the `member`-th of a group. Of rows that meet, i and i + half, i + 1 and
   // i + 1 + half are members 0 and 2, 1 and 3; members 0 and 2 of others do not meet.
   __device__ __forceinline__ int row(int group, int member) const {
-    if (!half) return group * kGroup + member;
+    return first_row(group) + rows_on(member);
+  }
+  __device__ __forceinline__ int first_row(int group) const {
+    if (!half) return group * kGroup;
     const int first = group * (kGroup / 2);
-    return first / half * 2 * half + first % half + member % 2 + member / 2 * half;
+    return first / half * 2 * half + first % half;
+  }
+  __device__ __forceinline__ int rows_on(int member) const {
+    return member % 2 + member / 2 * (half ? half : 2);
   }
 };
 

@@ -51,9 +51,9 @@ class OnFibers:
         return self.library.constant("multiexit_host_asked_bytes").value
 
 
-def on_fibers(capability: int, folder: Path) -> OnFibers:
+def on_fibers(capability: int, folder: Path, *flags: str) -> OnFibers:
     target = folder / f"libfibers{capability}.so"
-    command = [GXX, *HOST_FLAGS.split(), f"-DMULTIEXIT_CAPABILITY={capability}",
+    command = [GXX, *HOST_FLAGS.split(), f"-DMULTIEXIT_CAPABILITY={capability}", *flags,
                f"-I{ROOT / 'csrc'}", "-x", "c++", *map(str, SOURCES),
                "-o", str(target)]  # fmt: skip
     subprocess.run(command, check=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from multiexit_engine.kernels.launch import kept_scratch
+from tests.cuda import building
 from tests.cuda.random_layers import Layers, Shape, amid_nan, copied, layers
 
 GPT2, LLAMA = Shape(), Shape().llama()
@@ -206,6 +207,16 @@ def test_blocks_that_are_not_together_are_a_deadlock(ring):
         apart.value = 0
         # who is stopped in the middle leaves its counts
         kept_scratch("decoder layers", [0.0], 2, torch.device("cpu")).zero_()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(building.GXX is None, reason="no g++")
+def test_a_bounded_barrier_stops_the_kernel(tmp_path):
+    bounded = building.on_fibers(90, tmp_path, "-DMULTIEXIT_BOUNDED_SPIN=0")
+    bounded.library.constant("multiexit_host_apart").value = 1
+    with pytest.raises(ValueError, match="a kernel stopped itself"):
+        run(bounded, case_of("one row"))
+    kept_scratch("decoder layers", [0.0], 2, torch.device("cpu")).zero_()
 
 
 @pytest.mark.gpu
