@@ -19,6 +19,8 @@ from multiexit_engine.kernels.attention_tiles import attend, sequence_of_block
 from multiexit_engine.kernels.launch import options
 from multiexit_engine.kernels.row_lists import RowList
 
+# int32 numbers of 16 bytes
+_ALIGNED = 4
 # the keys of a sequence are one page of this many
 ONE_PAGE = 1 << 30
 
@@ -46,14 +48,20 @@ class PackedStarts(NamedTuple):
     def of(
         cls, query_lens: Sequence[int], key_lens: Sequence[int], device: torch.device
     ) -> PackedStarts:
-        """From the rows of each sequence, in one copy."""
-        starts = torch.tensor(
-            [[0, *accumulate(query_lens)], [0, *accumulate(key_lens)]], dtype=torch.int32
-        )
+        """From the rows of each sequence, in one copy.
+
+        Both begin at multiples of 16 bytes, however many sequences there are: otherwise Triton
+        would compile a kernel for some numbers of them, and another for the others.
+        """
+        count = len(query_lens) + 1
+        padding = [0] * (-count % _ALIGNED)
+        rows = [[0, *accumulate(lens), *padding] for lens in (query_lens, key_lens)]
+        starts = torch.tensor(rows, dtype=torch.int32)
         if device.type == "cuda":
             # memory that is not pinned may be copied only when the device has done all before
             starts = starts.pin_memory()
-        return cls(*starts.to(device, non_blocking=True))
+        queries, keys = starts.to(device, non_blocking=True)
+        return cls(queries[:count], keys[:count])
 
 
 def packed_attention(

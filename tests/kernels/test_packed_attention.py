@@ -5,7 +5,8 @@ import torch
 
 from multiexit_engine import ops
 
-packed_attention = pytest.importorskip("multiexit_engine.kernels.packed_attention").packed_attention
+kernels = pytest.importorskip("multiexit_engine.kernels.packed_attention")
+packed_attention = kernels.packed_attention
 
 # query lengths, key lengths, heads, width: encoder, cross-attention, sequences without queries
 CASES = [
@@ -59,6 +60,14 @@ def test_keys_are_read_amid_the_columns_of_wider_rows(device):
     assert torch.equal(
         packed_attention(query.to(device), *columns, [5, 4], [40, 20], 0.3), expected
     )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+def test_no_number_of_sequences_wants_a_kernel_of_its_own(count, device):
+    """Triton compiles kernels anew for pointers that are no multiples of 16 bytes."""
+    starts = kernels.PackedStarts.of([2] * count, [3] * count, torch.device(device))
+    assert [each.data_ptr() % 16 for each in starts] == [0, 0]
+    assert [len(each) for each in starts] == [count + 1] * 2
 
 
 def test_a_sequence_does_not_know_its_batch_mates(device):
