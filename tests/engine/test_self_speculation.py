@@ -69,6 +69,18 @@ def test_a_shallower_target_may_have_more_drafts_than_a_deeper_one(engine):
     assert tokens(engine.generate(given, sampling, modes)) == tokens(expected)
 
 
+@pytest.mark.parametrize("tree", [False, (3, 3)])
+def test_a_request_that_runs_out_of_tokens_keeps_those_before(engine, tree):
+    sampling = SamplingParams(structured_outputs={"regex": "a{5}c"}, bad_words=["c"])
+    plain, drafted = (
+        engine.generate([5, 6, 7], sampling, mode)[0]
+        for mode in (Original(), SelfSpeculative(4, 4, tree=tree))
+    )
+    assert plain.error == drafted.error is not None
+    assert drafted.outputs[0].token_ids == plain.outputs[0].token_ids
+    assert len(drafted.outputs[0].token_ids) == 5
+
+
 def test_logprobs_are_those_of_the_target(engine):
     sampling = SamplingParams(max_new_tokens=20, logprobs=2)
     plain, drafted = (

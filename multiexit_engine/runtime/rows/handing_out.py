@@ -84,12 +84,15 @@ def _checked(
 ) -> CheckedDrafts | str:
     """The target's tokens up to and with the first that is not the draft at its place.
 
-    Where that one is an alternative that was checked, the target's token after it, too.
+    Where that one is an alternative that was checked, the target's token after it, too. A row that
+    failed behind others fails again in a step of its own: what came before is not lost with it.
     """
     tokens: list[ChosenToken] = []
     for number, (choice, draft) in enumerate(zip(choices, [*drafts, None], strict=True)):
         if isinstance(choice, str):
-            return choice
+            if not tokens:
+                return choice
+            break
         tokens += choice
         token = choice[0].token_id
         if token == draft:
@@ -98,7 +101,7 @@ def _checked(
             if (branch.number, branch.token) != (number, token):
                 continue
             if isinstance(branch.choice, str):
-                return branch.choice
+                break
             return CheckedDrafts([*tokens, *branch.choice], len(drafts), len(branches), index)
         break
     return CheckedDrafts(tokens, len(drafts), len(branches))
