@@ -51,6 +51,7 @@ def test_greedy_ids_of_bart_are_those_of_transformers(device):
         assert [bart.START, *output.outputs[0].token_ids[:3]] == ids[:4].tolist()
 
 
+@pytest.mark.slow
 def test_greedy_ids_of_t5_are_ibms(device):
     case = t5.CASES["t5_layer"]
     engine = Engine.from_pretrained(
@@ -78,7 +79,7 @@ def test_greedy_ids_of_t5_are_ibms(device):
 
 @pytest.mark.parametrize("quantization", [None, pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["early", pytest.param("drafts", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", SOURCED)
+@pytest.mark.parametrize("family", [pytest.param("bart", marks=pytest.mark.slow), "t5"])
 def test_launched_steps_give_the_choices_of_the_reference(family, name, quantization, device):
     options = {**FAMILIES[family].options, "dtype": "float32", "max_batch_size": 4}
     options |= {"device": device, "quantization": quantization}
@@ -92,7 +93,7 @@ def test_launched_steps_give_the_choices_of_the_reference(family, name, quantiza
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter counts")
-@pytest.mark.parametrize("family", SOURCED)
+@pytest.mark.parametrize("family", ["bart", pytest.param("t5", marks=pytest.mark.slow)])
 def test_layers_above_the_exit_of_all_rows_read_no_weight(family, bytes_read):
     options = {**FAMILIES[family].options, "dtype": "float32", "max_batch_size": 4}
     engine = Engine.from_pretrained(SOURCED[family], backend="native", device="cpu", **options)

@@ -88,7 +88,9 @@ def listed(model, hidden):
         return function(hidden, list(model.blocks), kv_cache, batch, rows)
 
 
-@pytest.mark.parametrize("name", [None, "int8", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "fp8"))]
+)
 @pytest.mark.parametrize("family", ["bart", "t5 gated and untied"])
 @torch.inference_mode()
 def test_listed_rows_are_those_of_the_rows_alone(opened, family, name):

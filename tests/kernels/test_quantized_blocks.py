@@ -29,12 +29,15 @@ from tests.ops.test_ragged_blocks import as_lists, ragged_run
 kernels = pytest.importorskip("multiexit_engine.kernels.packed_blocks")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors are the CPU's")
 
-KINDS = pytest.mark.parametrize("name", ["int8", "int4-g64", "fp8"])
+slow = pytest.mark.slow
+KINDS = pytest.mark.parametrize(
+    "name", ["int8", *(pytest.param(name, marks=slow) for name in ("int4-g64", "fp8"))]
+)
 FAMILIES = pytest.mark.parametrize(
-    "family", ["bart", pytest.param("t5 gated and untied", marks=pytest.mark.slow)]
+    "family", ["bart", pytest.param("t5 gated and untied", marks=slow)]
 )
 DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=slow)], ids=str
 )
 
 

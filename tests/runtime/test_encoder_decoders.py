@@ -54,7 +54,8 @@ def options(family, **own):
     return {**FAMILIES[family].options, **own}
 
 
-@pytest.mark.parametrize("family", ["bart", pytest.param("t5", marks=slow)])
+@slow
+@KINDS
 @CASES
 def test_tokens_are_those_of_the_cpu(family, name):
     sampling, modes = MIXED[name]
@@ -67,7 +68,7 @@ def test_tokens_are_those_of_the_cpu(family, name):
         engine._scheduler.check_integrity()
 
 
-@KINDS
+@pytest.mark.parametrize("family", [pytest.param("bart", marks=slow), "t5"])
 @CASES
 def test_captured_steps_launched_ahead_give_the_same(family, name):
     sampling, modes = MIXED[name]
@@ -121,7 +122,7 @@ def test_the_step_that_reads_a_source_waits_once_and_is_launched_ahead(family):
     assert token_ids([outputs[name] for name in names]) == token_ids(wanted)
 
 
-@KINDS
+@pytest.mark.parametrize("family", ["bart", pytest.param("t5", marks=slow)])
 @pytest.mark.parametrize(
     "mode",
     [pytest.param(Contrast("original", 2), marks=slow), EARLY],
