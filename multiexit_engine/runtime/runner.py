@@ -84,10 +84,11 @@ class ModelRunner:
         if self._decode is None:
             return None
         with torch.inference_mode():
-            if not self._decode.fits(batch, before):
+            rows = self._decode.plan(batch, before)
+            if rows is None:
                 return None
             self._prepare_blocks(batch)
-            return self._decode.launch(batch, before)
+            return self._decode.launch(batch, rows, before)
 
     @torch.inference_mode()
     def warm_up(self, mode: DecodingMode, depth: int, sampling: Sequence[SamplingParams]) -> None:

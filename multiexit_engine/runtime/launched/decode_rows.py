@@ -47,9 +47,9 @@ def decode_rows(
 
 def waiting_row(sequence: TokenSequence, position: int) -> DecodeRow:
     """A row whose token was chosen before, and which only runs layers that it lacks."""
-    own = DecodeRow(0, -1, position, sequence.block_table, 0, 0, 0.0, 1.0, NOT_NARROWED)
-    source_len = len(sequence.request.source_token_ids)
-    return own._replace(source_table=sequence.source_table, source_len=source_len)
+    sources = sequence.source_table, len(sequence.request.source_token_ids)
+    what = 0, 0, 0.0, 1.0, NOT_NARROWED, 1, -1
+    return DecodeRow(0, -1, position, sequence.block_table, *what, *sources)
 
 
 def _decode_row(

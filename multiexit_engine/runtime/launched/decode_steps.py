@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
+from typing import NamedTuple
 
 from multiexit_engine.batch import ScheduledBatch, ScheduledSequence, StepOutput
 from multiexit_engine.cache.exit_states import ExitStates
@@ -38,7 +40,7 @@ from multiexit_engine.runtime.launched.decode_memory import MAX_GROUPS, DecodeMe
 from multiexit_engine.runtime.launched.decode_pieces import DecodePieces
 from multiexit_engine.runtime.launched.decode_rows import alphas_of, decode_rows
 from multiexit_engine.runtime.launched.edit_memory import EditMemory
-from multiexit_engine.runtime.launched.exit_plan import ExitStep, chooses_its_exit
+from multiexit_engine.runtime.launched.exit_plan import ExitStep
 from multiexit_engine.runtime.launched.exit_steps import ExitSteps
 from multiexit_engine.runtime.launched.launched_step import ComingStep, LaunchedStep
 from multiexit_engine.runtime.launched.piece_drafter import PieceDrafter
@@ -62,6 +64,22 @@ PLAIN = (Original, Exit, Contrast)
 # Rows of the decode memory: so many for each sequence, and some for long drafts of few. The last
 # rows of chunks stand behind the others' padding.
 MOST_ROUNDS, SPARE_ROWS = 4, 64
+
+
+class StepRows(NamedTuple):
+    """The rows of a step.
+
+    Attributes:
+        choosing: those that choose tokens.
+        rounds: those that get one token each.
+        num_ends: chunks that come to their ends, whose last rows stand behind all others.
+        early: those that choose their exit, if any do.
+    """
+
+    choosing: Sequence[LogitRow]
+    rounds: Rounds
+    num_ends: int
+    early: ExitStep | None
 
 
 class DecodeSteps:
@@ -112,38 +130,40 @@ class DecodeSteps:
         self._warm_up = WarmUp(model.config, config, *parts)
         self._turn = 0
 
-    def fits(self, batch: ScheduledBatch, before: LaunchedStep | None) -> bool:
-        """Whether a step needs the host at its end only.
+    def plan(self, batch: ScheduledBatch, before: LaunchedStep | None) -> StepRows | None:
+        """How a step lies that needs the host at its end only; None for another.
 
         Args:
             batch: the step.
             before: the step that is choosing the tokens that are not known.
         """
+        rows = choice_rows(enumerate(batch.scheduled), {})
         rounds, num_ends = self._rounds(batch)
-        if not self._exit_steps.fits(batch, rounds, num_ends, self._edits.most, before):
-            return False
-        has_stream = any(chooses_its_exit(item) for _, item in rounds.items)
-        if _has_drafts(batch) and not self._drafter.fits(batch, rounds, num_ends, has_stream):
-            return False
+        early = self._exit_steps.step(batch, rows, rounds, before)
+        if early is not None and not self._exit_steps.fits(early, num_ends, self._edits.most):
+            return None
+        has_stream = early is not None and early.has_stream
+        drafting = rows, rounds, num_ends, has_stream
+        if _has_drafts(batch) and not self._drafter.fits(batch, *drafting):
+            return None
         expecting = [item for item in batch.scheduled if item.sequence.num_expected]
-        if not expecting:
-            return True
-        return (
+        knows_enough = not expecting or (
             before is not None
             and all(_is_one_token(item) for item in expecting)
             and all(item.sequence in before.coming.token_rows for item in expecting)
-            and self._knows_enough(choice_rows(enumerate(batch.scheduled), {}))
+            and self._knows_enough(rows)
         )
+        return StepRows(rows, rounds, num_ends, early) if knows_enough else None
 
-    def launch(self, batch: ScheduledBatch, before: LaunchedStep | None = None) -> LaunchedStep:
-        """Start a step that ``fits``; ``before`` is choosing the tokens that are not known."""
+    def launch(
+        self, batch: ScheduledBatch, parts: StepRows, before: LaunchedStep | None
+    ) -> LaunchedStep:
+        """Start a step that lies so; ``before`` is choosing the tokens that are not known."""
         clock = StepClock(self._device)
         self._turn = turn = (self._turn + 1) % TURNS
-        items = list(enumerate(batch.scheduled))
+        rows, rounds, num_ends, early = parts
+        items = enumerate(batch.scheduled)
         chunks = [pair for pair in items if not _is_one_token(pair[1])]
-        rows = choice_rows(items, {})
-        rounds, num_ends = self._rounds(batch)
-        early = self._exit_steps.step(batch, rounds, before)
         num_running = rounds.num_rows if early is None else early.layout.num_rows
         places = rounds.places | _places_of_chunks(chunks, num_running)
         plain, looked_at = self._by_kind(rows)
@@ -218,13 +238,14 @@ class DecodeSteps:
         """The rows whose tokens are chosen in pieces by heads that are known, and by others."""
         early = [row for row in rows if isinstance(row.mode, EarlyExit)]
         known = [row for row in rows if not isinstance(row.mode, EarlyExit)]
-        plain = [row for row in known if self._is_plain(row)]
+        are_plain = list(map(self._is_plain, known))
+        plain = list(compress(known, are_plain))
         if (
             len(self._plan(plain).groups) > MAX_GROUPS
             or num_edits_at_most([*plain, *early]) > self._edits.most
         ):
             return [], known
-        return plain, [row for row in known if not self._is_plain(row)]
+        return plain, [row for row, own in zip(known, are_plain, strict=True) if not own]
 
     def _is_plain(self, row: LogitRow) -> bool:
         return isinstance(row.mode, PLAIN) and self._chooser.is_direct(row, fused=True)

@@ -24,6 +24,7 @@ from multiexit_engine.runtime.device.packed import Packed
 CHOOSES, WISHES = 4, 8
 
 _COLUMNS = ("measures", "shortlists", "joins", "depths", "flags", "sources")
+_NUMBERS = ("owners", "joins", "depths", "flags", "sources")
 
 
 class ExitRow(NamedTuple):
@@ -85,23 +86,24 @@ class ExitMemory:
             rows: those that run, padding included, and those behind them that are only asked.
         """
         arrays, count = self._inputs.on_host(turn), len(rows)
-        modes = [row.mode for row in rows]
-        arrays["owners"][:count] = [row.owner for row in rows]
-        arrays["measures"][:count] = [
-            -1 if mode is None else MEASURES.index(mode.measure) for mode in modes
-        ]
-        arrays["shortlists"][:count] = [0 if m is None else m.shortlist or 0 for m in modes]
-        arrays["joins"][:count] = [row.joins for row in rows]
-        arrays["depths"][:count] = [row.depth for row in rows]
-        arrays["flags"][:count] = [row.flags for row in rows]
-        arrays["sources"][:count] = [row.source for row in rows]
-        arrays["thresholds"][:count] = [
-            0.0 if mode is None else float32_threshold(mode) for mode in modes
-        ]
+        columns = zip(*rows, strict=True) if rows else [()] * len(ExitRow._fields)
+        owners, joins, depths, flags, modes, layers, sources = columns
+        numbers = owners, joins, depths, flags, sources
+        for name, column in zip(_NUMBERS, numbers, strict=True):
+            arrays[name][:count] = column
+        arrays["measures"][:count] = -1
         asks = arrays["asks"]
         asks[:, :count] = 0
-        for place, row in enumerate(rows):
-            asks[sorted(row.layers), place] = 1
+        places: dict[int, list[int]] = {}
+        for place, mode in enumerate(modes):
+            if mode is not None:
+                places.setdefault(id(mode), []).append(place)
+        for own in places.values():
+            mode = modes[own[0]]
+            arrays["measures"][own] = MEASURES.index(mode.measure)
+            arrays["shortlists"][own] = mode.shortlist or 0
+            arrays["thresholds"][own] = float32_threshold(mode)
+            asks[np.ix_(sorted(layers[own[0]]), own)] = 1
         self._inputs.send(turn, "asks", self._asks_bytes)
 
     def fetch(self, turn: int) -> None:

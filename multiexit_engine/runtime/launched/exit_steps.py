@@ -47,7 +47,7 @@ from multiexit_engine.runtime.launched.wished_tokens import HeadWishes, WishedTo
 from multiexit_engine.runtime.rows.choosing import TokenChooser
 from multiexit_engine.runtime.rows.chosen_rows import Choice, Coming, direct_choices
 from multiexit_engine.runtime.rows.flight import Place
-from multiexit_engine.runtime.rows.logit_rows import LogitRow, choice_rows
+from multiexit_engine.runtime.rows.logit_rows import LogitRow
 
 # fills the first rows of the decode memory with padding: those that get a token, and all
 SendPadding: TypeAlias = Callable[[int, int], None]
@@ -108,48 +108,37 @@ class ExitSteps:
         own = ExitPieces(model, kv_cache, states, *parts)
         return cls(model, memory, exits, own, chooser, config.max_batch_size)
 
-    def fits(
-        self,
-        batch: ScheduledBatch,
-        rounds: Rounds,
-        num_ends: int,
-        most_edits: int,
-        before: LaunchedStep | None,
-    ) -> bool:
-        """Whether the device can decide about the rows of a step that choose their exit.
+    def fits(self, step: ExitStep, num_ends: int, most_edits: int) -> bool:
+        """Whether there is room for a step.
 
         Args:
-            batch: the step.
-            rounds: its rows that get one token each.
+            step: the step.
             num_ends: rows behind all others.
             most_edits: that there is room for.
-            before: the step whose rows are not known to have left or not, if there is one.
         """
-        step = self.step(batch, rounds, before)
-        if step is None:
-            return True
         return (
             num_edits_at_most(step.wishing) <= most_edits
             and step.layout.num_rows + num_ends <= self._memory.spare_row
         )
 
     def step(
-        self, batch: ScheduledBatch, rounds: Rounds, before: LaunchedStep | None
+        self,
+        batch: ScheduledBatch,
+        among: Sequence[LogitRow],
+        rounds: Rounds,
+        before: LaunchedStep | None,
     ) -> ExitStep | None:
         """The rows of a step in which some choose their exit.
 
         Args:
             batch: the step.
+            among: its rows that choose tokens.
             rounds: its rows that get one token each.
             before: the step whose rows are not known to have left or not, if there is one.
         """
         if not any(map(chooses_its_exit, batch.scheduled)):
             return None
-        rows = [
-            row
-            for row in choice_rows(enumerate(batch.scheduled), {})
-            if isinstance(row.mode, EarlyExit)
-        ]
+        rows = [row for row in among if isinstance(row.mode, EarlyExit)]
         choosing = [pair for pair in rounds.items if chooses_its_exit(pair[1])]
         leaving = before.coming.leaving if before is not None else {}
         room = self._most_rows, self._most_waiting
@@ -213,15 +202,16 @@ class ExitSteps:
             place = places[row.item, row.position]
             assert isinstance(row.mode, EarlyExit), "only these choose"
             layers = self._layers_of(row.mode)
-            rows[place] = rows[place]._replace(flags=flags, mode=row.mode, layers=layers)
+            rows[place] = ExitRow(*rows[place][:3], flags, row.mode, layers)
         self._exits.send(turn, rows)
 
     def leaving(self, step: ExitStep, places: Mapping[Place, int]) -> dict[TokenSequence, Leaving]:
         """The rows that may leave, by their sequences."""
+        running = dict(step.rounds.items)
         return {
             row.sequence: Leaving(places[row.item, row.position], row.item in step.layout.completed)
             for row in step.rows
-            if row.item in dict(step.rounds.items) and may_leave(row)
+            if row.item in running and may_leave(row)
         }
 
     def run(self, step: ExitStep, layers: Collection[int], draft: Callable[[], None]) -> None:
@@ -297,7 +287,8 @@ class ExitSteps:
         wishes = step.wishes(edits)
         if step.has_stream:
             self._pieces.choose(own, step.ways, wishes)
-        if any(row.item not in dict(step.rounds.items) for row in step.rows):
+        running = dict(step.rounds.items)
+        if any(row.item not in running for row in step.rows):
             self._pieces.choose_at_ends(slice(first, first + num_ends), step.ways, wishes)
         looked = None
         if step.looking:

@@ -22,7 +22,7 @@ from multiexit_engine.runtime.launched.decode_pieces import DecodePieces
 from multiexit_engine.runtime.launched.state_rows import StateRows
 from multiexit_engine.runtime.rows.choosing import TokenChooser
 from multiexit_engine.runtime.rows.flight import Place
-from multiexit_engine.runtime.rows.logit_rows import LogitRow, choice_rows
+from multiexit_engine.runtime.rows.logit_rows import LogitRow
 
 
 class PieceDrafter:
@@ -40,18 +40,25 @@ class PieceDrafter:
         self._pieces = pieces
         self._chooser = chooser
 
-    def fits(self, batch: ScheduledBatch, rounds: Rounds, num_ends: int, has_stream: bool) -> bool:
+    def fits(
+        self,
+        batch: ScheduledBatch,
+        rows: Sequence[LogitRow],
+        rounds: Rounds,
+        num_ends: int,
+        has_stream: bool,
+    ) -> bool:
         """Whether nobody looks at the drafts of a step before its end, and one exit makes them all.
 
         Args:
             batch: the step.
+            rows: those that choose tokens.
             rounds: its rows that get one token each.
             num_ends: rows behind all others.
             has_stream: each row goes as far as it may, since some choose their exits. Otherwise
                 rows of other depths would stand between those that are checked.
         """
         modes = [_drafting(item) for item in batch.scheduled if item.num_drafts]
-        rows = choice_rows(enumerate(batch.scheduled), {})
         depths = {item.sequence.request.depth for _, item in rounds.items}
         return (
             len({(mode.draft_exit, mode.draft_vocab) for mode in modes}) == 1
