@@ -7,6 +7,7 @@ import torch
 
 from multiexit_engine import EarlyExit, Engine, Original, SamplingParams, SelfSpeculative
 from multiexit_engine.ops import assume_device
+from tests.forms import written_in
 from tests.kernels.launched import in_pieces
 from tests.tiny import save_gpt2
 
@@ -21,7 +22,7 @@ WISHES = [
     SamplingParams(
         max_new_tokens=5, ignore_eos=True, temperature=1.0, top_k=9, seed=3, presence_penalty=2.0
     ),
-    SamplingParams(max_new_tokens=5, structured_outputs={"regex": "[a-z]{6}"}),
+    SamplingParams(max_new_tokens=5, **written_in("[a-z]{6}")),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from multiexit_engine import EarlyExit, Original, SamplingParams
+from tests.forms import written_in
 from tests.runtime.exit_models import are_launched, assert_same, exits, own_heads, shared_head
 from tests.runtime.on_simulated_device import on_cpu, on_device
 
@@ -20,7 +21,7 @@ WISHES = [
     SamplingParams(**COUNTED, logprobs=20),
     SamplingParams(**ENDING, min_new_tokens=5, bad_words=((7,), (8, 9))),
     SamplingParams(**WARM, top_k=0, logprobs=5, logit_bias={3: 2.0}),
-    SamplingParams(**ENDING, structured_outputs={"regex": "[a-z]{3,9}"}, logprobs=2),
+    SamplingParams(**ENDING, **written_in("[a-z]{3,9}"), logprobs=2),
 ]
 MODES = [
     EarlyExit(0.3),
