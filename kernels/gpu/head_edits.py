@@ -84,12 +84,17 @@ def memory_edits(rows: Tensor, lists: Any, vocab_size: int) -> PackedEdits:
     """See ``multiexit_engine.ops.memory_edits``. One launch, a program for each row."""
     num_rows, num_words = rows.shape[0], triton.cdiv(vocab_size, WORD_BITS)
     room, device = lists.listed.shape[0], rows.device
-    bits = torch.empty(2, num_rows, num_words, dtype=torch.int32, device=device)
-    entries = torch.empty(num_rows, vocab_size, dtype=torch.int32, device=device)
-    is_edited = torch.empty(num_rows, dtype=torch.int32, device=device)
-    # behind the listed ones each row's latest token has a place
-    numbers = torch.empty(3, room + num_rows, dtype=torch.float32, device=device)
-    made = PackedEdits(bits[0], entries, bits[1], is_edited, *numbers.unbind())
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    # each by itself: parts of one tensor would begin at multiples of 16 bytes for some numbers of
+    # rows only, and be compiled for twice; behind the listed ones a row's latest token has a place
+    words, numbers = (num_rows, num_words), [room + num_rows] * 3
+    made = PackedEdits(
+        integers(*words), integers(num_rows, vocab_size), integers(*words), integers(num_rows),
+        *(torch.empty(count, dtype=torch.float32, device=device) for count in numbers),
+    )  # fmt: skip
     if num_rows:
         edits_kernel[(num_rows,)](
             rows, *lists[:7], lists.listed, lists.listed.view(torch.float32), lists.words, *made,
@@ -116,7 +121,10 @@ def latest_kernel(latest_ptr, token_ptr, chosen_by_ptr, num_rows, BLOCK: tl.cons
         tl.store(latest_ptr + rows, tokens, mask=inside)
 
 
-@triton.jit(do_not_specialize=["room", "num_words", "vocab"])
+@triton.jit(
+    do_not_specialize=["room", "num_words", "vocab"],
+    do_not_specialize_on_alignment=["row_ptr"],
+)
 def edits_kernel(
     row_ptr,
     is_listed_ptr,
