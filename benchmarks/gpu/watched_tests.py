@@ -26,8 +26,13 @@ def _write(line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _is_worker() -> bool:
-    return "PYTEST_XDIST_WORKER" in os.environ
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers tell nothing of tests: what they report comes to the process that began them.
+
+    Their environment does not say who they are: it is inherited by what a worker starts.
+    """
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Teller())
 
 
 @pytest.hookimpl(wrapper=True)
@@ -47,7 +52,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """End the worker whose context is poisoned, while the test that did it is under way."""
     report: Any = yield
     text = str(report.longrepr)
-    if report.failed and _is_worker() and any(each in text for each in _POISON) and _is_lost():
+    is_worker = hasattr(item.config, "workerinput")
+    if report.failed and is_worker and any(each in text for each in _POISON) and _is_lost():
         _write({"test": item.nodeid, "outcome": "poisoned", "text": text[-600:]})
         os._exit(1)
     return report
@@ -63,9 +69,10 @@ def _is_lost() -> bool:
     return False
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Tell of a test, once."""
-    if _is_worker() or (report.when != "call" and report.outcome == "passed"):
-        return
-    text = {} if report.outcome != "failed" else {"text": str(report.longrepr)[-600:]}
-    _write({"test": report.nodeid, "outcome": report.outcome, **text})
+class _Teller:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Tell of a test, once."""
+        if report.when != "call" and report.outcome == "passed":
+            return
+        text = {} if report.outcome != "failed" else {"text": str(report.longrepr)[-600:]}
+        _write({"test": report.nodeid, "outcome": report.outcome, **text})
